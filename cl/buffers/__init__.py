@@ -1,0 +1,1 @@
+"""Stored rows of past experiences: who stays when the store is full, and which rows are drawn."""

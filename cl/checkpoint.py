@@ -1,0 +1,73 @@
+"""Checkpoints: written in one step, the last good ones kept, nothing in them executed when they are read."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cl.core import UserError
+
+FORMAT = "cl-lab checkpoint 1"
+KEPT = 2
+"""How many checkpoints stay: the newest, and the one to fall back on when the newest is damaged."""
+
+
+def save(folder: Path, step: int, payload: dict[str, Any], fingerprint: str) -> Path:
+    """Write a checkpoint so that a crash at any moment leaves the earlier ones intact.
+
+    Args:
+        payload: tensors, numbers, strings, lists and dicts only.
+        fingerprint: of the settings that the run must be resumed with.
+
+    Raises:
+        OSError: the disk is full or the folder cannot be written; earlier checkpoints are untouched.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"step-{step:09d}.pt"
+    descriptor, name = tempfile.mkstemp(dir=folder, suffix=".tmp")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            torch.save({"format": FORMAT, "fingerprint": fingerprint, **payload}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+    for old in _newest_first(folder)[KEPT:]:
+        old.unlink(missing_ok=True)
+    return path
+
+
+def load_latest(folder: Path, fingerprint: str, device: torch.device | None = None) -> tuple[Path, dict[str, Any]]:
+    """The newest readable checkpoint; a damaged one is named in a warning and the one before it is used.
+
+    Raises:
+        UserError: there is none, or it belongs to a run with other settings.
+    """
+    for path in _newest_first(folder):
+        try:
+            payload = torch.load(path, map_location=device or "cpu", weights_only=True)
+        except Exception as error:  # a damaged file can fail in any way; the sentence says which file it was
+            reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
+            warnings.warn(f"checkpoint {path} cannot be read ({reason}); trying the one before it", stacklevel=2)
+            continue
+        if not isinstance(payload, dict) or payload.get("format") != FORMAT:
+            warnings.warn(f"{path} is not a checkpoint of this version; trying the one before it", stacklevel=2)
+            continue
+        if payload["fingerprint"] != fingerprint:
+            raise UserError(
+                f"checkpoint {path} belongs to a run with other settings (its fingerprint is "
+                f"{payload['fingerprint']}, this run's is {fingerprint}); resume with the config it was made with"
+            )
+        return path, payload
+    raise UserError(f"{folder} holds no readable checkpoint; start the run again with `cl run`")
+
+
+def _newest_first(folder: Path) -> list[Path]:
+    return sorted(folder.glob("step-*.pt"), reverse=True)

@@ -1,0 +1,80 @@
+"""How to train, whatever the stream and the strategies; checked when it is made."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from cl.core import UserError
+from cl.loader import Budget
+
+PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class TrainerConfig:
+    """How to train, whatever the stream and the strategies.
+
+    Args:
+        epochs, max_steps, max_tokens: budget of each experience; one epoch when none is given.
+        batch_size: rows of the stream per micro-batch; `accumulation` micro-batches make one step.
+        eval_batch_size: rows per batch at evaluation; changes speed only.
+        clip_norm: largest gradient norm; None does not clip.
+        precision: "fp32", or autocast in "bf16" or "fp16" (the latter with loss scaling, on a GPU).
+        device: "auto" takes a GPU when there is one.
+        evaluate: after each experience measure "all" domains, or those "seen" so far.
+        eval_every: also measure inside experiences, every so many steps, on the domains seen; 0 never.
+        eval_rows: rows per domain for the measurements inside experiences; None takes all.
+        checkpoint_every: steps between checkpoints inside an experience; 0 writes them after experiences only.
+        reset_optimizer: build a new optimizer for every experience.
+        schedule_span: the learning-rate schedule runs over the whole "run" or anew over each "experience".
+    """
+
+    epochs: int | None = None
+    max_steps: int | None = None
+    max_tokens: int | None = None
+    batch_size: int = 64
+    accumulation: int = 1
+    eval_batch_size: int = 1000
+    clip_norm: float | None = None
+    precision: str = "fp32"
+    device: str = "auto"
+    evaluate: str = "all"
+    eval_every: int = 0
+    eval_rows: int | None = None
+    checkpoint_every: int = 0
+    reset_optimizer: bool = False
+    schedule_span: str = "run"
+
+    def __post_init__(self) -> None:
+        for name, allowed in (
+            ("precision", tuple(PRECISIONS)),
+            ("evaluate", ("all", "seen")),
+            ("schedule_span", ("run", "experience")),
+        ):
+            if getattr(self, name) not in allowed:
+                raise UserError(f"trainer.{name} is {getattr(self, name)!r}; it must be one of {', '.join(allowed)}")
+        for name, smallest in (("eval_batch_size", 1), ("eval_every", 0), ("checkpoint_every", 0)):
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < smallest:
+                raise UserError(f"trainer.{name} is {getattr(self, name)!r}; it must be an integer >= {smallest}")
+        if self.clip_norm is not None and not self.clip_norm > 0:
+            raise UserError(f"trainer.clip_norm is {self.clip_norm!r}; it must be positive, or null not to clip")
+        _ = self.budget
+
+    @property
+    def budget(self) -> Budget:
+        return Budget(self.epochs, self.max_steps, self.max_tokens, self.batch_size, self.accumulation)
+
+    def torch_device(self) -> torch.device:
+        if self.device == "auto":
+            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        try:
+            device = torch.device(self.device)
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError) as error:
+            raise UserError(
+                f"trainer.device is {self.device!r}, which cannot be used here "
+                f"({str(error).splitlines()[0]}); use auto or cpu"
+            ) from None
+        return device

@@ -1,0 +1,121 @@
+"""The verbs of a strategy: the hooks that the training loop calls, and the state it hands to them.
+
+A strategy overrides only the hooks it needs; the loop skips the others. Strategies compose in the order given: each
+sees the batch that the one before returned, penalties add up, and `step` calls nest, the first strategy outermost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from cl.core import Batch, Output, Setting, Stream, StreamInfo
+from cl.state import Cost, TrainState
+
+ALL_SETTINGS = frozenset({Setting.TASK_INCREMENTAL, Setting.CLASS_INCREMENTAL, Setting.DOMAIN_INCREMENTAL})
+
+
+@dataclass(frozen=True)
+class Contract:
+    """What the contract suite (`cl.testing`) must know of a strategy.
+
+    Args:
+        toy: arguments for the two-second toy stream.
+        zero: arguments under which the strategy must equal naive training bit for bit; None where it has no such
+            setting, and then `why_not_zero` says why.
+        forgets_less_by: margin by which `forgetting_first` on the toy stream must beat naive, averaged over the
+            settings it declares; None where it does not have to, and then `why_not_better` says why.
+    """
+
+    toy: Mapping[str, Any] = field(default_factory=dict)
+    zero: Mapping[str, Any] | None = None
+    why_not_zero: str = ""
+    forgets_less_by: float | None = None
+    why_not_better: str = ""
+
+
+class Strategy:
+    """Base of every strategy: all hooks, each doing nothing.
+
+    Class attributes:
+        settings: where the strategy makes sense.
+        contract: parameters of the shipped contract tests.
+    """
+
+    settings: ClassVar[frozenset[Setting]] = ALL_SETTINGS
+    contract: ClassVar[Contract] = Contract()
+
+    @property
+    def name(self) -> str:
+        """File name of the strategy, which is also its config name and its tag on batch parts."""
+        return type(self).__module__.rsplit(".", 1)[-1]
+
+    # before training
+
+    def check(self, stream: Stream) -> None:
+        """Raise `UserError` when this strategy cannot work on this stream."""
+
+    def plan(self, stream: Stream) -> Stream:
+        """Which data each experience trains on."""
+        return stream
+
+    def wrap(self, backbone: nn.Module, info: StreamInfo) -> nn.Module:
+        """Put something around the backbone: a hypernetwork, adapters, masks."""
+        return backbone
+
+    def make_optimizer(self, module: nn.Module, default: Callable[[Iterable[nn.Parameter]], Optimizer]) -> Optimizer:
+        """Build the optimizer; only the last strategy that overrides this is asked."""
+        return default(module.parameters())
+
+    # as named
+
+    def on_run_start(self, state: TrainState) -> None: ...
+
+    def on_experience_start(self, state: TrainState) -> None: ...
+
+    def on_batch(self, state: TrainState, batch: Batch) -> Batch:
+        """Before the forward pass: add rows."""
+        return batch
+
+    def penalty(self, state: TrainState, batch: Batch, output: Output) -> Tensor | None:
+        """After the forward pass: a scalar that the loop adds to the loss and logs under the strategy's name."""
+        return None
+
+    def on_gradients(self, state: TrainState) -> None:
+        """After backward and unscaling, before clipping: edit `p.grad` in place."""
+
+    def step(self, state: TrainState, batch: Batch, update: Callable[[], None]) -> None:
+        """Around the optimizer step; must call `update` exactly once."""
+        update()
+
+    def on_step_end(self, state: TrainState, batch: Batch, output: Output) -> None:
+        """After the step, with the current rows only (all micro-batches of the step) and their output before it."""
+
+    def on_experience_end(self, state: TrainState) -> None: ...
+
+    def eval_forward(self, state: TrainState, batch: Batch) -> Output | None:
+        """Predict in place of the model; None leaves it to the next strategy, and at last to the model."""
+        return None
+
+    # what it costs and keeps
+
+    def cost(self, state: TrainState, batch_size: int) -> Cost:
+        """Declared extra rows of the *next* step over plain training, and the bytes kept now."""
+        return Cost()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors, numbers, strings, lists and dicts only: checkpoints load with `weights_only=True`."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if state:
+            raise ValueError(f"{self.name} keeps no state, but the checkpoint holds {sorted(state)}")
+
+
+def overrides(strategy: Strategy, hook: str) -> bool:
+    """Whether a strategy does anything at `hook`; lets the loop skip what would do nothing."""
+    return getattr(type(strategy), hook) is not getattr(Strategy, hook)

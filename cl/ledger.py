@@ -1,0 +1,146 @@
+"""The books of a run: losses watched, seconds charged, observers told, `result.json` written."""
+
+from __future__ import annotations
+
+import math
+import resource
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cl.metrics import EvalTable, summary
+from cl.observe import Observer
+from cl.result import Result, environment
+from cl.state import TrainState
+
+WATCH_EVERY = {"cpu": 1}
+"""Steps between reads of the losses: free on a CPU, a stall on other devices, which read every 20."""
+
+
+class NonFiniteLoss(RuntimeError):
+    """The loss became NaN or infinite; the message names the step, the terms and the last good checkpoint."""
+
+
+class Ledger:
+    """Records what a run does; changes nothing of it.
+
+    Args:
+        result: filled as the run goes.
+        run_dir: where `result.json` is kept current; None keeps it in memory.
+    """
+
+    def __init__(
+        self, result: Result, observers: Sequence[Observer], run_dir: Path | None, device: torch.device
+    ) -> None:
+        self.result, self.observers, self.run_dir = result, list(observers), run_dir
+        self.clock = {"train_s": 0.0, "eval_s": 0.0, "train_rows": 0, "eval_rows": 0, "wall_s": 0.0}
+        self.last_checkpoint: Path | None = None
+        self._every = WATCH_EVERY.get(device.type, 20)
+        self._pending: list[tuple[int, Mapping[str, Tensor], float]] = []
+        self._opened = time.perf_counter()
+
+    def open(self, settings: Mapping[str, Any]) -> None:
+        self._opened = time.perf_counter() - self.clock["wall_s"]
+        self.tell("on_start", self.result, settings)
+
+    def tell(self, event: str, *details: Any) -> None:
+        for observer in self.observers:
+            getattr(observer, event)(*details)
+
+    @contextmanager
+    def charged(self, account: str) -> Iterator[None]:
+        """Charge the time spent inside to `account`."""
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.clock[account] += time.perf_counter() - begin
+
+    def state_dict(self) -> dict[str, Any]:
+        result = self.result
+        return {"clock": self.clock, "result": [result.R, result.R_init, result.within, result.mlflow_run_id]}
+
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        self.clock.update(saved["clock"])
+        result = self.result
+        result.R, result.R_init, result.within, result.mlflow_run_id = saved["result"]
+
+    def watch(self, state: TrainState, terms: Mapping[str, Tensor], lr: float) -> None:
+        """Take note of a step's loss terms before its update.
+
+        Raises:
+            NonFiniteLoss: as soon as a noted term is read and is NaN or infinite.
+        """
+        self._pending.append((state.step, terms, lr))
+        if len(self._pending) >= self._every:
+            self.flush(state)
+
+    def flush(self, state: TrainState) -> None:
+        """Read the losses noted since the last time and tell the observers, step by step."""
+        pending, self._pending = self._pending, []
+        for step, terms, lr in pending:
+            losses = {name: float(term) for name, term in terms.items()}
+            total = sum(losses.values())
+            if not math.isfinite(total):
+                raise NonFiniteLoss(self._blame(state, step, losses))
+            for observer in self.observers:
+                observer.on_step(state, {"loss": total, **losses}, lr)
+
+    def _blame(self, state: TrainState, step: int, losses: Mapping[str, float]) -> str:
+        experience = state.experience
+        where = f" (experience {experience.id}, {experience.name!r})" if experience else ""
+        terms = ", ".join(f"{name} = {value:g}" for name, value in losses.items())
+        good = (
+            f"the last good checkpoint is {self.last_checkpoint}" if self.last_checkpoint else "there is no checkpoint"
+        )
+        return f"the loss is not finite at step {step}{where}: {terms}; {good}"
+
+    def save(self, state: TrainState, buffer_bytes: int) -> None:
+        """Bring `result` up to date and write it."""
+        clock = self.clock
+        clock["wall_s"] = time.perf_counter() - self._opened
+        self.result.metrics = summary(EvalTable.from_result(vars(self.result))) if self.result.R else {}
+        self.result.cost = {
+            "train_samples_per_s": clock["train_rows"] / clock["train_s"] if clock["train_s"] else 0.0,
+            "eval_samples_per_s": clock["eval_rows"] / clock["eval_s"] if clock["eval_s"] else 0.0,
+            "forwards": state.spent.forwards,
+            "backwards": state.spent.backwards,
+            "updates": state.step,
+            "buffer_bytes": max(buffer_bytes, int(self.result.cost.get("buffer_bytes", 0))),
+            "peak_memory_bytes": peak_memory_bytes(state.device),
+            "train_s": clock["train_s"],
+            "eval_s": clock["eval_s"],
+            "wall_s": clock["wall_s"],
+        }
+        if self.run_dir is not None:
+            self.result.save(self.run_dir / "result.json")
+
+
+def new_result(state: TrainState, seed: int, names: Mapping[str, Any]) -> Result:
+    """The result of a run that is about to start. `names`: stream, strategy, backbone as they are to be reported."""
+    stream = state.stream
+    return Result(
+        **({"stream": stream.info.name, "backbone": type(state.model).__name__.lower()} | dict(names)),
+        setting=str(stream.info.setting),
+        seed=seed,
+        experiences=[experience.name for experience in stream.experiences],
+        domains=[eval_set.domain for eval_set in stream.eval_sets],
+        trained=stream.trained_domains,
+        measure=stream.info.measure,
+        R_init=[None] * len(stream.eval_sets),
+        env=environment() | {"device": str(state.device), "threads": torch.get_num_threads()},
+    )
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Largest memory so far: of the device when it is a GPU, else resident memory of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,128 @@
+"""From an experience to batches: how long to train, and which rows come next.
+
+Both are pure functions of (seed, experience, position), so a run resumes exactly from one integer and nothing about
+the data order needs to be saved.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from cl.core import Batch, Data, Experience, UserError
+from cl.state import TrainState
+
+BLOCK_BYTES = 1 << 19
+"""Rows are gathered and transformed a block at a time: fewer small operations, and a block still fits the cache."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How long to train on one experience: in epochs, optimizer steps or tokens (a row that is no text is one token).
+
+    Raises:
+        UserError: more than one of the three is given, or one is not positive.
+    """
+
+    epochs: int | None = None
+    max_steps: int | None = None
+    max_tokens: int | None = None
+    batch_size: int = 64
+    accumulation: int = 1
+
+    def __post_init__(self) -> None:
+        limits = {"epochs": self.epochs, "max_steps": self.max_steps, "max_tokens": self.max_tokens}
+        given = {name: value for name, value in limits.items() if value is not None}
+        if len(given) > 1:
+            raise UserError(f"trainer has {' and '.join(given)}; a budget is exactly one of {', '.join(limits)}")
+        for name, value in (given | {"batch_size": self.batch_size, "accumulation": self.accumulation}).items():
+            if not isinstance(value, int) or value < 1:
+                raise UserError(f"trainer.{name} is {value!r}; it must be an integer of at least 1")
+
+    def batches_per_epoch(self, num_rows: int) -> int:
+        return math.ceil(num_rows / self.batch_size)
+
+    def steps_per_epoch(self, num_rows: int) -> int:
+        return math.ceil(self.batches_per_epoch(num_rows) / self.accumulation)
+
+    def steps(self, num_rows: int, tokens_per_row: int = 1) -> int:
+        """Optimizer steps on an experience of `num_rows` rows.
+
+        Example:
+            >>> Budget(epochs=2, batch_size=10).steps(95), Budget(max_tokens=100, batch_size=32).steps(1000)
+            (20, 4)
+        """
+        if self.max_steps is not None:
+            return self.max_steps
+        if self.max_tokens is not None:
+            rows_per_step = min(self.batch_size * self.accumulation, num_rows)
+            return math.ceil(self.max_tokens / (tokens_per_row * rows_per_step))
+        return (self.epochs or 1) * self.steps_per_epoch(num_rows)
+
+
+def tokens_per_row(data: Data) -> int:
+    return getattr(data, "tokens_per_row", 1)
+
+
+def steps_from(state: TrainState, experience: Experience, data: Data, budget: Budget, start: int) -> Iterator[tuple]:
+    """Yield (epoch, list of micro-batches) for each optimizer step of an experience, from step `start` on.
+
+    Args:
+        start: optimizer steps already taken in this experience.
+    """
+    per_epoch = budget.steps_per_epoch(len(data))
+    step, last = start, budget.steps(len(data), tokens_per_row(data))
+    while step < last:
+        epoch, offset = divmod(step, per_epoch)
+        batches = _epoch(state, experience, data, budget, epoch, offset * budget.accumulation)
+        for micro_batches in _grouped(batches, budget.accumulation):
+            yield epoch, micro_batches
+            step += 1
+            if step == last:
+                return
+
+
+def _grouped(batches: Iterator[Batch], size: int) -> Iterator[list[Batch]]:
+    group: list[Batch] = []
+    for batch in batches:
+        group.append(batch)
+        if len(group) == size:
+            yield group
+            group = []
+    if group:
+        yield group
+
+
+def _epoch(
+    state: TrainState, experience: Experience, data: Data, budget: Budget, epoch: int, first: int
+) -> Iterator[Batch]:
+    """Micro-batches of one epoch in its order, from micro-batch `first` on."""
+    size = budget.batch_size
+    order = experience.order(len(data), epoch, state.seeds.fresh("order", experience.id, epoch))
+    stream, at = state.stream, first * size
+    block_rows = size
+    while at < len(order):
+        rows = data.rows(order[at : at + block_rows])
+        block = stream.prepare(rows).to(state.device)
+        for low in range(0, len(block), size):
+            batch = block[low : low + size]
+            if stream.augment is not None:
+                # a generator per micro-batch keeps augmentation a function of the position
+                generator = state.seeds.fresh("augment", experience.id, epoch, (at + low) // size)
+                batch.inputs = stream.augment(batch.inputs, generator)
+            yield batch
+        at += block_rows
+        row_bytes = max(1, block.inputs[0].numel() * block.inputs.element_size())
+        block_rows = size * max(1, BLOCK_BYTES // (row_bytes * size))
+
+
+def check_rows(data: Data, experience: Experience) -> None:
+    """An experience without rows cannot be trained on."""
+    if len(data) == 0:
+        raise UserError(f"experience {experience.id} ({experience.name!r}) has no training rows")
+    if len(data) != experience.num_samples:
+        raise UserError(
+            f"experience {experience.id} ({experience.name!r}) announced {experience.num_samples} rows "
+            f"but its data holds {len(data)}"
+        )

@@ -1,0 +1,175 @@
+"""Find the results of a folder and sort them into what can be compared with what."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from cl.metrics.matrix import EvalTable
+from cl.report.variants import name_variants
+from cl.result import Result
+
+RESULT_FILE = "result.json"
+STATUSES = ("done", "interrupted", "failed")
+
+
+@dataclass
+class Loaded:
+    """What a folder holds.
+
+    Args:
+        results: every readable run, oldest file first, so that of two runs of one seed the later one is the newer.
+        warnings: one sentence per file that could not be read.
+    """
+
+    results: list[Result]
+    warnings: list[str] = field(default_factory=list)
+
+
+def load_folder(folder: Path | str) -> Loaded:
+    """Read every result under a folder; runs that differ only in a setting get it added to their strategy's name.
+
+    Args:
+        folder: searched recursively; may itself be a run folder.
+
+    Raises:
+        ValueError: there is no such folder, no result in it, or none of its results can be read.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ValueError(f"there is no folder {folder}; give the folder of a run or of a comparison")
+    paths = sorted(folder.rglob(RESULT_FILE), key=lambda path: (path.stat().st_mtime, path))
+    if not paths:
+        raise ValueError(f"there is no {RESULT_FILE} under {folder}; give the folder of a run or of a comparison")
+    found, warnings = [], []
+    for path in paths:
+        try:
+            found.append((path, _read(path)))
+        except (ValueError, OSError) as error:
+            warnings.append(str(error))
+    if not found:
+        raise ValueError(warnings[0])
+    return Loaded(name_variants(found), warnings)
+
+
+def load_results(folder: Path | str) -> list[Result]:
+    """The readable results under a folder, oldest file first. Raises as `load_folder`."""
+    return load_folder(folder).results
+
+
+def table_of(result: Result) -> EvalTable:
+    """The evaluation table of a run; one without any row yet has zero experiences.
+
+    Raises:
+        ValueError: the numbers do not make a table; the sentence says why.
+    """
+    return EvalTable.from_result(asdict(result))
+
+
+@dataclass
+class Section:
+    """Runs on one stream with one backbone, evaluated on the same domains: what may share a table.
+
+    Args:
+        results: every run, whatever its status.
+        warnings: one sentence per finished run that a newer one of the same strategy and seed replaces.
+    """
+
+    stream: str
+    setting: str
+    backbone: str
+    measure: str
+    domains: list[str]
+    results: list[Result] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def title(self) -> str:
+        return f"{self.stream} · {self.backbone}"
+
+    @property
+    def labels(self) -> list[str]:
+        """Strategies in alphabetical order, with or without a finished run."""
+        return sorted({result.label for result in self.results})
+
+    @property
+    def num_experiences(self) -> int:
+        """Experiences of the longest run; a joint run has one where the others have T."""
+        return max(len(result.experiences) for result in self.results)
+
+    def finished(self, label: str) -> list[Result]:
+        """The finished runs of a strategy, one per seed, by seed."""
+        by_seed = {result.seed: result for result in self.results if result.label == label and result.status == "done"}
+        return [by_seed[seed] for seed in sorted(by_seed)]
+
+    def shown(self, label: str) -> list[Result]:
+        """The finished runs of a strategy, or, where there is none, those that got through an experience."""
+        partial = {result.seed: result for result in self.results if result.label == label and result.R}
+        return self.finished(label) or [partial[seed] for seed in sorted(partial)]
+
+    def unfinished(self) -> list[Result]:
+        """Interrupted, running and failed runs that no finished run of the same strategy and seed replaces."""
+        finished = {(label, result.seed) for label in self.labels for result in self.finished(label)}
+        return [r for r in self.results if r.status != "done" and (r.label, r.seed) not in finished]
+
+
+def sections(results: Sequence[Result]) -> list[Section]:
+    """Sort runs into sections, in order of first appearance.
+
+    Two runs share a section when stream, setting, backbone, measure and evaluated domains agree: a mean over runs with
+    different columns of R would be a mean of different quantities.
+    """
+    found: dict[tuple[object, ...], Section] = {}
+    for result in results:
+        key = (result.stream, result.setting, result.backbone, result.measure, tuple(result.domains))
+        section = found.setdefault(key, Section(*key[:4], list(result.domains)))  # type: ignore[arg-type]
+        section.results.append(result)
+    for section in found.values():
+        section.warnings = _replaced(section)
+    return list(found.values())
+
+
+def _replaced(section: Section) -> list[str]:
+    counts: dict[tuple[str, int], int] = {}
+    for result in section.results:
+        if result.status == "done":
+            counts[result.label, result.seed] = counts.get((result.label, result.seed), 0) + 1
+    return [
+        f"{label}, seed {seed} on {section.title}: {count} finished runs; the newest is used"
+        for (label, seed), count in counts.items()
+        if count > 1
+    ]
+
+
+def _read(path: Path) -> Result:
+    result = Result.load(path)
+    problem = _problem(result)
+    if problem:
+        raise ValueError(f"{path} is not a complete result: {problem}")
+    try:
+        table_of(result)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} is not a complete result: {error}") from None
+    return result
+
+
+def _problem(result: Result) -> str:
+    """What the readers of a result rely on and a hand-edited file may break."""
+    for name in ("stream", "backbone", "setting", "measure", "status", "error"):
+        if not isinstance(getattr(result, name), str):
+            return f"`{name}` is no text: {getattr(result, name)!r}"
+    for name in ("strategy", "domains", "experiences"):
+        value = getattr(result, name)
+        if not isinstance(value, list) or not value or not all(isinstance(item, str) for item in value):
+            return f"`{name}` is no list of names: {value!r}"
+    for name in ("metrics", "cost", "env"):
+        if not isinstance(getattr(result, name), dict):
+            return f"`{name}` is no object: {getattr(result, name)!r}"
+    if not isinstance(result.seed, int):
+        return f"`seed` is no whole number: {result.seed!r}"
+    if result.status not in STATUSES:
+        return f"status is {result.status!r}; allowed are {', '.join(STATUSES)}"
+    if result.status == "done" and not result.R:
+        return "status is 'done' and R is empty"
+    return ""

@@ -1,0 +1,161 @@
+"""How strategies and numbers look, the same in every figure, table and page."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+# Okabe & Ito (2008), without black; yellow last, since it is faint on white
+OKABE_ITO = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#F0E442")
+
+# bounds rather than competitors, so they step back: what happens without a remedy, and with all data at once
+NEUTRAL = {"naive": "#8C8C8C", "joint": "#4D4D4D"}
+
+DASHES = ("solid", "dashed", "dotted", "dashdot")
+
+
+@dataclass(frozen=True)
+class Look:
+    """Args:
+    colour: "#RRGGBB".
+    dash: one of `DASHES`; tells strategies apart when there are more of them than colours.
+    is_neutral: drawn as a bound.
+    """
+
+    colour: str
+    dash: str = "solid"
+    is_neutral: bool = False
+
+
+def looks(labels: Iterable[str]) -> dict[str, Look]:
+    """A look for each strategy, in alphabetical order, so that it does not depend on who wins.
+
+    Example:
+        >>> {label: look.colour for label, look in looks(["replay", "naive", "ewc"]).items()}
+        {'ewc': '#0072B2', 'naive': '#8C8C8C', 'replay': '#D55E00'}
+    """
+    found, num_coloured = {}, 0
+    for label in sorted(set(labels)):
+        if label in NEUTRAL:
+            found[label] = Look(NEUTRAL[label], "dashed" if label == "joint" else "solid", is_neutral=True)
+            continue
+        cycle, index = divmod(num_coloured, len(OKABE_ITO))
+        found[label] = Look(OKABE_ITO[index], DASHES[cycle % len(DASHES)])
+        num_coloured += 1
+    return found
+
+
+@dataclass(frozen=True)
+class Unit:
+    """How a measure is written.
+
+    Args:
+        name: of the measure.
+        symbol: of its unit.
+        factor: from the stored number to the written one.
+        digits: after the decimal point.
+        higher_is_better: direction.
+    """
+
+    name: str
+    symbol: str
+    factor: float
+    digits: int
+    higher_is_better: bool
+
+    @property
+    def axis(self) -> str:
+        return f"{self.name} ({self.symbol})"
+
+    @property
+    def direction(self) -> str:
+        return "higher is better" if self.higher_is_better else "lower is better"
+
+    def text(self, value: float | None, signed: bool = False) -> str:
+        """The number as it is written in tables; a dash where there is none."""
+        if value is None or math.isnan(value):
+            return "–"
+        written = f"{value * self.factor:{'+' if signed else ''}.{self.digits}f}"
+        # -0.0 says nothing that 0.0 does not
+        return written.replace("-", "−") if float(written) else f"{0:.{self.digits}f}"
+
+
+UNITS = {
+    "accuracy": Unit("Accuracy", "%", 100.0, 1, higher_is_better=True),
+    "loss": Unit("Loss", "nats", 1.0, 3, higher_is_better=False),
+}
+
+
+def count_text(value: float | None) -> str:
+    """A count in at most four characters and a prefix: 1234567 -> "1.23 M"."""
+    return _prefixed(value, 1000, ("", " k", " M", " G", " T", " P"))
+
+
+def bytes_text(value: float | None) -> str:
+    """Bytes with a binary prefix: 627200 -> "612 KiB"."""
+    return _prefixed(value, 1024, (" B", " KiB", " MiB", " GiB", " TiB", " PiB"))
+
+
+def seconds_text(value: float | None) -> str:
+    if value is None or math.isnan(value):
+        return "–"
+    if value < 120:
+        return f"{value:.3g} s"
+    minutes, seconds = divmod(round(value), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {seconds:02d} s"
+
+
+def p_text(p: float) -> str:
+    return "< 0.001" if p < 0.001 else f"= {p:.3f}"
+
+
+def spread(positions: Sequence[float], gap: float, low: float = -math.inf, high: float = math.inf) -> list[float]:
+    """Move labels apart until neighbours are `gap` apart, each as near to its own position as the others allow.
+
+    Labels that touch become one block around the mean of their positions, which is the least-squares answer.
+
+    Args:
+        low, high: range for the labels; they overflow it only when it is too small for all of them.
+
+    Example:
+        >>> spread([1.0, 1.0, 5.0], gap=1.0)
+        [0.5, 1.5, 5.0]
+    """
+    order = sorted(range(len(positions)), key=lambda i: positions[i])
+    blocks: list[tuple[float, int]] = []
+    for index in order:
+        start, size = positions[index], 1
+        while blocks:
+            other, width = blocks[-1]
+            if other + width * gap <= start:
+                break
+            blocks.pop()
+            # the block's start minimises the squared moves of all its members
+            start = (other * width + (start - width * gap) * size) / (width + size)
+            size += width
+        blocks.append((min(max(start, low), max(high - (size - 1) * gap, low)), size))
+    placed = [start + k * gap for start, size in blocks for k in range(size)]
+    out = [0.0] * len(positions)
+    for index, position in zip(order, placed, strict=True):
+        out[index] = position
+    return out
+
+
+def short(name: str, length: int = 24) -> str:
+    """A name cut in the middle, where it tells least."""
+    if len(name) <= length:
+        return name
+    head = (length - 1) * 2 // 3
+    return f"{name[:head]}…{name[-(length - 1 - head) :]}"
+
+
+def _prefixed(value: float | None, base: int, prefixes: Sequence[str]) -> str:
+    if value is None or math.isnan(value):
+        return "–"
+    for prefix in prefixes:
+        if abs(value) < base or prefix == prefixes[-1]:
+            return f"{value:.0f}{prefix}" if value == int(value) and abs(value) < base else f"{value:.3g}{prefix}"
+        value /= base
+    raise AssertionError("unreachable")

@@ -1,0 +1,148 @@
+"""The state of a run: what hooks may read, what a step costs, and the label loss of a batch with mixed rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from cl.core import Batch, Data, Experience, Output, Part, Stream, StreamInfo
+from cl.seeding import Seeds
+
+
+@dataclass
+class Cost:
+    """Work and memory, in rows and bytes.
+
+    Args:
+        forwards: rows sent through the backbone.
+        backwards: rows whose gradient was taken.
+        buffer_bytes: bytes kept for the sake of past experiences: stored rows, anchors, importances, teachers.
+    """
+
+    forwards: int = 0
+    backwards: int = 0
+    buffer_bytes: int = 0
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(
+            self.forwards + other.forwards,
+            self.backwards + other.backwards,
+            self.buffer_bytes + other.buffer_bytes,
+        )
+
+
+@dataclass
+class TrainState:
+    """Everything a hook may read, and the few things it may call.
+
+    Args:
+        model: what is trained, after every `wrap`.
+        stream: the planned stream; `experience` and `data` are the current ones.
+        step: optimizer steps taken since the run began; `micro_step` counts inside accumulation.
+        total_steps: steps of the whole run.
+        classes_seen: classes of this and every earlier experience, in order of appearance.
+    """
+
+    model: nn.Module
+    optimizer: Optimizer
+    stream: Stream
+    seeds: Seeds
+    device: torch.device
+    autocast: Callable[[], Any]
+    total_steps: int = 0
+    experience: Experience | None = None
+    data: Data | None = None
+    step: int = 0
+    micro_step: int = 0
+    epoch: int = 0
+    tokens: int = 0
+    classes_seen: tuple[int, ...] = ()
+    spent: Cost = field(default_factory=Cost)
+
+    @property
+    def info(self) -> StreamInfo:
+        return self.stream.info
+
+    def forward(self, batch: Batch, model: nn.Module | None = None) -> Output:
+        """Send a batch through the model (or a teacher) under the run's precision, and count its rows."""
+        self.count(forwards=len(batch), backwards=len(batch) if torch.is_grad_enabled() else 0)
+        with self.autocast():
+            output: Output = (model or self.model)(batch)
+        return output
+
+    def count(self, forwards: int = 0, backwards: int = 0) -> None:
+        """Account for work that does not pass through `forward`, such as vectorised per-sample gradients."""
+        self.spent.forwards += forwards
+        self.spent.backwards += backwards
+
+    def prepare(self, rows: Batch, generator: torch.Generator | None = None) -> Batch:
+        """Stored rows, transformed, augmented when a generator is given, on the run's device."""
+        return self.stream.prepare(rows, generator).to(self.device)
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that the next step depends on, except strategies and the position in the stream."""
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "seeds": self.seeds.state_dict(),
+            "torch_rng": torch.get_rng_state(),
+            "cuda_rng": torch.cuda.get_rng_state_all() if self.device.type == "cuda" else [],
+            "counters": [self.step, self.tokens, self.spent.forwards, self.spent.backwards],
+            "classes_seen": list(self.classes_seen),
+        }
+
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        self.model.load_state_dict(saved["model"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.seeds.load_state_dict(saved["seeds"])
+        torch.set_rng_state(saved["torch_rng"])
+        if saved["cuda_rng"]:
+            torch.cuda.set_rng_state_all(saved["cuda_rng"])
+        self.step, self.tokens, forwards, backwards = saved["counters"]
+        self.spent = Cost(forwards, backwards)
+        self.classes_seen = tuple(saved["classes_seen"])
+
+
+def cross_entropy(output: Output, batch: Batch, parts: Sequence[Part] | None = None) -> Tensor:
+    """Sum over parts of weight times the part's mean cross-entropy; next-token targets are flattened.
+
+    A weight of 0 skips the part, so that rows without a label loss cost nothing here.
+    """
+    parts = batch.parts if parts is None else parts
+    terms = []
+    for part in parts:
+        if part.weight == 0:
+            continue
+        logits, targets = output.logits, batch.targets
+        if len(part) != len(batch):
+            logits, targets = logits[part.rows], targets[part.rows]
+        term = F.cross_entropy(logits.flatten(0, -2).float(), targets.flatten())
+        terms.append(term if part.weight == 1 else part.weight * term)
+    return sum(terms[1:], start=terms[0]) if terms else output.logits.sum() * 0.0
+
+
+def tensor_bytes(*values: Any) -> int:
+    """Bytes held by the tensors in nested dicts and lists.
+
+    Example:
+        >>> tensor_bytes({"a": torch.zeros(2, 3)}, [torch.zeros(1, dtype=torch.uint8)])
+        25
+    """
+    total = 0
+    for value in values:
+        if isinstance(value, Tensor):
+            total += value.numel() * value.element_size()
+        elif isinstance(value, Mapping):
+            total += tensor_bytes(*value.values())
+        elif isinstance(value, list | tuple):
+            total += tensor_bytes(*value)
+    return total

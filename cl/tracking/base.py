@@ -1,0 +1,279 @@
+"""Trackers that need nothing installed: a list in memory, and a journal on disk that can be replayed later."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+import uuid
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cl.observe import Observer
+from cl.result import Result, write_text
+from cl.tracking.points import Point, is_settled, last_points, points, train_points, within_points
+
+if TYPE_CHECKING:
+    from cl.state import TrainState
+
+EVERY_STEPS = 50
+FLUSH_EVERY_S = 10.0
+JOURNAL = "metrics.jsonl"
+
+Stamped = tuple[Point, float]
+"""A point and when it was made, in seconds since 1970."""
+
+_logger = logging.getLogger(__name__)
+
+
+class Recorder(Observer):
+    """Base of every tracker: events become points, training points are thinned, and points are written in batches.
+
+    A tracker never stops a run: the first error of `rewind` or `write` is told in one warning, and nothing more is
+    written. Steps are counted here, not read from the state, which may be ahead of the losses that are told.
+
+    Args:
+        every_steps: optimizer steps between two points under `train/`; each is the mean of the losses since the last.
+            An experience always ends with one.
+        flush_every_s: points wait in memory at most this long (and until the experience ends).
+    """
+
+    def __init__(self, every_steps: int = EVERY_STEPS, flush_every_s: float = FLUSH_EVERY_S) -> None:
+        if every_steps < 1:
+            raise ValueError(f"every_steps is {every_steps}; it must be at least 1")
+        self.every_steps, self.flush_every_s = every_steps, flush_every_s
+        self.is_silent = False
+        self._reset()
+
+    # for subclasses
+
+    def open(self, result: Result, settings: Mapping[str, Any]) -> None:
+        """The run starts, or goes on."""
+
+    def rewind(self, steps: int | None, experiences: int) -> set[tuple[str, int]]:
+        """Forget what lies beyond where the run goes on.
+
+        Args:
+            steps: optimizer steps that are behind the run, 0 for a fresh one; None when nothing is left to train.
+
+        Returns:
+            (name, step) of the points that need no second writing.
+        """
+        return set()
+
+    def write(self, batch: Sequence[Stamped]) -> None:
+        """Write points; called with at least one."""
+        raise NotImplementedError
+
+    def close(self, result: Result) -> None:
+        """The run is over and every point is written."""
+
+    def lost(self, error: Exception) -> str:
+        """The sentence that says what the run goes on without."""
+        return f"{type(self).__name__} cannot write ({first_line(error)}); the run goes on without it"
+
+    # events
+
+    def on_start(self, result: Result, settings: Mapping[str, Any]) -> None:
+        self._reset()
+        self._result = result
+        self._guard(self.open, result, settings)
+
+    def on_experience_start(self, state: TrainState, num_steps: int) -> None:
+        if not self._has_begun:
+            self._step = state.step
+            self._begin(state.step)
+
+    def on_step(self, state: TrainState, losses: Mapping[str, float], lr: float) -> None:
+        self._step += 1
+        self._num_summed += 1
+        sums = self._sums
+        for name, value in losses.items():
+            sums[name] = sums.get(name, 0.0) + value
+        if self._step % self.every_steps == 0:
+            self._take_train(lr)
+        else:
+            self._lr = lr
+
+    def on_within(self, state: TrainState, values: Sequence[float | None]) -> None:
+        self._take(within_points(values, self._step))
+
+    def on_evaluation(self, state: TrainState, result: Result) -> None:
+        self._take_train(self._lr)
+        self._take(self._guard(points, result, len(result.R) - 1) or ())
+        self.flush()
+
+    def on_end(self, result: Result) -> None:
+        is_done = result.status == "done"
+        if is_done and not self._has_begun:
+            self._begin(None)
+        self._take_train(self._lr)
+        if is_done:
+            self._take(last_points(result))
+        self.flush()
+        self._guard(self.close, result)
+
+    def flush(self) -> None:
+        """Write what waits."""
+        batch, self._waiting = self._waiting, []
+        self._flushed_at = time.monotonic()
+        if batch:
+            self._guard(self.write, batch)
+
+    # inside
+
+    def _reset(self) -> None:
+        self._result: Result | None = None
+        self._has_begun = False
+        self._step, self._num_summed, self._lr = 0, 0, 0.0
+        self._sums: dict[str, float] = {}
+        self._known: set[tuple[str, int]] = set()
+        self._waiting: list[Stamped] = []
+        self._flushed_at = time.monotonic()
+
+    def _begin(self, steps: int | None) -> None:
+        """Where the run goes on is known only now: in the middle of an experience, after one, or nowhere."""
+        assert self._result is not None, "on_start comes first"
+        self._has_begun = True
+        self._known = self._guard(self.rewind, steps, len(self._result.R)) or set()
+        if self._result.R or self._result.within:
+            # the row of an experience that ended just before a crash was never told
+            self._take(self._guard(points, self._result) or ())
+
+    def _take(self, found: Iterable[Point]) -> None:
+        if self.is_silent:
+            return
+        now = time.time()
+        for point in found:
+            key = (point.name, point.step)
+            if key not in self._known:
+                self._known.add(key)
+                self._waiting.append((point, now))
+        if time.monotonic() - self._flushed_at >= self.flush_every_s:
+            self.flush()
+
+    def _take_train(self, lr: float) -> None:
+        if self._num_summed:
+            means = {name: total / self._num_summed for name, total in self._sums.items()}
+            self._num_summed, self._sums = 0, {}
+            self._take(train_points(means, lr, self._step))
+
+    def _guard(self, action: Any, *details: Any) -> Any:
+        """Do it, unless something failed before; a failure is told once and never reaches the run."""
+        if self.is_silent:
+            return None
+        try:
+            return action(*details)
+        except Exception as error:  # a store fails in every way there is; the run must outlive them all
+            self.is_silent = True
+            self._waiting = []
+            _logger.warning("%s", self.lost(error))
+            return None
+
+
+class Memory(Recorder):
+    """Points in a list: for tests, notebooks and machines without any tracker.
+
+    Example:
+        >>> memory = Memory()
+        >>> memory.write([(Point("summary/bwt", -0.5, 2), 0.0)])
+        >>> memory.curve("summary/bwt")
+        [(2, -0.5)]
+    """
+
+    def __init__(self, every_steps: int = EVERY_STEPS) -> None:
+        super().__init__(every_steps, flush_every_s=0.0)
+        self.points: list[Point] = []
+
+    def rewind(self, steps: int | None, experiences: int) -> set[tuple[str, int]]:
+        self.points = [p for p in self.points if steps != 0 and is_settled(p, steps, experiences)]
+        return {(p.name, p.step) for p in self.points}
+
+    def write(self, batch: Sequence[Stamped]) -> None:
+        self.points += [point for point, _ in batch]
+
+    def curve(self, name: str) -> list[tuple[int, float]]:
+        """(step, value) of one name, in the order written."""
+        return [(p.step, p.value) for p in self.points if p.name == name]
+
+
+class Journal(Recorder):
+    """Points as JSON lines in `RUN_DIR/metrics.jsonl`; what `sync` replays into MLflow when a server was lost.
+
+    The first line describes the run (its settings, experiment and suite), each other line is one point:
+    `{"name": "train/loss", "value": 0.5, "step": 50, "time": 1790000000.0}`. A run that is resumed drops the points
+    that it is going to make again.
+
+    Args:
+        run_dir: the run's folder.
+        experiment, suite: where a later `sync` puts the run.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        *,
+        experiment: str = "cl",
+        suite: str = "",
+        every_steps: int = EVERY_STEPS,
+        flush_every_s: float = FLUSH_EVERY_S,
+    ) -> None:
+        super().__init__(every_steps, flush_every_s)
+        self.path = Path(run_dir) / JOURNAL
+        self.experiment, self.suite = experiment, suite
+        self._settings: Mapping[str, Any] = {}
+
+    def open(self, result: Result, settings: Mapping[str, Any]) -> None:
+        self._settings = settings
+
+    def rewind(self, steps: int | None, experiences: int) -> set[tuple[str, int]]:
+        assert self._result is not None
+        header, rows = read_journal(self.path) if steps != 0 and self.path.exists() else ({}, [])
+        kept = [row for row in rows if is_settled(row[0], steps, experiences)]
+        identity = asdict(self._result) | {"R": [], "R_init": [], "within": [], "metrics": {}, "cost": {}}
+        header = {
+            "journal": header.get("journal") or uuid.uuid4().hex,
+            "experiment": self.experiment,
+            "suite": self.suite,
+            "settings": self._settings,
+            "result": identity,
+        }
+        write_text(self.path, json.dumps(header, default=str) + "\n" + "".join(map(_line, kept)))
+        return {(point.name, point.step) for point, _ in kept}
+
+    def write(self, batch: Sequence[Stamped]) -> None:
+        with self.path.open("a") as file:
+            file.write("".join(map(_line, batch)))
+
+    def on_checkpoint(self, state: TrainState, path: str) -> None:
+        # a checkpoint without the points before it would leave a gap after a crash
+        self.flush()
+
+
+def read_journal(path: Path) -> tuple[dict[str, Any], list[Stamped]]:
+    """The description of the run ({} where it is damaged) and its points; a line cut short by a crash is skipped."""
+    header: dict[str, Any] = {}
+    rows: list[Stamped] = []
+    for line in path.read_text().splitlines():
+        try:
+            entry = json.loads(line)
+            if "journal" in entry:
+                header = entry
+            else:
+                rows.append((Point(entry["name"], float(entry["value"]), int(entry["step"])), float(entry["time"])))
+        except (ValueError, KeyError, TypeError):
+            continue
+    return header, rows
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, fit for one sentence."""
+    text = str(error).strip().splitlines()
+    return (text[0] if text else type(error).__name__)[:200]
+
+
+def _line(row: Stamped) -> str:
+    point, moment = row
+    return json.dumps({"name": point.name, "value": point.value, "step": point.step, "time": round(moment, 3)}) + "\n"

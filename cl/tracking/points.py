@@ -1,0 +1,166 @@
+"""What is logged, under which name, at which step: one fact for every tracker.
+
+| section | step | names |
+|---|---|---|
+| `accuracy/`, `loss/`, `perplexity/` | experiences seen, from 1 | `task_00`: the measure on the domain in column 0 of R |
+| `forgetting/` | experiences seen | `task_00`: the `max` definition, from the experience after the domain's first visit |
+| `summary/` | experiences seen | `accuracy_avg` (domains visited so far), `forgetting_avg`, `bwt` |
+| `final/`, `cost/` | experiences seen | one point each, when the run is done |
+| `train/` | optimizer steps taken | `loss`, each loss term, `lr`; `within/task_00`: the measure inside experiences |
+
+The two kinds of step never share a section, since a chart page has one x axis per section.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+from cl.metrics import EvalTable, Progress, perplexity, progress
+from cl.result import Result
+
+TRAIN = "train/"
+LAST_VALUES = ("final/", "cost/")
+
+# metrics whose field name differs from the key that the naming scheme gives to their last value
+_FINAL_NAMES = {"final": "{measure}_avg", "forgetting_max": "forgetting_avg"}
+
+
+class Point(NamedTuple):
+    """One value of one curve.
+
+    Args:
+        step: optimizer steps taken for names under `train/`, experiences seen for all others.
+    """
+
+    name: str
+    value: float
+    step: int
+
+
+def points(result: Result, stage: int | None = None) -> list[Point]:
+    """Everything that a result says, as points; undefined values (None, NaN, infinity) are left out.
+
+    Args:
+        stage: only row `stage` of R, counted from 0. None: all rows, what was measured inside experiences, and the
+            last values (`final/`, `cost/`) when the run is done.
+
+    Example:
+        >>> run = Result("s", ["naive"], "mlp", "domain_incremental", 0, ["a", "b"], ["a", "b"], [0, 1], "accuracy")
+        >>> run.R = [[1.0, 0.25], [0.5, 1.0]]
+        >>> [(p.name, p.value) for p in points(run, 1)][:3]
+        [('accuracy/task_00', 0.5), ('accuracy/task_01', 1.0), ('forgetting/task_00', 0.5)]
+    """
+    # only `cl.metrics.stability` reads `within`, and the experience going on has entries but no row yet
+    table = EvalTable.from_result(vars(result) | {"within": ()})
+    if stage is not None:
+        return defined(_evaluation(result, stage, progress(table.upto(stage + 1))))
+    found = _within(result)
+    for i in range(len(result.R)):
+        found += _evaluation(result, i, progress(table.upto(i + 1)))
+    return defined(found) + (last_points(result) if result.status == "done" else [])
+
+
+def last_points(result: Result) -> list[Point]:
+    """`final/` and `cost/`: one point each, at the end of the run."""
+    step = len(result.R)
+    found: list[Point] = []
+    for key, value in result.metrics.items():
+        name = _FINAL_NAMES.get(key, key).format(measure=result.measure)
+        found.append(Point(f"final/{name}", value, step))  # type: ignore[arg-type]  # None is dropped by `defined`
+    for key, amount in result.cost.items():
+        if key == "wall_s":
+            found.append(Point("cost/seconds", amount, step))
+        elif key == "peak_memory_bytes":
+            found.append(Point("cost/memory_mb", amount / 1e6, step))
+        else:
+            found.append(Point(f"cost/{key}", amount, step))
+    return defined(found)
+
+
+def train_points(losses: Mapping[str, float], lr: float, step: int) -> list[Point]:
+    """Loss, its terms and the learning rate after `step` optimizer steps."""
+    found = [Point(f"{TRAIN}{name}", float(value), step) for name, value in losses.items()]
+    return defined([*found, Point(f"{TRAIN}lr", float(lr), step)])
+
+
+def within_points(values: Iterable[float | None], step: int) -> list[Point]:
+    """The measure on every domain, inside an experience."""
+    row = list(values)
+    return defined(Point(_within_name(j, len(row)), value, step) for j, value in enumerate(row))
+
+
+def defined(found: Iterable[Point]) -> list[Point]:
+    """The points that hold a number: a store keeps NaN as a value and infinity as the largest double."""
+    return [p for p in found if p.value is not None and math.isfinite(p.value)]
+
+
+def is_settled(point: Point, steps: int | None, experiences: int) -> bool:
+    """Whether a point written earlier stays true for a run that goes on after `steps` and `experiences`.
+
+    Args:
+        steps: optimizer steps taken; None when nothing is left to train.
+    """
+    if point.name.startswith(TRAIN):
+        return steps is None or point.step <= steps
+    return not point.name.startswith(LAST_VALUES) and point.step <= experiences
+
+
+def task_name(section: str, domain: int, num_domains: int) -> str:
+    """Zero-padded, so that a page that sorts by name keeps the order of the stream.
+
+    Example:
+        >>> task_name("accuracy", 3, 10), task_name("accuracy", 3, 1000)
+        ('accuracy/task_03', 'accuracy/task_003')
+    """
+    return f"{section}/task_{domain:0{max(2, len(str(num_domains - 1)))}d}"
+
+
+def matrix_table(result: Result) -> dict[str, Any]:
+    """R in long form without empty cells, in the layout that MLflow's artifact viewer shows as a table."""
+    cells = [
+        [result.experiences[i], result.domains[j], value]
+        for i, row in enumerate(result.R)
+        for j, value in enumerate(row)
+        if value is not None and math.isfinite(value)
+    ]
+    return {"columns": ["after_experience", "domain", result.measure], "data": cells}
+
+
+def config_hash(settings: Mapping[str, Any]) -> str:
+    """Twelve hex digits that agree exactly for runs that differ in nothing but the seed.
+
+    Example:
+        >>> config_hash({"seed": 0, "lr": 0.1}) == config_hash({"lr": 0.1, "seed": 1}) != config_hash({"lr": 0.2})
+        True
+    """
+    kept = {str(key): value for key, value in settings.items() if key != "seed"}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode()).hexdigest()[:12]
+
+
+def _within_name(domain: int, num_domains: int) -> str:
+    return TRAIN + task_name("within", domain, num_domains)
+
+
+def _within(result: Result) -> list[Point]:
+    width = len(result.domains)
+    return [Point(_within_name(int(domain), width), value, int(step)) for _, step, domain, value in result.within]
+
+
+def _evaluation(result: Result, stage: int, now: Progress) -> list[Point]:
+    step, row, measure, width = stage + 1, result.R[stage], result.measure, len(result.domains)
+    cells = [(j, value) for j, value in enumerate(row) if value is not None]
+    found = [Point(task_name(measure, j, width), value, step) for j, value in cells]
+    if measure == "loss":
+        found += [Point(task_name("perplexity", j, width), perplexity(value), step) for j, value in cells]
+        found.append(Point("summary/perplexity_avg", perplexity(now.seen_average), step))
+    found += [Point(task_name("forgetting", j, width), value, step) for j, value in now.forgetting.items()]
+    return [
+        *found,
+        Point(f"summary/{measure}_avg", now.seen_average, step),
+        Point("summary/forgetting_avg", now.forgetting_avg, step),
+        Point("summary/bwt", now.bwt, step),
+    ]

@@ -1,0 +1,316 @@
+"""The training loop: one road for every strategy, backbone and stream.
+
+    Trainer(stream, backbone, strategies, optimizer=partial(torch.optim.SGD, lr=0.1)).run()
+
+The hooks are in `cl.hooks`; which rows come next is in `cl.loader`; what is written down is in `cl.ledger`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils._pytree import tree_map_only
+
+from cl import checkpoint
+from cl.config import PRECISIONS, TrainerConfig
+from cl.core import Batch, Experience, Output, Stream, StreamInfo
+from cl.evaluation import measure_all
+from cl.hooks import Strategy, overrides
+from cl.ledger import Ledger, new_result
+from cl.loader import check_rows, steps_from, tokens_per_row
+from cl.observe import Observer
+from cl.result import Result
+from cl.schedules import Schedule, constant
+from cl.seeding import Seeds
+from cl.state import TrainState, cross_entropy
+
+STEP_HOOKS = ("on_batch", "penalty", "on_gradients", "step", "on_step_end", "eval_forward", "make_optimizer")
+
+
+class Trainer:
+    """Train a backbone on a stream with strategies, measure forgetting, and be able to go on exactly where it stopped.
+
+    Args:
+        stream: what to learn; the strategies may re-plan it.
+        backbone: builds the network for a stream; called under the run's own seed.
+        strategies: in the order in which they see the batch.
+        optimizer: parameters -> optimizer.
+        schedule: factor of the learning rate.
+        seed: root of every random draw of the run.
+        run_dir: where `result.json` and `checkpoints/` go; None keeps everything in memory.
+        observers: told of every event; none of them changes a number.
+        names: overrides of the names that `Result` reports, such as {"backbone": "mlp"}.
+        settings: every hyper-parameter, flat, for observers.
+        fingerprint: of the settings that a checkpoint must agree with.
+    """
+
+    def __init__(
+        self,
+        stream: Stream,
+        backbone: Callable[[StreamInfo], nn.Module],
+        strategies: Sequence[Strategy],
+        *,
+        optimizer: Callable[[Iterable[nn.Parameter]], Optimizer],
+        schedule: Schedule = constant,
+        config: TrainerConfig | None = None,
+        seed: int = 0,
+        run_dir: Path | None = None,
+        observers: Sequence[Observer] = (),
+        names: Mapping[str, Any] | None = None,
+        settings: Mapping[str, Any] | None = None,
+        fingerprint: str = "",
+    ) -> None:
+        self.config = config or TrainerConfig()
+        self.strategies, self.optimizer, self.schedule = list(strategies), optimizer, schedule
+        self.run_dir, self.settings, self.fingerprint = run_dir, dict(settings or {}), fingerprint
+        self._stop_requested = False
+        self._hooked = {hook: [s for s in self.strategies if overrides(s, hook)] for hook in STEP_HOOKS}
+        for strategy in self.strategies:
+            strategy.check(stream)
+        for strategy in self.strategies:
+            stream = strategy.plan(stream)
+
+        device, seeds = self.config.torch_device(), Seeds(seed)
+        with seeds.as_global("init"):
+            model = backbone(stream.info)
+            for strategy in self.strategies:
+                model = strategy.wrap(model, stream.info)
+        model.to(device)
+        dtype = PRECISIONS[self.config.precision]
+        autocast = nullcontext if dtype is None else partial(torch.autocast, device.type, dtype)
+        self.state = TrainState(model, self._make_optimizer(model), stream, seeds, device, autocast)
+        self.state.total_steps = sum(self.config.budget.steps(e.num_samples) for e in stream.experiences)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.config.precision == "fp16")
+        reported = {"strategy": [strategy.name for strategy in self.strategies]} | dict(names or {})
+        self.ledger = Ledger(new_result(self.state, seed, reported), observers, run_dir, device)
+
+    def request_stop(self) -> None:
+        """Stop after the current step, with a checkpoint (safe to call from a signal handler)."""
+        self._stop_requested = True
+
+    def run(self, resume: bool = False) -> Result:
+        """Train on every experience from where the run stands.
+
+        Returns:
+            The result; `status` is "done", or "interrupted" after `request_stop`.
+
+        Raises:
+            NonFiniteLoss: and any error of a hook; `result.status` is then "failed" and the file says why.
+        """
+        result = self.ledger.result
+        with self.state.seeds.as_global("torch"):
+            start, steps_done = self._restore() if resume else (0, 0)
+            self.ledger.open(self.settings)
+            result.status, result.error = "interrupted", ""
+            try:
+                if not resume:
+                    self._begin()
+                if all(self._learn(e, steps_done if e.id == start else 0) for e in self._experiences(start)):
+                    result.status = "done"
+            except KeyboardInterrupt:
+                raise
+            except BaseException as error:
+                result.status, result.error = "failed", str(error)
+                raise
+            finally:
+                self._save_result()
+                self.ledger.tell("on_end", result)
+        return result
+
+    # one run, one experience, one step
+
+    def _begin(self) -> None:
+        for strategy in self.strategies:
+            strategy.on_run_start(self.state)
+        if self.config.evaluate == "all":
+            self.ledger.result.R_init = self._measure(self._columns())
+        self._save_checkpoint(next_experience=0, steps_done=0)
+
+    def _learn(self, experience: Experience, steps_done: int) -> bool:
+        """Train on one experience and measure; False when asked to stop before its end."""
+        state, config, ledger = self.state, self.config, self.ledger
+        state.experience, state.data = experience, experience.load()
+        check_rows(state.data, experience)
+        num_steps = config.budget.steps(len(state.data), tokens_per_row(state.data))
+        if steps_done == 0:
+            self._enter(experience)
+        ledger.tell("on_experience_start", state, num_steps)
+        state.model.train()
+        steps = steps_from(state, experience, state.data, config.budget, steps_done)
+        while steps_done < num_steps:
+            pause = self._next_pause(steps_done, num_steps)
+            with ledger.charged("train_s"):
+                while steps_done < pause and not self._stop_requested:
+                    state.epoch, batches = next(steps)
+                    self._step(batches, steps_done, num_steps)
+                    steps_done += 1
+            if steps_done < num_steps:
+                if config.eval_every and steps_done % config.eval_every == 0:
+                    self._measure_within()
+                self._save_checkpoint(experience.id, steps_done)
+                if self._stop_requested:
+                    return False
+        ledger.flush(state)
+        with ledger.charged("train_s"):
+            for strategy in self.strategies:
+                strategy.on_experience_end(state)
+        ledger.result.R.append(self._measure(self._columns()))
+        self._save_checkpoint(experience.id + 1, 0)
+        ledger.tell("on_evaluation", state, ledger.result)
+        return not self._stop_requested or experience is state.stream.experiences[-1]
+
+    def _enter(self, experience: Experience) -> None:
+        state = self.state
+        new = tuple(c for c in experience.classes if c not in state.classes_seen)
+        state.classes_seen += new
+        if self.config.reset_optimizer and experience.id > 0:
+            state.optimizer = self._make_optimizer(state.model)
+        for strategy in self.strategies:
+            strategy.on_experience_start(state)
+
+    def _step(self, batches: Sequence[Batch], step: int, num_steps: int) -> None:
+        """One optimizer step over its micro-batches; the heart of the platform."""
+        state, hooked = self.state, self._hooked
+        lr = self._set_learning_rate(step, num_steps)
+        state.optimizer.zero_grad(set_to_none=True)
+        done: list[tuple[Batch, Output]] = []
+        means: dict[str, Tensor] = {}
+        for state.micro_step, batch in enumerate(batches):
+            state.tokens += batch.targets.numel()
+            for strategy in hooked["on_batch"]:
+                batch = strategy.on_batch(state, batch)
+            output = state.forward(batch)
+            terms = {"cross_entropy": cross_entropy(output, batch) if output.loss is None else output.loss}
+            for strategy in hooked["penalty"]:
+                penalty = strategy.penalty(state, batch, output)
+                if penalty is not None:
+                    terms[strategy.name] = penalty
+            if len(batches) > 1:
+                terms = {name: term / len(batches) for name, term in terms.items()}
+            first, *others = terms.values()
+            self.scaler.scale(sum(others, start=first)).backward()
+            for name, term in terms.items():
+                means[name] = means[name] + term.detach() if name in means else term.detach()
+            done.append((batch, output))
+        self.ledger.watch(state, means, lr)
+        self._update(done[-1][0])
+        state.step += 1
+        self.ledger.clock["train_rows"] += sum(batch.num_current for batch, _ in done)
+        if hooked["on_step_end"]:
+            rows, output = _current_rows(done)
+            for strategy in hooked["on_step_end"]:
+                strategy.on_step_end(state, rows, output)
+
+    def _update(self, batch: Batch) -> None:
+        state, hooked, clip_norm = self.state, self._hooked, self.config.clip_norm
+        if hooked["on_gradients"] or clip_norm is not None:
+            self.scaler.unscale_(state.optimizer)
+            for strategy in hooked["on_gradients"]:
+                strategy.on_gradients(state)
+            if clip_norm is not None:
+                nn.utils.clip_grad_norm_(state.model.parameters(), clip_norm)
+        update: Callable[[], Any] = partial(self.scaler.step, state.optimizer)
+        for strategy in reversed(hooked["step"]):
+            update = partial(strategy.step, state, batch, update)
+        update()
+        self.scaler.update()
+
+    # what a step needs
+
+    def _make_optimizer(self, model: nn.Module) -> Optimizer:
+        makers = self._hooked["make_optimizer"]
+        return makers[-1].make_optimizer(model, self.optimizer) if makers else self.optimizer(model.parameters())
+
+    def _set_learning_rate(self, step: int, num_steps: int) -> float:
+        if self.config.schedule_span == "run":
+            step, num_steps = self.state.step, self.state.total_steps
+        factor = self.schedule(step, num_steps)
+        for group in self.state.optimizer.param_groups:
+            group["lr"] = group.setdefault("initial_lr", group["lr"]) * factor
+        return self.state.optimizer.param_groups[0]["lr"]
+
+    def _experiences(self, start: int) -> Iterable[Experience]:
+        return (self.state.stream.experiences[k] for k in range(start, len(self.state.stream.experiences)))
+
+    def _next_pause(self, steps_done: int, num_steps: int) -> int:
+        """The step at which the loop next measures or saves."""
+        periods = [period for period in (self.config.eval_every, self.config.checkpoint_every) if period]
+        return min([num_steps, *((steps_done // period + 1) * period for period in periods)])
+
+    # measuring and saving
+
+    def _columns(self) -> list[int]:
+        """Domains to measure now: all of them, or those trained so far."""
+        everything = list(range(len(self.state.stream.eval_sets)))
+        return everything if self.config.evaluate == "all" else self._columns_seen()
+
+    def _columns_seen(self) -> list[int]:
+        experience, trained = self.state.experience, self.ledger.result.trained
+        seen = set(trained[: experience.id + 1]) if experience else set()
+        return list(range(len(self.state.stream.eval_sets))) if -1 in seen else sorted(seen)
+
+    def _measure(self, columns: Sequence[int], max_rows: int | None = None) -> list[float | None]:
+        with self.ledger.charged("eval_s"):
+            row, num_rows = measure_all(
+                self.state, self._hooked["eval_forward"], columns, self.config.eval_batch_size, max_rows
+            )
+        self.ledger.clock["eval_rows"] += num_rows
+        return row
+
+    def _measure_within(self) -> None:
+        self.ledger.flush(self.state)
+        row = self._measure(self._columns_seen(), self.config.eval_rows)
+        stage = len(self.ledger.result.R)
+        self.ledger.result.within += [[stage, self.state.step, j, v] for j, v in enumerate(row) if v is not None]
+        self.ledger.tell("on_within", self.state, row)
+
+    def _buffer_bytes(self) -> int:
+        return sum(s.cost(self.state, self.config.batch_size).buffer_bytes for s in self.strategies)
+
+    def _save_result(self) -> None:
+        self.ledger.save(self.state, self._buffer_bytes())
+
+    def _save_checkpoint(self, next_experience: int, steps_done: int) -> None:
+        self.ledger.flush(self.state)
+        self._save_result()
+        if self.run_dir is None:
+            return
+        payload = {
+            "position": [next_experience, steps_done],
+            "state": self.state.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "strategies": [strategy.state_dict() for strategy in self.strategies],
+            "ledger": self.ledger.state_dict(),
+        }
+        path = checkpoint.save(self.run_dir / "checkpoints", self.state.step, payload, self.fingerprint)
+        self.ledger.last_checkpoint = path
+        self.ledger.tell("on_checkpoint", self.state, str(path))
+
+    def _restore(self) -> tuple[int, int]:
+        """Take up the latest checkpoint; returns the experience to go on with and the steps already done in it."""
+        if self.run_dir is None:
+            raise ValueError("a run without run_dir keeps no checkpoint to resume from")
+        self.ledger.last_checkpoint, saved = checkpoint.load_latest(self.run_dir / "checkpoints", self.fingerprint)
+        self.state.load_state_dict(saved["state"])
+        self.scaler.load_state_dict(saved["scaler"])
+        for strategy, content in zip(self.strategies, saved["strategies"], strict=True):
+            strategy.load_state_dict(tree_map_only(Tensor, lambda tensor: tensor.to(self.state.device), content))
+        self.ledger.load_state_dict(saved["ledger"])
+        start, steps_done = saved["position"]
+        return start, steps_done
+
+
+def _current_rows(done: list[tuple[Batch, Output]]) -> tuple[Batch, Output]:
+    """The stream's own rows of a step's micro-batches, and their logits, detached."""
+    rows = [batch.current() for batch, _ in done]
+    logits = [output.logits[: batch.num_current].detach() for batch, output in done]
+    if len(done) == 1:
+        return rows[0], Output(logits[0])
+    return Batch.cat(rows), Output(torch.cat(logits))

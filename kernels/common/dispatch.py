@@ -1,0 +1,125 @@
+"""Which backend runs, and why: one decision, made before any work, the same for `explain` and for the call itself."""
+
+import importlib.util
+import os
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+BACKENDS: Final = ("auto", "reference", "chunked", "triton")
+CPU_CHUNK: Final = 32
+TRITON_CHUNKS: Final = (16, 32, 64)
+# looked up, not imported: a CPU user never pays for triton
+HAS_TRITON: Final = importlib.util.find_spec("triton") is not None
+
+
+@dataclass(frozen=True)
+class Decision:
+    """The answer of `explain`: what runs and why. `chunk` is 0 where the backend has no chunks."""
+
+    op: str
+    backend: str
+    chunk: int
+    reason: str
+
+    def as_tags(self) -> dict[str, str]:
+        """The decision as flat strings, ready to be logged with a run.
+
+        Example:
+            >>> Decision("linear_scan", "chunked", 32, "tensors are on cpu").as_tags()["kernel.linear_scan.backend"]
+            'chunked'
+        """
+        return {f"kernel.{self.op}.{key}": str(value) for key, value in asdict(self).items() if key != "op"}
+
+
+def choose(
+    op: str,
+    backend: str,
+    tensor: Tensor,
+    *,
+    chunk: int | None = None,
+    length: int | None = None,
+    refusal: str | None = None,
+    triton_chunk: int = 64,
+) -> Decision:
+    """Decide the backend of one call; an explicit choice is never replaced by another.
+
+    Args:
+        op: name used in messages.
+        backend: one of `BACKENDS`; "auto" first looks at the environment variable KERNELS_BACKEND.
+        tensor: any input; its device and dtype decide.
+        chunk: chunk length wished, a power of two; None takes the backend's own.
+        length: T, so that a short call is not padded to a full chunk.
+        refusal: why this op's Triton kernels cannot take these shapes, None if they can.
+        triton_chunk: the op's own chunk length on Triton.
+
+    Raises:
+        ValueError: unknown backend or chunk, or an explicit "triton" that cannot run.
+    """
+    wish = os.environ.get("KERNELS_BACKEND", "auto") if backend == "auto" else backend
+    if wish not in BACKENDS:
+        raise ValueError(f"{op}: unknown backend {wish!r}; use one of {', '.join(BACKENDS)}")
+    if chunk is not None and (chunk < 1 or chunk & (chunk - 1)):
+        raise ValueError(f"{op}: chunk must be a power of two, got {chunk}")
+    obstacle = _triton_obstacle(tensor, chunk) or refusal
+    if wish == "reference":
+        return Decision(op, "reference", 0, "asked for: plain token loop")
+    if wish == "triton" or (wish == "auto" and tensor.is_cuda and obstacle is None):
+        if obstacle is not None:
+            raise ValueError(f"{op}: backend 'triton' {obstacle}; use backend='chunked'")
+        why = "asked for" if wish == "triton" else "CUDA tensors and shapes are supported"
+        return Decision(op, "triton", triton_chunk if chunk is None else chunk, why)
+    why = "asked for" if wish == "chunked" else f"backend 'triton' {obstacle or 'is only automatic on CUDA'}"
+    return Decision(op, "chunked", _cpu_chunk(chunk, length), why)
+
+
+def _cpu_chunk(chunk: int | None, length: int | None) -> int:
+    if chunk is not None:
+        return chunk
+    # a decoding step of one token must not be padded to 32
+    size = 1
+    while size < CPU_CHUNK and (length is None or size < length):
+        size *= 2
+    return size
+
+
+def _triton_obstacle(tensor: Tensor, chunk: int | None) -> str | None:
+    if not HAS_TRITON:
+        return "needs the package triton, which is not installed"
+    if tensor.dtype in (torch.float64, torch.complex128):
+        return f"computes in float32 and refuses {str(tensor.dtype).removeprefix('torch.')}"
+    if not tensor.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"needs CUDA tensors (or TRITON_INTERPRET=1 for its slow interpreter), got {tensor.device.type}"
+    if chunk is not None and chunk not in TRITON_CHUNKS:
+        return f"has chunks {', '.join(map(str, TRITON_CHUNKS))}, got {chunk}"
+    return None
+
+
+def explained_by(plan: Callable[..., Decision]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Tie a public op to the function that checks its arguments and decides its backend."""
+
+    def attach(op: Callable[..., Any]) -> Callable[..., Any]:
+        op.plan = plan  # type: ignore[attr-defined]
+        return op
+
+    return attach
+
+
+def explain(op: Callable[..., Any], *args: Any, **kwargs: Any) -> Decision:
+    """Say which backend `op(*args, **kwargs)` would run, and why, without running it.
+
+    Raises:
+        ValueError: whatever the call itself would raise.
+
+    Example:
+        >>> from kernels.linear_scan import linear_scan
+        >>> explain(linear_scan, torch.ones(1, 8, 2), torch.ones(1, 8, 2), backend="chunked")
+        Decision(op='linear_scan', backend='chunked', chunk=8, reason='asked for')
+    """
+    plan: Callable[..., Decision] | None = getattr(op, "plan", None)
+    if plan is None:
+        raise ValueError(f"explain: {getattr(op, '__name__', op)!r} is not one of our ops")
+    return plan(*args, **kwargs)

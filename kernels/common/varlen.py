@@ -1,0 +1,115 @@
+"""Packed sequences: many sequences of different lengths in one row, bounded by `cu_seqlens`.
+
+Legend: T packed length, S number of sequences, L padded length of one group, X trailing sizes.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+
+def cu_seqlens_from_reset(reset_BT: Tensor) -> Tensor:
+    """Turn "a new document starts here" flags into the offsets of the packed form of the batch.
+
+    Row starts are always offsets. Pack the inputs by `x.flatten(0, 1)[None]`. Reads the flags, so it waits for the
+    device and is not for use inside a compiled region.
+
+    Args:
+        reset_BT: bool [B, T], True where the state must be forgotten before the token is read.
+
+    Returns:
+        cu_seqlens int32 [S + 1].
+
+    Example:
+        >>> cu_seqlens_from_reset(torch.tensor([[False, False, True], [False, True, False]])).tolist()
+        [0, 2, 3, 4, 6]
+    """
+    starts_BT = reset_BT.bool().clone()
+    starts_BT[:, 0] = True
+    ends = torch.tensor([reset_BT.numel()], device=reset_BT.device)
+    return torch.cat([starts_BT.flatten().nonzero().flatten(), ends]).to(torch.int32)
+
+
+def per_sequence(
+    fn: Callable[..., tuple[Tensor, Tensor]],
+    tokens_BTX: Sequence[Tensor | None],
+    state_SX: Tensor | None,
+    cu_seqlens: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Call `fn(*tokens, state)` for each sequence alone and join the results (the definition of varlen)."""
+    outs, finals = [], []
+    for s, (begin, end) in enumerate(pairwise(cu_seqlens.tolist())):
+        part = [None if x is None else x[:, begin:end] for x in tokens_BTX]
+        out, final = fn(*part, None if state_SX is None else state_SX[s : s + 1])
+        outs.append(out)
+        finals.append(final)
+    return torch.cat(outs, dim=1), torch.cat(finals)
+
+
+def num_chunks(batch: int, length: int, chunk: int, cu_seqlens: Tensor | None) -> int:
+    """Rows needed to keep one state per chunk; for packed rows an upper bound that needs no look at the lengths."""
+    if cu_seqlens is None:
+        return batch * -(-length // chunk)
+    return length // chunk + cu_seqlens.shape[0] - 1
+
+
+def chunk_offsets(cu_seqlens: Tensor, chunk: int) -> Tensor:
+    """First chunk row of every sequence, and the total: int64 [S + 1]."""
+    lengths = cu_seqlens.long().diff()
+    return torch.nn.functional.pad(((lengths + chunk - 1) // chunk).cumsum(0), (1, 0))
+
+
+class Group:
+    """Sequences of similar length, padded to one length, so that a dense algorithm can run them as a batch."""
+
+    def __init__(self, rows: list[int], begins: list[int], lengths: list[int], chunk_rows: list[int], chunk: int):
+        chunks = -(-max(lengths) // chunk)
+        self.chunks = chunks
+        self.rows = torch.tensor(rows)
+        position = torch.arange(chunks * chunk)[None]
+        self.valid_SL = position < torch.tensor(lengths)[:, None]
+        self.index_SL = (torch.tensor(begins)[:, None] + position) * self.valid_SL
+        # a sequence shorter than the group has fewer chunks of its own; its surplus rows are never stored
+        row = torch.arange(chunks)[None]
+        self.own_SN = row < (torch.tensor(lengths)[:, None] + chunk - 1) // chunk
+        self.chunk_SN = (torch.tensor(chunk_rows)[:, None] + row) * self.own_SN
+
+    def gather(self, x_BTX: Tensor | None) -> Tensor | None:
+        """Rows of the packed tensor as [S, L, X], zeros in the padding (a zero token changes no state)."""
+        if x_BTX is None:
+            return None
+        padded = x_BTX[0][self.index_SL]
+        return padded.masked_fill_(~self.valid_SL.view(*self.valid_SL.shape, *[1] * (x_BTX.dim() - 2)), 0)
+
+    def scatter(self, out_BTX: Tensor, padded_SLX: Tensor) -> None:
+        """Write the valid part of [S, L, X] back to its packed place."""
+        out_BTX[0, self.index_SL[self.valid_SL]] = padded_SLX[:, : self.valid_SL.shape[1]][self.valid_SL]
+
+    def take_chunks(self, states_RX: Tensor) -> Tensor:
+        """Saved chunk states as [S, N, X]."""
+        taken = states_RX[self.chunk_SN]
+        return taken.masked_fill_(~self.own_SN.view(*self.own_SN.shape, *[1] * (states_RX.dim() - 1)), 0)
+
+    def put_chunks(self, states_RX: Tensor, padded_SNX: Tensor) -> None:
+        """Store chunk states of [S, N, X] in their packed rows."""
+        states_RX[self.chunk_SN[self.own_SN]] = padded_SNX[self.own_SN]
+
+
+def groups(cu_seqlens: Tensor, chunk: int) -> Iterator[Group]:
+    """Bucket the non-empty sequences by the power of two of their chunk count: padding at most doubles the work."""
+    offsets = cu_seqlens.tolist()
+    first_chunk = chunk_offsets(cu_seqlens, chunk).tolist()
+    buckets: dict[int, list[int]] = {}
+    for s, (begin, end) in enumerate(pairwise(offsets)):
+        if end > begin:
+            buckets.setdefault((-(-(end - begin) // chunk) - 1).bit_length(), []).append(s)
+    for rows in buckets.values():
+        yield Group(
+            rows,
+            [offsets[s] for s in rows],
+            [offsets[s + 1] - offsets[s] for s in rows],
+            [first_chunk[s] for s in rows],
+            chunk,
+        )

@@ -1,0 +1,1 @@
+"""What fights forgetting: one file, one strategy, one config of the same name."""
