@@ -25,7 +25,8 @@ class TrainerConfig:
         device: "auto" takes a GPU when there is one.
         evaluate: after each experience measure "all" domains, or those "seen" so far.
         eval_every: also measure inside experiences, every so many steps, on the domains seen; 0 never.
-        eval_rows: rows per domain for the measurements inside experiences; None takes all.
+        eval_rows: rows per domain in every measurement; None takes all.
+        within_eval_rows: the same for measurements inside experiences; None takes `eval_rows`.
         checkpoint_every: steps between checkpoints inside an experience; 0 writes them after experiences only.
         reset_optimizer: build a new optimizer for every experience.
         schedule_span: the learning-rate schedule runs over the whole "run" or anew over each "experience".
@@ -43,6 +44,7 @@ class TrainerConfig:
     evaluate: str = "all"
     eval_every: int = 0
     eval_rows: int | None = None
+    within_eval_rows: int | None = None
     checkpoint_every: int = 0
     reset_optimizer: bool = False
     schedule_span: str = "run"
@@ -55,12 +57,21 @@ class TrainerConfig:
         ):
             if getattr(self, name) not in allowed:
                 raise UserError(f"trainer.{name} is {getattr(self, name)!r}; it must be one of {', '.join(allowed)}")
-        for name, smallest in (("eval_batch_size", 1), ("eval_every", 0), ("checkpoint_every", 0)):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < smallest:
-                raise UserError(f"trainer.{name} is {getattr(self, name)!r}; it must be an integer >= {smallest}")
-        if self.clip_norm is not None and not self.clip_norm > 0:
+        for name, smallest in (
+            ("eval_batch_size", 1),
+            ("eval_every", 0),
+            ("checkpoint_every", 0),
+            ("eval_rows", 1),
+            ("within_eval_rows", 1),
+        ):
+            value = getattr(self, name)
+            if value is None and name.endswith("rows"):
+                continue
+            if not isinstance(value, int) or value < smallest:
+                raise UserError(f"trainer.{name} is {value!r}; it must be an integer of at least {smallest}")
+        if self.clip_norm is not None and not (isinstance(self.clip_norm, int | float) and self.clip_norm > 0):
             raise UserError(f"trainer.clip_norm is {self.clip_norm!r}; it must be positive, or null not to clip")
-        _ = self.budget
+        self.budget  # noqa: B018  (checks itself)
 
     @property
     def budget(self) -> Budget:

@@ -6,7 +6,7 @@ Shape legend: B rows of a batch, C outputs of one head, N rows of a data set, F 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any, Literal, Protocol
 
@@ -305,6 +305,13 @@ class Stream:
         if self.augment is not None and generator is not None:
             inputs = self.augment(inputs, generator)
         return Batch(inputs, rows.targets, rows.experience_id, rows.sample_ids, rows.task_id, rows.inputs, rows.parts)
+
+    def first(self, num_experiences: int) -> Stream:
+        """The first experiences, measured on what they teach."""
+        kept = self.experiences[:num_experiences]
+        domains = {experience.domain for experience in kept}
+        measured = [eval_set for eval_set in self.eval_sets if eval_set.domain in domains]
+        return replace(self, experiences=kept, eval_sets=measured or self.eval_sets)
 
     @property
     def trained_domains(self) -> list[int]:

@@ -49,10 +49,12 @@ class Strategy:
     settings: ClassVar[frozenset[Setting]] = ALL_SETTINGS
     contract: ClassVar[Contract] = Contract()
 
-    @property
-    def name(self) -> str:
-        """File name of the strategy, which is also its config name and its tag on batch parts."""
-        return type(self).__module__.rsplit(".", 1)[-1]
+    name: str = ""
+    """Tag of its batch parts, its penalty and its generator: the file name, or the config node it was made from."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.name = cls.__module__.rsplit(".", 1)[-1]
 
     # before training
 

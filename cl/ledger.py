@@ -105,7 +105,9 @@ class Ledger:
         """Bring `result` up to date and write it."""
         clock = self.clock
         clock["wall_s"] = time.perf_counter() - self._opened
-        self.result.metrics = summary(EvalTable.from_result(vars(self.result))) if self.result.R else {}
+        table = EvalTable.from_result(vars(self.result))
+        # a head that was never trained answers at chance, which says nothing about transfer
+        self.result.metrics = summary(table.mask_untrained() if state.info.num_heads > 1 else table)
         self.result.cost = {
             "train_samples_per_s": clock["train_rows"] / clock["train_s"] if clock["train_s"] else 0.0,
             "eval_samples_per_s": clock["eval_rows"] / clock["eval_s"] if clock["eval_s"] else 0.0,

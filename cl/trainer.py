@@ -68,10 +68,10 @@ class Trainer:
         fingerprint: str = "",
     ) -> None:
         self.config = config or TrainerConfig()
-        self.strategies, self.optimizer, self.schedule = list(strategies), optimizer, schedule
+        self.optimizer, self.schedule = optimizer, schedule
         self.run_dir, self.settings, self.fingerprint = run_dir, dict(settings or {}), fingerprint
         self._stop_requested = False
-        self._hooked = {hook: [s for s in self.strategies if overrides(s, hook)] for hook in STEP_HOOKS}
+        self.compose(strategies)
         for strategy in self.strategies:
             strategy.check(stream)
         for strategy in self.strategies:
@@ -90,6 +90,11 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.config.precision == "fp16")
         reported = {"strategy": [strategy.name for strategy in self.strategies]} | dict(names or {})
         self.ledger = Ledger(new_result(self.state, seed, reported), observers, run_dir, device)
+
+    def compose(self, strategies: Sequence[Strategy]) -> None:
+        """Set who is called, and in which order; the loop skips hooks that a strategy does not override."""
+        self.strategies = list(strategies)
+        self._hooked = {hook: [s for s in self.strategies if overrides(s, hook)] for hook in STEP_HOOKS}
 
     def request_stop(self) -> None:
         """Stop after the current step, with a checkpoint (safe to call from a signal handler)."""
@@ -257,6 +262,7 @@ class Trainer:
         return list(range(len(self.state.stream.eval_sets))) if -1 in seen else sorted(seen)
 
     def _measure(self, columns: Sequence[int], max_rows: int | None = None) -> list[float | None]:
+        max_rows = max_rows or self.config.eval_rows
         with self.ledger.charged("eval_s"):
             row, num_rows = measure_all(
                 self.state, self._hooked["eval_forward"], columns, self.config.eval_batch_size, max_rows
@@ -266,7 +272,7 @@ class Trainer:
 
     def _measure_within(self) -> None:
         self.ledger.flush(self.state)
-        row = self._measure(self._columns_seen(), self.config.eval_rows)
+        row = self._measure(self._columns_seen(), self.config.within_eval_rows)
         stage = len(self.ledger.result.R)
         self.ledger.result.within += [[stage, self.state.step, j, v] for j, v in enumerate(row) if v is not None]
         self.ledger.tell("on_within", self.state, row)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gzip
 import math
+import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -15,14 +17,15 @@ from torch import Tensor
 from cl.core import UserError
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Images:
-    """A labelled image data set.
+    """A labelled image data set, and how its pixels become what a backbone reads.
 
     Args:
         inputs, eval_inputs: (N, channels, height, width) uint8.
         targets, eval_targets: (N,) int64.
         largest: pixel value that becomes 1.0.
+        transform, augment: as in `cl.core.Stream`; `streams._options` sets them.
     """
 
     name: str
@@ -32,26 +35,25 @@ class Images:
     eval_targets: Tensor
     num_classes: int
     largest: int = 255
+    transform: Callable[[Tensor], Tensor] = lambda raw: raw
+    augment: Callable[[Tensor, torch.Generator], Tensor] | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
         return tuple(self.inputs.shape[1:])
 
+    def part(self, is_train: bool) -> tuple[Tensor, Tensor]:
+        """Inputs and targets to train on, or those to measure on."""
+        return (self.inputs, self.targets) if is_train else (self.eval_inputs, self.eval_targets)
 
-def scaled(raw: Tensor, largest: int) -> Tensor:
-    """uint8 pixels -> float32 in [0, 1], in one pass."""
-    return torch.mul(raw, 1.0 / largest)
 
-
-@lru_cache(maxsize=4)
-def load_images(name: str, root: str | None, download: bool = False) -> Images:
-    """The data set `name`.
+@lru_cache(maxsize=2)
+def load_images(name: str, root: str | None = None, download: bool = False) -> Images:
+    """The data set `name`, one of `LOADERS`, as its files hold it.
 
     Raises:
-        UserError: unknown name, no root given, or files absent; the sentence names the folder and the files.
+        UserError: no root given, or files absent or damaged; the sentence names the folder and the files.
     """
-    if name not in LOADERS:
-        raise UserError(f"stream.dataset is {name!r}; the data sets are {', '.join(sorted(LOADERS))}")
     return LOADERS[name](root, download)
 
 
@@ -70,10 +72,10 @@ def _digits(root: str | None, download: bool) -> Images:
 
 def _mnist_like(root: str | None, download: bool, folder: str, name: str) -> Images:
     """Four idx files in torchvision's layout, `<root>/<folder>/raw/`, unpacked or gzipped."""
-    path = _require_root(root, name) / folder / "raw"
+    path = _require_root(root, name, may_create=download) / folder / "raw"
     kinds = ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1")
     if download and not all(_idx_file(path, kind) for kind in kinds):
-        _download(folder, root, name)
+        _download(folder, path.parents[1], name)
     tensors = []
     for kind in kinds:
         file = _idx_file(path, kind)
@@ -82,19 +84,24 @@ def _mnist_like(root: str | None, download: bool, folder: str, name: str) -> Ima
                 f"data set {name} is not in {path}: no file {kind}-ubyte or {kind}-ubyte.gz; put torchvision's "
                 f"{folder} there, set data.root, or let it be downloaded with data.download=true"
             )
-        tensors.append(_read_idx(file))
+        tensors.append(read_idx(file, 3 if "idx3" in kind else 1))
     inputs, targets, eval_inputs, eval_targets = tensors
+    for part, labels in ((inputs, targets), (eval_inputs, eval_targets)):
+        if len(part) != len(labels) or labels.max() > 9:
+            raise UserError(
+                f"data set {name} in {path} holds {len(part)} images and {len(labels)} labels from "
+                f"{labels.min()} to {labels.max()}; one label from 0 to 9 per image is needed, so fetch it again"
+            )
     return Images(name, inputs.unsqueeze(1), targets.long(), eval_inputs.unsqueeze(1), eval_targets.long(), 10)
 
 
-def _require_root(root: str | None, name: str) -> Path:
+def _require_root(root: str | None, name: str, may_create: bool = False) -> Path:
     if root is None:
-        raise UserError(
-            f"data set {name} needs data.root, the folder of torchvision's data sets, and it is not set"
-        )
-    if not Path(root).is_dir():
-        raise UserError(f"data.root is {root!r}, which is not a folder; data set {name} is read from it")
-    return Path(root)
+        raise UserError(f"data set {name} needs data.root, the folder of torchvision's data sets, and it is not set")
+    path = Path(root).expanduser()
+    if not path.is_dir() and not may_create:
+        raise UserError(f"data.root is {str(root)!r}, which is not a folder; data set {name} is read from it")
+    return path
 
 
 def _idx_file(folder: Path, kind: str) -> Path | None:
@@ -102,26 +109,39 @@ def _idx_file(folder: Path, kind: str) -> Path | None:
     return next((path for path in candidates if path.is_file()), None)
 
 
-def _read_idx(path: Path) -> Tensor:
-    """An idx file of unsigned bytes: two zero bytes, type 8, number of dimensions, each dimension in 4 bytes, data."""
-    content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    if len(content) < 4 or content[:3] != b"\x00\x00\x08":
-        raise UserError(f"{path} is not an idx file of unsigned bytes; fetch it again")
-    num_dims = content[3]
+def read_idx(path: Path, num_dims: int) -> Tensor:
+    """An idx file of unsigned bytes: two zero bytes, type 8, number of dimensions, each dimension in 4 bytes, data.
+
+    Raises:
+        UserError: the file is no such file, is truncated, or holds another number of dimensions or no data.
+    """
+    content = path.read_bytes()
+    if path.suffix == ".gz":
+        try:
+            content = gzip.decompress(content)
+        except (OSError, EOFError, zlib.error) as error:
+            raise UserError(f"{path} cannot be unpacked ({error}); fetch it again") from None
+    start = 4 + 4 * num_dims
+    if len(content) < start or content[:4] != bytes((0, 0, 8, num_dims)):
+        raise UserError(f"{path} is not an idx file of unsigned bytes in {num_dims} dimensions; fetch it again")
     shape = tuple(np.frombuffer(content, ">u4", num_dims, offset=4).tolist())
-    if len(content) != 4 + 4 * num_dims + math.prod(shape):
-        raise UserError(f"{path} is truncated: its header announces {shape}, {len(content)} bytes are there")
-    return torch.from_numpy(np.frombuffer(content, np.uint8, offset=4 + 4 * num_dims).reshape(shape).copy())
+    if len(content) != start + math.prod(shape) or 0 in shape:
+        raise UserError(
+            f"{path} is damaged: its header announces {' x '.join(map(str, shape))} bytes, {len(content) - start} are "
+            "there; fetch it again"
+        )
+    return torch.from_numpy(np.frombuffer(content, np.uint8, offset=start).reshape(shape).copy())
 
 
 def _cifar(root: str | None, download: bool, classes: int) -> Images:
     """CIFAR-10 or CIFAR-100 through torchvision, which verifies the files' checksums before it unpickles them."""
+    path = _require_root(root, f"cifar{classes}", may_create=download)
+
     from torchvision import datasets
 
     name, kind = f"cifar{classes}", {10: datasets.CIFAR10, 100: datasets.CIFAR100}[classes]
-    path = _require_root(root, name)
     if download:
-        _download(kind.__name__, root, name)
+        _download(kind.__name__, path, name)
     try:
         train, test = kind(str(path), train=True), kind(str(path), train=False)
     except RuntimeError:
@@ -134,16 +154,16 @@ def _cifar(root: str | None, download: bool, classes: int) -> Images:
     return Images(name, images[0], targets[0], images[1], targets[1], classes)
 
 
-def _download(kind: str, root: str | None, name: str) -> None:
+def _download(kind: str, root: Path, name: str) -> None:
     from torchvision import datasets
 
     try:
         getattr(datasets, kind)(str(root), download=True)
-    except Exception as error:  # torchvision raises RuntimeError or URLError, by data set
+    except Exception as error:  # torchvision raises RuntimeError, URLError or OSError, by data set
         raise UserError(f"data set {name} could not be downloaded to {root}: {error}") from None
 
 
-LOADERS = {
+LOADERS: dict[str, Callable[[str | None, bool], Images]] = {
     "digits": _digits,
     "mnist": partial(_mnist_like, folder="MNIST", name="mnist"),
     "fashion_mnist": partial(_mnist_like, folder="FashionMNIST", name="fashion_mnist"),

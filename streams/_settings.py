@@ -1,26 +1,65 @@
-"""What a setting means for a stream: heads and task labels."""
+"""What a setting means for a stream (heads and task labels), and the checks and the assembly that streams share."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
 
-from cl.core import Setting, UserError
+from torch import Tensor
+
+from cl.core import EvalSet, Experience, Setting, Stream, StreamInfo, TensorData, UserError
+from streams._images import Images
 
 
 def require_setting(value: str, allowed: Sequence[Setting]) -> Setting:
-    if value not in list(allowed):
-        raise UserError(f"stream.setting is {value!r}; this stream offers {', '.join(allowed)}")
+    require_choice("stream.setting", value, allowed)
     return Setting(value)
 
 
-def require_positive(name: str, value: object) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise UserError(f"{name} is {value!r}; it must be an integer of at least 1")
+def require_choice(name: str, value: object, allowed: Sequence[str]) -> None:
+    if value not in list(allowed):
+        raise UserError(f"{name} is {value!r}; it must be one of {', '.join(allowed)}")
 
 
-def heads(setting: Setting, num_experiences: int) -> int:
-    return num_experiences if setting == Setting.TASK_INCREMENTAL else 1
+def require_integer(name: str, value: object, smallest: int = 1) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < smallest:
+        raise UserError(f"{name} is {value!r}; it must be an integer of at least {smallest}")
 
 
-def task_of(setting: Setting, experience_id: int) -> int | None:
-    return experience_id if setting == Setting.TASK_INCREMENTAL else None
+@dataclass(frozen=True)
+class Piece:
+    """One experience of an image stream: the same view of the training rows and of the rows to measure on.
+
+    Args:
+        view: is it training -> inputs, targets.
+        num_samples, num_eval: rows that the view holds for training and for measuring.
+        classes: classes that occur, counted within the head.
+    """
+
+    name: str
+    view: Callable[[bool], tuple[Tensor, Tensor]]
+    num_samples: int
+    num_eval: int
+    classes: tuple[int, ...]
+
+    def load(self, is_train: bool, experience_id: int, task_id: int | None) -> TensorData:
+        return TensorData(*self.view(is_train), experience_id, task_id)
+
+
+def assemble(family: str, images: Images, setting: Setting, num_outputs: int, pieces: Iterable[Piece]) -> Stream:
+    """The stream of `pieces`; in the task-incremental setting every piece has a head of its own."""
+    has_heads = setting == Setting.TASK_INCREMENTAL
+    experiences, eval_sets = [], []
+    for k, piece in enumerate(pieces):
+        task_id = k if has_heads else None
+        load = partial(piece.load, experience_id=k, task_id=task_id)
+        experiences.append(
+            Experience(k, piece.name, piece.name, partial(load, True), piece.num_samples, piece.classes, task_id)
+        )
+        eval_sets.append(EvalSet(piece.name, partial(load, False), piece.num_eval))
+    num_heads = len(experiences) if has_heads else 1
+    info = StreamInfo(
+        f"{family}_{images.name}", setting, images.shape, num_outputs, len(experiences), num_heads=num_heads
+    )
+    return Stream(info, experiences, eval_sets, images.transform, images.augment)

@@ -2,7 +2,7 @@
 
 Source: Goodfellow et al., "An Empirical Investigation of Catastrophic Forgetting", 2013. Published protocols differ in
 whether the first permutation is the identity: not so in mammoth, GPM and HLOP (`first_identity=False`, the default
-here), so in the hypernetwork papers.
+here), so in the hypernetwork papers, which also pad the images to 32x32 first (`pad=2`).
 """
 
 from __future__ import annotations
@@ -12,58 +12,57 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from cl.core import EvalSet, Experience, Setting, Stream, StreamInfo, TensorData
+from cl.core import Setting, Stream, UserError
 from cl.seeding import derive_seed
-from streams._images import Images, load_images, scaled
-from streams._settings import heads, require_positive, require_setting, task_of
+from streams._images import Images
+from streams._options import image_stream
+from streams._remap import remap
+from streams._settings import Piece, assemble, require_integer, require_setting
 
 
+@image_stream
 def permuted(
-    dataset: str = "digits",
+    images: Images,
     num_experiences: int = 10,
     setting: str = "domain_incremental",
     first_identity: bool = False,
     seed: int = 0,
-    root: str | None = None,
-    download: bool = False,
 ) -> Stream:
     """Build the stream; images are permuted when an experience is loaded, so memory does not grow with its length.
 
     Args:
-        dataset: digits, mnist, fashion_mnist, kmnist, cifar10 or cifar100.
+        images: in the place of this argument a call gives the arguments of `open_images`.
         setting: domain_incremental (one head) or task_incremental (a head per experience).
         first_identity: experience 0 shows the images as they are.
-        seed: of the permutations.
-        root: folder of torchvision's data sets; the digits need none.
+        seed: of the permutations, and of the choice of rows.
+
+    Raises:
+        UserError: a value outside its range, or an augmentation, which means nothing once neighbours are torn apart.
     """
-    require_positive("stream.num_experiences", num_experiences)
+    require_integer("stream.num_experiences", num_experiences)
     kind = require_setting(setting, (Setting.DOMAIN_INCREMENTAL, Setting.TASK_INCREMENTAL))
-    images = load_images(dataset, root, download)
-    experiences, eval_sets = [], []
-    for k in range(num_experiences):
-        name, task_id = f"permutation {k:02d}", task_of(kind, k)
-        load = partial(_permuted, images, seed, k, first_identity and k == 0, task_id)
-        num_samples = len(images.targets)
-        classes = tuple(range(images.num_classes))
-        experiences.append(Experience(k, name, name, partial(load, True), num_samples, classes, task_id))
-        eval_sets.append(EvalSet(name, partial(load, False), len(images.eval_targets)))
-    info = StreamInfo(
-        f"permuted_{dataset}", kind, images.shape, images.num_classes, num_experiences, heads(kind, num_experiences)
+    if images.augment is not None:
+        raise UserError("stream.augment moves images by a few pixels, which are permuted here; it must be none")
+    pieces = (
+        Piece(
+            f"permutation {k:02d}",
+            partial(_view, images, None if first_identity and k == 0 else derive_seed(seed, "permutation", k)),
+            len(images.targets),
+            len(images.eval_targets),
+            tuple(range(images.num_classes)),
+        )
+        for k in range(num_experiences)
     )
-    return Stream(info, experiences, eval_sets, partial(scaled, largest=images.largest))
+    return assemble("permuted", images, kind, images.num_classes, pieces)
 
 
-def permutation(num_pixels: int, seed: int, experience_id: int) -> Tensor:
-    """Permutation of an experience: a pure function, so that no experience keeps one in memory."""
-    generator = torch.Generator().manual_seed(derive_seed(seed, "permutation", experience_id))
-    return torch.randperm(num_pixels, generator=generator)
+def permutation(num_pixels: int, seed: int) -> Tensor:
+    """A pure function, so that no experience keeps its permutation in memory."""
+    return torch.randperm(num_pixels, generator=torch.Generator().manual_seed(seed))
 
 
-def _permuted(images: Images, seed: int, k: int, is_identity: bool, task_id: int | None, is_train: bool) -> TensorData:
-    inputs = images.inputs if is_train else images.eval_inputs
-    targets = images.targets if is_train else images.eval_targets
-    if not is_identity:
-        flat = inputs.flatten(1)
-        order = permutation(flat.shape[1], seed, k)
-        inputs = flat.index_select(1, order).view(inputs.shape)
-    return TensorData(inputs, targets, k, task_id)
+def _view(images: Images, seed: int | None, is_train: bool) -> tuple[Tensor, Tensor]:
+    inputs, targets = images.part(is_train)
+    if seed is not None:
+        inputs = remap(inputs, permutation(inputs[0].numel(), seed))
+    return inputs, targets

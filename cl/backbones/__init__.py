@@ -1,1 +1,8 @@
-"""Networks. A backbone is built for a stream, maps a `Batch` to an `Output`, and leaves its last layer to a head."""
+"""Networks. A backbone is built for a stream, maps a `Batch` to an `Output`, and leaves its last layer to a head.
+
+One file, one backbone, one config; files whose names start with an underscore are what backbones share.
+"""
+
+from cl.backbones._heads import Backbone, MultiHead
+
+__all__ = ["Backbone", "MultiHead"]

@@ -4,32 +4,40 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 from torch import Tensor, nn
 
-from cl.backbones.heads import Backbone
-from cl.core import StreamInfo
+from cl.backbones._heads import Backbone, require_width
+from cl.core import StreamInfo, UserError
 
 
 class Mlp(Backbone):
     """Flatten, then `hidden` layers with ReLU, then the head.
 
     Args:
-        hidden: widths of the hidden layers.
+        hidden: widths of the hidden layers; empty for a linear classifier.
         init: "torch" for torch's default, "xavier" for uniform Xavier weights and zero biases (mammoth's MNIST MLP).
 
-    Cost: about 2 * sum(width_in * width_out) multiply-adds a row.
+    Raises:
+        UserError: a value outside its range.
+
+    Cost: sum(width_in * width_out) multiply-adds a row, forward; twice that again, backward.
     """
 
     def __init__(self, info: StreamInfo, hidden: Sequence[int] = (256, 256), init: str = "torch") -> None:
+        if not isinstance(hidden, Sequence) or isinstance(hidden, str):
+            raise UserError(f"backbone.hidden is {hidden!r}; it must be a list of widths, such as [256,256]")
+        for width in hidden:
+            require_width("hidden", width)
+        if init not in ("torch", "xavier"):
+            raise UserError(f"backbone.init is {init!r}; it must be torch or xavier")
         widths = [math.prod(info.input_shape), *hidden]
         super().__init__(info, widths[-1])
         layers: list[nn.Module] = [nn.Flatten()]
-        for width_in, width_out in zip(widths, widths[1:], strict=False):
+        for width_in, width_out in pairwise(widths):
             layers += [nn.Linear(width_in, width_out), nn.ReLU()]
         self.body = nn.Sequential(*layers)
-        if init not in ("torch", "xavier"):
-            raise ValueError(f"backbone.init is {init!r}; it must be torch or xavier")
         if init == "xavier":
             for module in self.modules():
                 if isinstance(module, nn.Linear):

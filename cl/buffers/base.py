@@ -1,12 +1,17 @@
-"""A store of rows with a fixed capacity; subclasses decide which slot a new row takes."""
+"""A store of rows with a fixed capacity; subclasses decide which slot a new row takes.
+
+Cost, measured with 28x28 uint8 rows, batch 64, capacity 10,000 (a plain training step takes 1.4 ms): `add` 15 to 30 us
+once full, `draw` and `rows` 25 us together.
+"""
 
 from __future__ import annotations
 
 import pkgutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import import_module
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,10 +21,16 @@ from cl.core import Batch, Data, UserError
 COLUMNS = ("raw", "targets", "experience_id", "sample_ids", "task_id")
 
 
+def index_tensor(numbers: list[int]) -> Tensor:
+    """As `torch.tensor`, at a quarter of its time for 64 numbers."""
+    return torch.from_numpy(np.array(numbers, dtype=np.int64))
+
+
 def draw_without_replacement(num_rows: int, size: int, generator: torch.Generator) -> Tensor:
     """`size` distinct numbers below `num_rows`, each subset equally likely; all of them when `size` is larger.
 
-    Floyd's algorithm: its cost depends on `size` only, not on the capacity.
+    Cost: O(size), whatever `num_rows` is.
+    Source: Floyd's algorithm (Bentley, "Programming Pearls: a sample of brilliance", 1987).
 
     Example:
         >>> sorted(draw_without_replacement(3, 5, torch.Generator()).tolist())
@@ -29,10 +40,10 @@ def draw_without_replacement(num_rows: int, size: int, generator: torch.Generato
         return torch.arange(num_rows)
     uniforms = torch.rand(size, generator=generator, dtype=torch.float64).tolist()
     chosen: dict[int, None] = {}
-    for top, uniform in zip(range(num_rows - size, num_rows), uniforms, strict=True):
+    for top, uniform in enumerate(uniforms, start=num_rows - size):
         pick = int(uniform * (top + 1))
         chosen[top if pick in chosen else pick] = None
-    return torch.tensor(list(chosen))
+    return index_tensor(list(chosen))
 
 
 class Buffer:
@@ -43,7 +54,7 @@ class Buffer:
     """
 
     def __init__(self, capacity: int) -> None:
-        if not isinstance(capacity, int) or capacity < 1:
+        if not isinstance(capacity, int) or isinstance(capacity, bool) or capacity < 1:
             raise UserError(f"buffer capacity is {capacity!r}; it must be an integer of at least 1")
         self.capacity = capacity
         self.seen = 0
@@ -53,23 +64,30 @@ class Buffer:
     def __len__(self) -> int:
         return self.filled
 
-    def slots(self, batch: Batch, generator: torch.Generator) -> list[tuple[int, int]]:
-        """(slot, row) pairs for the rows of `batch` that are to be stored; a slot may replace what it holds."""
+    def slots(self, batch: Batch, generator: torch.Generator) -> Sequence[tuple[int, int]]:
+        """(slot, row) pairs for the rows of `batch` that are to be stored; keeps `seen` and `filled` current.
+
+        A slot may replace what it holds, and may be given out twice: the later row stays.
+        """
         raise NotImplementedError
 
     def add(self, batch: Batch, generator: torch.Generator, **extra: Tensor) -> None:
         """Offer the rows of a batch, with extra columns (B, ...) that are stored beside them."""
-        pairs = dict(self.slots(batch, generator))  # a slot taken twice keeps the later row
+        pairs = dict(self.slots(batch, generator))
         if not pairs:
             return
-        slots, rows = torch.tensor(list(pairs)), torch.tensor(list(pairs.values()))
-        values = {name: getattr(batch, name) for name in COLUMNS} | extra
-        for name, column in values.items():
-            if column is not None:
-                self._column(name, column).index_copy_(
-                    0, slots.to(column.device), column.detach().index_select(0, rows.to(column.device))
-                )
-        self.filled = max(self.filled, int(slots.max()) + 1)
+        slots, rows = list(pairs), list(pairs.values())
+        is_run = len(rows) == len(batch) and slots == list(range(slots[0], slots[0] + len(rows)))
+        where, which = index_tensor(slots), index_tensor(rows)
+        for name, values in ({name: getattr(batch, name) for name in COLUMNS} | extra).items():
+            if values is None:
+                continue
+            column = self._column(name, values)
+            if is_run:
+                column[slots[0] : slots[0] + len(rows)].copy_(values.detach())
+            else:
+                taken = values.detach().index_select(0, which.to(values.device))
+                _as_words(column).index_copy_(0, where.to(column.device), _as_words(taken))
 
     def _column(self, name: str, like: Tensor) -> Tensor:
         if name not in self.columns:
@@ -80,23 +98,30 @@ class Buffer:
         """Slots of `size` distinct rows, or of all rows when there are fewer."""
         return draw_without_replacement(self.filled, size, generator)
 
+    def take(self, name: str, slots: Tensor) -> Tensor:
+        """A column at the given slots."""
+        column = self.columns[name]
+        return column.index_select(0, slots.to(column.device))
+
     def rows(self, slots: Tensor) -> Batch:
         """Stored rows, ready for `TrainState.prepare`."""
-        column = self.take(slots)
-        return Batch(
-            column["raw"], column["targets"], column["experience_id"], column["sample_ids"], column.get("task_id")
-        )
-
-    def take(self, slots: Tensor) -> dict[str, Tensor]:
-        """Every column at the given slots."""
-        return {name: column.index_select(0, slots.to(column.device)) for name, column in self.columns.items()}
+        inputs, *labels = (self.take(name, slots) for name in COLUMNS if name in self.columns)
+        return Batch(inputs, *labels)
 
     def state_dict(self) -> dict[str, Any]:
         return {"seen": self.seen, "filled": self.filled, "columns": dict(self.columns)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.seen, self.filled = state["seen"], state["filled"]
-        self.columns = dict(state["columns"])
+        # a copy, because `add` writes in place and the checkpoint is not ours
+        self.columns = {name: column.clone() for name, column in state["columns"].items()}
+
+
+def _as_words(rows: Tensor) -> Tensor:
+    """Contiguous rows seen as 8-byte words where their size allows: writing them by index is then 5 times as fast."""
+    if rows.dim() == 1 or rows[0].numel() * rows.element_size() % 8:
+        return rows
+    return rows.view(len(rows), -1).view(torch.int64)
 
 
 def make_buffer(policy: str, capacity: int) -> Buffer:
@@ -108,15 +133,15 @@ def make_buffer(policy: str, capacity: int) -> Buffer:
     """
     policies = sorted(module.name for module in pkgutil.iter_modules(cl.buffers.__path__) if module.name != "base")
     if policy not in policies:
-        raise UserError(f"buffer policy {policy!r} does not exist; the policies are {', '.join(policies)}")
+        raise UserError(f"buffer policy is {policy!r}; the policies are {', '.join(policies)}")
     module = import_module(f"cl.buffers.{policy}")
     buffer: Buffer = getattr(module, "".join(word.capitalize() for word in policy.split("_")))(capacity)
     return buffer
 
 
-def stored_rows(data: Data, batch_size: int = 1000) -> Iterator[Batch]:
-    """Every row of a data set as a buffer stores it, a batch at a time."""
-    for low in range(0, len(data), batch_size):
-        rows = data.rows(torch.arange(low, min(low + batch_size, len(data))))
+def stored_rows(data: Data, index: Tensor | None = None, batch_size: int = 1000) -> Iterator[Batch]:
+    """Rows of a data set as a buffer stores them, a batch at a time; all of them without `index`."""
+    for some in (torch.arange(len(data)) if index is None else index).split(batch_size):
+        rows = data.rows(some)
         rows.raw = rows.inputs
         yield rows

@@ -2,60 +2,74 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
 from cl.buffers.base import Buffer
-from cl.core import Batch
+from cl.core import Batch, UserError
 
 
 class ClassBalanced(Buffer):
     """Groups of rows with equal shares; a new group takes its slots from the largest ones, at random.
 
     Removal at random keeps what is left of a group a uniform sample of it, so no row's chance depends on when the
-    shares shrank. Source: the adaptive variant of Avalanche's `ClassBalancedBuffer`, made online.
+    shares shrank. With more groups than slots the latest groups hold one row each. Classes of different heads are
+    different groups. Source: the adaptive variant of Avalanche's `ClassBalancedBuffer`, made online.
     """
-
-    group_by = "targets"
 
     def __init__(self, capacity: int) -> None:
         super().__init__(capacity)
         self.members: dict[int, list[int]] = {}
         self.group_seen: dict[int, int] = {}
 
-    def slots(self, batch: Batch, generator: torch.Generator) -> list[tuple[int, int]]:
-        groups = getattr(batch, self.group_by).tolist()
-        uniforms = torch.rand(len(batch), 2, generator=generator, dtype=torch.float64).tolist()
+    def groups(self, batch: Batch) -> list[int]:
+        """The group of each row."""
+        if batch.targets.dim() > 1:
+            raise UserError(
+                f"buffer policy class_balanced needs one class per row, and the targets have shape "
+                f"{tuple(batch.targets.shape)}; use reservoir or experience_balanced"
+            )
+        if batch.task_id is None:
+            return batch.targets.tolist()
+        return (batch.task_id * (1 << 32) + batch.targets).tolist()
+
+    def slots(self, batch: Batch, generator: torch.Generator) -> Sequence[tuple[int, int]]:
+        uniforms = torch.rand(len(batch), generator=generator, dtype=torch.float64).tolist()
+        groups = self.groups(batch)
+        for group in dict.fromkeys(groups):
+            self.members.setdefault(group, [])
+            self.group_seen.setdefault(group, 0)
+        share = max(1, self.capacity // len(self.members))
         pairs = []
-        for row, (group, (first, second)) in enumerate(zip(groups, uniforms, strict=True)):
-            slot = self._slot(group, first, second)
+        for row, (group, uniform) in enumerate(zip(groups, uniforms, strict=True)):
+            members = self.members[group]
+            self.group_seen[group] = seen = self.group_seen[group] + 1
+            if len(members) < share:
+                slot = self._new_slot(uniform)
+                members.append(slot)
+            else:
+                slot = self._replaced(members, int(uniform * seen))
             if slot is not None:
                 pairs.append((slot, row))
-            self.seen += 1
+        self.seen += len(batch)
         return pairs
-
-    def _slot(self, group: int, first: float, second: float) -> int | None:
-        members = self.members.setdefault(group, [])
-        self.group_seen[group] = self.group_seen.get(group, 0) + 1
-        if len(members) < max(1, self.capacity // len(self.members)):
-            slot = self._new_slot(first)
-            members.append(slot)
-            return slot
-        return self._replaced(members, self.group_seen[group], second)
 
     def _new_slot(self, uniform: float) -> int:
         """An unused slot, or one of the largest group's when there is none."""
-        used = sum(map(len, self.members.values()))
-        if used < self.capacity:
-            return used
+        if self.filled < self.capacity:
+            self.filled += 1
+            return self.filled - 1
         largest = max(self.members.values(), key=len)
-        return largest.pop(int(uniform * len(largest)))
+        return largest.pop(self._evicted(len(largest), uniform))
 
-    def _replaced(self, members: list[int], seen: int, uniform: float) -> int | None:
-        """Slot that a new row takes within its full group, None when it is not stored; `seen` counts the row."""
-        place = int(uniform * seen)
+    def _evicted(self, num_members: int, uniform: float) -> int:
+        """Which member a shrinking group gives up."""
+        return int(uniform * num_members)
+
+    def _replaced(self, members: list[int], place: int) -> int | None:
+        """Slot that a new row takes within its full group; `place` is uniform over the rows that the group has seen."""
         return members[place] if place < len(members) else None
 
     def state_dict(self) -> dict[str, Any]:
@@ -63,4 +77,5 @@ class ClassBalanced(Buffer):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         super().load_state_dict(state)
-        self.members, self.group_seen = dict(state["members"]), dict(state["group_seen"])
+        self.members = {group: list(slots) for group, slots in state["members"].items()}
+        self.group_seen = dict(state["group_seen"])

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from cl.buffers.class_balanced import ClassBalanced
+from cl.core import Batch
 
 
 class ExperienceBalanced(ClassBalanced):
     """As `ClassBalanced`, with experiences in place of classes."""
 
-    group_by = "experience_id"
+    def groups(self, batch: Batch) -> list[int]:
+        return batch.experience_id.tolist()

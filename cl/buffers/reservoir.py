@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from cl.buffers.base import Buffer
@@ -11,12 +13,15 @@ from cl.core import Batch
 class Reservoir(Buffer):
     """The n-th row fills slot n while there is room, then replaces a uniform slot with probability capacity / n."""
 
-    def slots(self, batch: Batch, generator: torch.Generator) -> list[tuple[int, int]]:
+    def slots(self, batch: Batch, generator: torch.Generator) -> Sequence[tuple[int, int]]:
         uniforms = torch.rand(len(batch), generator=generator, dtype=torch.float64).tolist()
-        pairs = []
-        for row, uniform in enumerate(uniforms):
-            slot = self.seen if self.seen < self.capacity else int(uniform * (self.seen + 1))
-            if slot < self.capacity:
+        seen, capacity = self.seen, self.capacity
+        num_free = min(max(capacity - seen, 0), len(batch))
+        pairs = [(seen + row, row) for row in range(num_free)]
+        for row in range(num_free, len(batch)):
+            slot = int(uniforms[row] * (seen + row + 1))
+            if slot < capacity:
                 pairs.append((slot, row))
-            self.seen += 1
+        self.seen += len(batch)
+        self.filled = min(self.seen, capacity)
         return pairs

@@ -46,11 +46,10 @@ from cl.metrics.language import (
 )
 from cl.metrics.matrix import EvalTable, WithinPoint
 from cl.metrics.overview import Progress, per_experience, progress, summary
-from cl.metrics.stability import Dip, dips, min_acc, recovery, stability_gap, wc_acc
+from cl.metrics.stability import min_acc, recovery, stability_gap, wc_acc
 from cl.metrics.statistics import Interval, bootstrap_ci, holm, seeds_needed, wilcoxon_signed_rank
 
 __all__ = [
-    "Dip",
     "EvalTable",
     "Interval",
     "Progress",
@@ -68,7 +67,6 @@ __all__ = [
     "compare",
     "cumulative_forgetting",
     "diaz_rodriguez",
-    "dips",
     "final",
     "forgetting_by_lag",
     "forgetting_first",

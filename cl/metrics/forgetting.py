@@ -1,7 +1,8 @@
 """What R says at the ends of the experiences: averages, transfer, forgetting.
 
 One rule for every function: a number that needs a cell which was not evaluated is NaN, and so is an average over no
-domain (BWT of a single experience). It is never 0 and never an average over the cells that happen to be there.
+domain (BWT of a single experience). It is never 0, and never an average over the cells that happen to be there. Two
+functions look for what was evaluated and say so: the best earlier value, and the curve against the lag.
 
 Sign: averages, BWT and FWT are in the unit of the measure, "later minus earlier"; the forgetting family is positive
 when a domain got worse, for accuracies and for losses. So `bwt == -forgetting_first` for an accuracy, and
@@ -193,11 +194,11 @@ def aufc(table: EvalTable, positions: ArrayLike | None = None) -> float:
     positions = np.arange(table.num_experiences) if positions is None else np.asarray(positions, dtype=np.float64)
     if len(positions) != table.num_experiences or (np.diff(positions) <= 0).any():
         raise ValueError(f"positions must be {table.num_experiences} increasing numbers, one per experience")
+    first, curves = table.first_visit, table.worsening(table.learned, table.R)
     areas = []
     for j in np.flatnonzero(table.earlier):
-        since = slice(table.first_visit[j], None)
-        curve = table.worsening(table.learned[j], table.R[since, j])
-        areas.append(np.trapezoid(curve, positions[since]) / np.ptp(positions[since]))
+        since = slice(first[j], None)
+        areas.append(np.trapezoid(curves[since, j], positions[since]) / np.ptp(positions[since]))
     return mean(areas)
 
 

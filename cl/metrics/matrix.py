@@ -7,6 +7,7 @@ Shape legend: T experiences, D domains.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, TypeAlias
@@ -112,7 +113,7 @@ class EvalTable:
             R_init: nothing was evaluated when None.
             trained: -1 also means None; without it experience i teaches domain i, which needs a square R.
             domains, experiences: counted from "0" when None.
-            within: entries (experience, step, domain, value).
+            within: entries (experience, step, domain, value); those without a value are dropped.
 
         Raises:
             ValueError: R is ragged or holds something that is no number, or as for the class.
@@ -138,7 +139,7 @@ class EvalTable:
             domains=tuple(map(str, range(D) if domains is None else domains)),
             experiences=tuple(map(str, range(T) if experiences is None else experiences)),
             measure=measure,
-            within=tuple(map(_within_point, within)),
+            within=tuple(point for point in map(_within_point, within) if not math.isnan(point.value)),
         )
 
     @classmethod
@@ -279,7 +280,7 @@ class EvalTable:
         )
 
 
-def _numbers(name: str, values: ArrayLike, num_axes: int) -> FloatArray:
+def _numbers(name: str, values: Any, num_axes: int) -> FloatArray:
     try:
         array = np.array(values, dtype=np.float64)
     except (TypeError, ValueError) as error:

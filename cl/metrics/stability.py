@@ -4,29 +4,18 @@ These need evaluations in the middle of experiences (`EvalTable.within`); withou
 depend on how dense those evaluations are: publish the grid (every n steps) with the number.
 
 Notation as in `cl.metrics.forgetting`; A(j, n) = measure on domain j at evaluation n, c = the domain of the last
-experience. For a loss "minimum" reads "highest loss".
+experience. For a loss "minimum" reads "highest loss". Where the papers say "earlier tasks" we say "visited domains
+other than the one being taught", so that a revisited domain is not at once current and past.
 """
 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import numpy as np
 
 from cl.metrics.forgetting import mean
-from cl.metrics.matrix import EvalTable, FloatArray
-
-
-def worst_since_first_visit(table: EvalTable) -> FloatArray:
-    """[D], the worst value met after the end of the first visit; NaN for c, for unvisited domains, without `within`."""
-    worst = np.full(table.num_domains, np.nan)
-    first = table.first_visit
-    for j in _others(table):
-        inside = [p.value for p in table.within if p.domain == j and p.experience > first[j]]
-        if inside:
-            worst[j] = table.worst([*inside, *table.R[first[j] + 1 :, j]])
-    return worst
+from cl.metrics.matrix import BoolArray, EvalTable, FloatArray
 
 
 def min_acc(table: EvalTable) -> float:
@@ -35,15 +24,20 @@ def min_acc(table: EvalTable) -> float:
     min-ACC = mean over visited j != c of min_{n after the end of j's first visit} A(j, n)
 
     Returns: unit of the measure. NaN when T = 1.
-    Source: De Lange, van de Ven & Tuytelaars (2023). Differences: with revisits "earlier tasks" reads "visited
-        domains other than the current one", so that `wc_acc` counts every domain once.
+    Source: De Lange, van de Ven & Tuytelaars (2023).
 
     Example:
         >>> dip = EvalTable.from_rows([[0.9, 0.1], [0.8, 0.7]], within=[(1, 10, 0, 0.5), (1, 20, 0, 0.75)])
         >>> min_acc(dip), wc_acc(dip)
         (0.5, 0.6)
     """
-    return mean(worst_since_first_visit(table)[_others(table)])
+    if table.num_experiences == 0:
+        return math.nan
+    past = np.arange(table.num_experiences)[:, None] > table.first_visit
+    inside = np.where(past, _lowest_inside(table), np.nan)
+    worst = table.worst(np.vstack([inside, np.where(past, table.R, np.nan)]))
+    worst[np.isnan(inside).all(axis=0)] = np.nan
+    return mean(worst[_bystanders(table)[-1]])
 
 
 def wc_acc(table: EvalTable) -> float:
@@ -58,63 +52,51 @@ def wc_acc(table: EvalTable) -> float:
     if current is None:
         return math.nan
     now = float(table.last[current])
-    num_others = len(_others(table))
-    return (now + num_others * min_acc(table)) / (num_others + 1) if num_others else now
-
-
-class Dip(NamedTuple):
-    """One fall and return: domain j while experience `experience` taught something else.
-
-    Args:
-        experience, domain: where.
-        gap: value before the experience minus the minimum inside it (negated for a loss); positive means worse.
-        recovery: value at the end of the experience minus that minimum (negated for a loss).
-    """
-
-    experience: int
-    domain: int
-    gap: float
-    recovery: float
-
-
-def dips(table: EvalTable) -> list[Dip]:
-    """Every pair of an experience and a domain visited before it that it does not teach itself.
-
-    gap_{i,j} = R[i-1, j] - min_{n in i} A(j, n),  recovery_{i,j} = R[i, j] - min_{n in i} A(j, n)
-
-    Source: definition of this project, after De Lange, van de Ven & Tuytelaars (2023).
-    """
-    inside: dict[tuple[int, int], list[float]] = {}
-    for point in table.within:
-        inside.setdefault((point.experience, point.domain), []).append(point.value)
-    found = []
-    for i in range(1, table.num_experiences):
-        for j in np.flatnonzero(table.visited[i - 1]).tolist():
-            if j == table.trained[i]:
-                continue
-            before, after = table.R[i - 1 : i + 1, j]
-            lowest = table.worst([after, *inside[i, j]]) if (i, j) in inside else math.nan
-            gap, recovery = table.worsening([before, after], lowest)
-            found.append(Dip(i, j, float(gap), float(recovery)))
-    return found
+    k = int(np.count_nonzero(table.visited[-1]))
+    return now if k == 1 else (now + (k - 1) * min_acc(table)) / k
 
 
 def stability_gap(table: EvalTable) -> float:
-    """Mean `gap` over all `dips`: how deep old domains fall inside an experience, repaired or not.
+    """How deep old domains fall inside an experience, whether or not they come back.
+
+    mean over experiences i and domains j visited before i and not taught by it of R[i-1, j] - min_{n in i} A(j, n)
+
+    Returns: unit of the measure; positive means worse. NaN when T = 1.
+    Source: definition of this project, after De Lange, van de Ven & Tuytelaars (2023).
 
     Example:
         >>> dip = EvalTable.from_rows([[1.0, 0.0], [0.75, 1.0]], within=[(1, 10, 0, 0.5)])
         >>> stability_gap(dip), recovery(dip)
         (0.5, 0.25)
     """
-    return mean([dip.gap for dip in dips(table)])
+    return mean(table.worsening(table.R[:-1], _lowest_inside(table)[1:])[_bystanders(table)[1:]])
 
 
 def recovery(table: EvalTable) -> float:
-    """Mean `recovery` over all `dips`: how much of the fall is repaired by the end of the experience."""
-    return mean([dip.recovery for dip in dips(table)])
+    """How much of the fall is repaired by the end of the experience.
+
+    mean over the pairs of `stability_gap` of R[i, j] - min_{n in i} A(j, n)
+
+    Returns: unit of the measure; 0 or more.
+    """
+    return mean(table.worsening(table.R, _lowest_inside(table))[_bystanders(table)])
 
 
-def _others(table: EvalTable) -> list[int]:
-    """Visited domains other than the current one."""
-    return [j for j in np.flatnonzero(table.first_visit < table.num_experiences).tolist() if j != table.trained[-1]]
+def _lowest_inside(table: EvalTable) -> FloatArray:
+    """[T, D], worst value met during experience i, its end included; NaN without an evaluation inside it."""
+    inside: dict[tuple[int, int], list[float]] = {}
+    for point in table.within:
+        inside.setdefault((point.experience, point.domain), []).append(point.value)
+    lowest = np.full(table.R.shape, np.nan)
+    for cell, values in inside.items():
+        lowest[cell] = table.worst([table.R[cell], *values])
+    return lowest
+
+
+def _bystanders(table: EvalTable) -> BoolArray:
+    """[T, D], the domains visited before experience i that it does not teach."""
+    bystanders = table.visited
+    for i, taught in enumerate(table.trained):
+        if taught is not None:
+            bystanders[i, taught] = False
+    return bystanders

@@ -1,0 +1,104 @@
+"""What came out of a comparison: a page, figures, tables. Reads `result.json` and nothing else of a run.
+
+    write_report("runs/compare-1", "runs/compare-1/report")
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from cl.report.comparison import Estimate, Metric, StrategyRow, comparison_rows, metrics_of
+from cl.report.load import Loaded, load_folder, load_results
+from cl.result import Result, write_text
+
+__all__ = [
+    "Estimate",
+    "Loaded",
+    "Metric",
+    "ReportPaths",
+    "StrategyRow",
+    "comparison_rows",
+    "load_folder",
+    "load_results",
+    "metrics_of",
+    "write_report",
+]
+
+
+@dataclass(frozen=True)
+class ReportPaths:
+    """The files of a report, and one sentence per thing that is wrong with its results."""
+
+    html: Path
+    markdown: Path
+    figures: list[Path] = field(default_factory=list)
+    tables: list[Path] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+
+def write_report(
+    results_or_folder: Sequence[Result] | Path | str,
+    out_dir: Path | str,
+    *,
+    title: str = "",
+    reference: str = "naive",
+    date: str = "",
+) -> ReportPaths:
+    """Write report.html, report.md, figures/*.png and tables/*.json.
+
+    Runs on different streams or backbones come into sections of their own, with their figures and tables in a
+    numbered folder each.
+
+    Args:
+        results_or_folder: runs, or the folder under which they lie.
+        title: made from the streams and strategies when empty.
+        reference: strategy that the others are compared with, where it has a finished run.
+        date: as it is to be shown; none is shown when empty, so that a report made twice is the same file.
+
+    Raises:
+        ValueError: there is no result, or none that can be read.
+    """
+    # the page needs no matplotlib, and `cl --help` none of this
+    from cl.report.curves import view
+    from cl.report.figures import save_figures
+    from cl.report.html import page
+    from cl.report.load import sections
+    from cl.report.markdown import markdown, save_tables
+    from cl.report.style import looks
+
+    loaded = load_folder(results_or_folder) if isinstance(results_or_folder, Path | str) else None
+    results = loaded.results if loaded else list(results_or_folder)  # type: ignore[arg-type]
+    if not results:
+        raise ValueError("there is no result to report on")
+    out = Path(out_dir)
+    palette = looks(result.label for result in results)
+    views = [view(section, reference, palette) for section in sections(results)]
+    warnings = loaded.warnings if loaded else []
+    title = title or _title(results)
+
+    figures, tables = [], []
+    for index, each in enumerate(views):
+        own = f"{index + 1}_{each.section.stream}_{each.section.backbone}" if len(views) > 1 else ""
+        own = "".join(c if c.isalnum() or c in "._-" else "_" for c in own)
+        figures.append(save_figures(each, out / "figures" / own))
+        tables += save_tables(each, out / "tables" / own)
+    paths = ReportPaths(
+        html=out / "report.html",
+        markdown=out / "report.md",
+        figures=[path for group in figures for path in group],
+        tables=tables,
+        warnings=[*warnings, *(warning for each in views for warning in each.section.warnings)],
+    )
+    links = [[path.relative_to(out).as_posix() for path in group] for group in figures]
+    write_text(paths.markdown, markdown(views, title, date, warnings, links))
+    write_text(paths.html, page(views, title, date, warnings))
+    return paths
+
+
+def _title(results: Sequence[Result]) -> str:
+    streams = sorted({result.stream for result in results})
+    labels = sorted({result.label for result in results})
+    names = ", ".join(labels) if len(labels) <= 6 else f"{len(labels)} strategies"
+    return f"{names} on {', '.join(streams)}"

@@ -203,7 +203,7 @@ def estimate(values: Mapping[int, float]) -> Estimate:
 
 def _test(row: metrics.Row, seeds_needed: int) -> str:
     if row.num_pairs == 0:
-        return "no seed in common" if row.verdict else ""
+        return "no seed in common" if row.num_seeds and row.verdict else ""
     if row.num_pairs < seeds_needed:
         return f"too few seeds to test: {row.num_pairs}, needs {seeds_needed}"
     return f"p {p_text(row.p_holm)}"

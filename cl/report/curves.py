@@ -26,6 +26,27 @@ NOT_CONTINUAL = "joint"
 
 
 @dataclass(frozen=True)
+class Cost:
+    """A cost that performance is drawn against.
+
+    Args:
+        key: field of `StrategyRow`.
+        base: of its prefixes, 1000 or 1024.
+    """
+
+    key: str
+    title: str
+    label: str
+    base: int
+
+
+COSTS = (
+    Cost("passes", "Against work", "samples, forward + backward passes", 1000),
+    Cost("buffer_bytes", "Against memory", "kept for past experiences", 1024),
+)
+
+
+@dataclass(frozen=True)
 class Band:
     """A curve over experiences seen, mean over seeds with its 95 % interval.
 
@@ -144,7 +165,7 @@ def _fronts(rows: Sequence[StrategyRow]) -> dict[str, list[str]]:
             {row.strategy: (row.final.mean, getattr(row, cost)) for row in rivals},
             higher_is_better=UNITS[rivals[0].measure].higher_is_better if rivals else True,
         )
-        for cost in ("passes", "buffer_bytes")
+        for cost in (cost.key for cost in COSTS)
     }
 
 

@@ -12,6 +12,17 @@ OKABE_ITO = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "
 # bounds rather than competitors, so they step back: what happens without a remedy, and with all data at once
 NEUTRAL = {"naive": "#8C8C8C", "joint": "#4D4D4D"}
 
+# ColorBrewer YlGnBu without its palest step: one direction of lightness, safe for every kind of colour blindness
+GOODNESS = ("#FBFCDD", "#DDF2B2", "#A9DDB7", "#63C3BF", "#2C9FC0", "#2072B1", "#24479D", "#0B1F5C")
+
+# viridis, for the order of the domains
+ORDER = (
+    "#440154", "#482475", "#414487", "#355F8D", "#2A788E", "#21918C",
+    "#22A884", "#44BF70", "#7AD151", "#BDDF26", "#FDE725",
+)
+
+PREFIXES = {1000: ("", " k", " M", " G", " T", " P"), 1024: (" B", " KiB", " MiB", " GiB", " TiB", " PiB")}
+
 DASHES = ("solid", "dashed", "dotted", "dashdot")
 
 
@@ -88,13 +99,28 @@ UNITS = {
 
 
 def count_text(value: float | None) -> str:
-    """A count in at most four characters and a prefix: 1234567 -> "1.23 M"."""
-    return _prefixed(value, 1000, ("", " k", " M", " G", " T", " P"))
+    """A count in three digits and a prefix: 1234567 -> "1.23 M"."""
+    return _prefixed(value, 1000)
 
 
 def bytes_text(value: float | None) -> str:
     """Bytes with a binary prefix: 627200 -> "612 KiB"."""
-    return _prefixed(value, 1024, (" B", " KiB", " MiB", " GiB", " TiB", " PiB"))
+    return _prefixed(value, 1024)
+
+
+def scale_of(largest: float, base: int) -> tuple[float, str]:
+    """Size and name of the prefix in which a number has one to three digits before its point.
+
+    Args:
+        base: 1000 for counts, 1024 for bytes.
+
+    Example:
+        >>> scale_of(627200, 1024)
+        (1024.0, ' KiB')
+    """
+    prefixes = PREFIXES[base]
+    power = min(int(math.log(largest, base) + 1e-9), len(prefixes) - 1) if largest >= base else 0
+    return float(base) ** power, prefixes[power]
 
 
 def seconds_text(value: float | None) -> str:
@@ -151,11 +177,8 @@ def short(name: str, length: int = 24) -> str:
     return f"{name[:head]}…{name[-(length - 1 - head) :]}"
 
 
-def _prefixed(value: float | None, base: int, prefixes: Sequence[str]) -> str:
+def _prefixed(value: float | None, base: int) -> str:
     if value is None or math.isnan(value):
         return "–"
-    for prefix in prefixes:
-        if abs(value) < base or prefix == prefixes[-1]:
-            return f"{value:.0f}{prefix}" if value == int(value) and abs(value) < base else f"{value:.3g}{prefix}"
-        value /= base
-    raise AssertionError("unreachable")
+    size, prefix = scale_of(abs(value), base)
+    return f"{value / size:.3g}{prefix}" if value / size < 1000 else f"{value / size:.0f}{prefix}"

@@ -268,8 +268,13 @@ def read_journal(path: Path) -> tuple[dict[str, Any], list[Stamped]]:
     return header, rows
 
 
-def first_line(error: Exception) -> str:
-    """What an error says, fit for one sentence."""
+def first_line(error: BaseException) -> str:
+    """What an error says, fit for one sentence; of a failed connection, what the system said."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and (cause.errno is not None or isinstance(cause, TimeoutError)):
+            error = cause
+        cause = cause.__cause__ or cause.__context__
     text = str(error).strip().splitlines()
     return (text[0] if text else type(error).__name__)[:200]
 

@@ -2,8 +2,8 @@
 
 | section | step | names |
 |---|---|---|
-| `accuracy/`, `loss/`, `perplexity/` | experiences seen, from 1 | `task_00`: the measure on the domain in column 0 of R |
-| `forgetting/` | experiences seen | `task_00`: the `max` definition, from the experience after the domain's first visit |
+| `accuracy/`, `loss/`, `perplexity/` | experiences seen, from 1 | `task_00`: the measure on column 0 of R |
+| `forgetting/` | experiences seen | `task_00`: `max` definition, from the experience after the first visit |
 | `summary/` | experiences seen | `accuracy_avg` (domains visited so far), `forgetting_avg`, `bwt` |
 | `final/`, `cost/` | experiences seen | one point each, when the run is done |
 | `train/` | optimizer steps taken | `loss`, each loss term, `lr`; `within/task_00`: the measure inside experiences |

@@ -16,6 +16,7 @@ import urllib.error
 import urllib.request
 import uuid
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from urllib.parse import quote, urlsplit
 
@@ -45,9 +46,13 @@ _QUIET = {
 }
 
 
-def quiet_environment() -> dict[str, str]:
-    """Environment for a process that uses mlflow: no telemetry, no chatter, short waits; what the user set stays."""
-    return _QUIET | {name: os.environ[name] for name in _QUIET if name in os.environ}
+def quiet() -> None:
+    """No telemetry, no chatter and short waits from mlflow, here and in child processes; what the user set stays."""
+    for name, value in _QUIET.items():
+        os.environ.setdefault(name, value)
+    logging.getLogger("alembic").setLevel(logging.WARNING)
+    # one warning of ours tells of a lost server; without this there is one more for every retry
+    logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)
 
 
 def default_uri(folder: str | Path = ".") -> str:
@@ -115,18 +120,19 @@ def prepare_store(uri: str) -> None:
     path = sqlite_path(uri)
     if path is None or _has_tables(path):
         return
-    for name, value in quiet_environment().items():
-        os.environ.setdefault(name, value)
-    logging.getLogger("alembic").setLevel(logging.WARNING)
+    quiet()
     from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
     path = path.resolve()
+    artifacts = str(path.parent / ARTIFACTS)
     draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        SqlAlchemyStore(f"sqlite:///{draft}", str(path.parent / ARTIFACTS)).engine.dispose()
-        if path.exists() and path.stat().st_size == 0:
-            path.unlink()
+        if path.exists():
+            # an empty file or another program's tables: there is nothing to swap in
+            SqlAlchemyStore(uri, artifacts)
+            return
+        SqlAlchemyStore(f"sqlite:///{draft}", artifacts).engine.dispose()
         os.link(draft, path)
     except FileExistsError:
         pass  # another process was faster, and its file is as good
@@ -153,9 +159,17 @@ def chart_url(base: str, experiment_id: str) -> str:
 
 
 def grouped_view() -> str:
-    """Content of `VIEW_TAG`: a saved view, grouped by `cl.strategy`, that shows twenty strategies instead of ten."""
-    group = {"aggregateFunction": "average", "groupByKeys": [{"mode": "tag", "groupByData": "cl.strategy"}]}
-    state = {"groupBy": group, "useGroupedValuesInCharts": True, "runsHiddenMode": "FIRST_20_RUNS"}
+    """Content of `VIEW_TAG`: a saved view, grouped by `cl.strategy`, that shows twenty strategies instead of ten.
+
+    Source: what "Save view" of MLflow 3.17.2 writes; an MLflow that does not know it shows the charts ungrouped.
+    """
+    columns = ("final/accuracy_avg", "final/forgetting_avg", "final/bwt", "cost/seconds")
+    state = {
+        "groupBy": {"aggregateFunction": "average", "groupByKeys": [{"mode": "tag", "groupByData": "cl.strategy"}]},
+        "useGroupedValuesInCharts": True,
+        "runsHiddenMode": "FIRST_20_RUNS",
+        "selectedColumns": [f"metrics.`{name}`" for name in columns],
+    }
     now = int(time.time() * 1000)
     return json.dumps({"name": "By strategy", "createdAt": now, "updatedAt": now, "state": json.dumps(state)})
 
@@ -180,7 +194,10 @@ def _within_time(uri: str, tried: str, attempt: Callable[[], None]) -> None:
 
 
 def _no_answer(uri: str, tried: str, reason: str) -> str:
-    return f"tracking.uri={_without_password(uri)!r} does not answer: {tried} failed ({reason}); start it or use tracking=none"
+    return (
+        f"tracking.uri={_without_password(uri)!r} does not answer: {tried} failed ({reason}); "
+        "give the address of a running store, or tracking=none"
+    )
 
 
 def _without_password(uri: str) -> str:
@@ -207,7 +224,7 @@ def _check_sqlite(uri: str) -> None:
     if path.is_dir():
         raise OSError(f"{path} is a folder")
     if path.exists():
-        with sqlite3.connect(path, timeout=1.0) as connection:
+        with closing(sqlite3.connect(path, timeout=1.0)) as connection:
             connection.execute("pragma schema_version")
         if not os.access(path, os.W_OK):
             raise OSError(f"{path} cannot be written")
@@ -221,11 +238,9 @@ def _check_sqlite(uri: str) -> None:
 def _has_tables(path: Path) -> bool:
     if not path.is_file():
         return False
-    connection = sqlite3.connect(path, timeout=5.0)
     try:
-        names = {row[0] for row in connection.execute("select name from sqlite_master where type = 'table'")}
+        with closing(sqlite3.connect(path, timeout=5.0)) as connection:
+            names = {row[0] for row in connection.execute("select name from sqlite_master where type = 'table'")}
     except sqlite3.DatabaseError:
         return False
-    finally:
-        connection.close()
     return {"experiments", "runs", "alembic_version"} <= names

@@ -19,20 +19,21 @@ def to_chunks(x_BTHD: Tensor, chunk: int) -> Tensor:
     n = -(-length // chunk)
     dtype = state_dtype(x_BTHD.dtype)
     if n * chunk == length:
-        return x_BTHD.to(dtype).view(batch, n, chunk, heads, width).permute(1, 0, 3, 2, 4).reshape(-1, chunk, width)
+        return x_BTHD.to(dtype).unflatten(1, (n, chunk)).permute(1, 0, 3, 2, 4).reshape(-1, chunk, width)
     out = x_BTHD.new_zeros(n, batch, heads, chunk, width, dtype=dtype)
     whole = n - 1
     body, tail = x_BTHD[:, : whole * chunk], x_BTHD[:, whole * chunk :]
-    out[:whole] = body.reshape(batch, whole, chunk, heads, width).permute(1, 0, 3, 2, 4)
+    if whole:
+        out[:whole] = body.unflatten(1, (whole, chunk)).permute(1, 0, 3, 2, 4)
     out[whole, :, :, : tail.shape[1]] = tail.transpose(1, 2)
     return out.view(-1, chunk, width)
 
 
 def from_chunks(x_MCD: Tensor, batch: int, length: int, heads: int) -> Tensor:
-    """Inverse of `to_chunks`, dropping the padding: [B, T, H, D], contiguous."""
+    """Inverse of `to_chunks`, dropping the padding: [B, T, H, D], not contiguous."""
     _, chunk, width = x_MCD.shape
-    x = x_MCD.view(-1, batch, heads, chunk, width).permute(1, 0, 3, 2, 4)
-    return x.reshape(batch, -1, heads, width)[:, :length].contiguous()
+    x_BNCHD = x_MCD.view(-1, batch, heads, chunk, width).permute(1, 0, 3, 2, 4)
+    return x_BNCHD.reshape(batch, -1, heads, width)[:, :length]
 
 
 def triangle(chunk: int, like: Tensor, *, strict: bool = False) -> Tensor:

@@ -13,7 +13,10 @@ from typing import Any
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
+
+from kernels.common.varlen import chunk_offsets
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 # the default flips in Triton 3.10; said explicitly, numbers do not move with the compiler
@@ -145,11 +148,9 @@ def device_tag() -> str:
     return f"sm_{major}{minor}|triton {triton.__version__}"
 
 
-def precision(dtype: torch.dtype) -> str:
-    """The `input_precision` of a dot: float32 data keeps float32 accuracy on tensor cores by three tf32 products."""
-    if INTERPRET or dtype != torch.float32 or torch.version.hip is not None:
-        return "ieee"
-    return "tf32x3"
+def precision() -> str:
+    """The `input_precision` of every dot: float32 data keeps its digits on tensor cores by three tf32 products."""
+    return "ieee" if INTERPRET or torch.version.hip is not None else "tf32x3"
 
 
 def host(tensor: Tensor | None) -> Tensor | None:
@@ -191,3 +192,137 @@ def _write_json(path: Path, value: dict[str, Any]) -> None:
 def _cached(key: str, rows: list[Row]) -> Row | None:
     stored = _read_json(CACHE / "tuned.json").get(key)
     return next((r for r in rows if str(r) == stored), None)
+
+
+def chunk_table(cu: Tensor, rows: int, chunk: int) -> tuple[Tensor, Tensor]:
+    """Sequence of every chunk row (S for the surplus rows) and the first row of every sequence; waits for nothing."""
+    first = chunk_offsets(cu, chunk)
+    index = torch.arange(rows, device=cu.device)
+    return torch.searchsorted(first[1:].contiguous(), index, right=True).to(torch.int32), first
+
+
+# Device functions. Tensors are packed [T, H, D]; a gate tile is [C, 1] (one decay per head) or [C, BK] (per channel).
+
+
+@triton.jit
+def load_tile(ptr, t0, end, h, H, D, d0, C: tl.constexpr, BD: tl.constexpr):
+    """Tokens t0 .. t0+C of head h, columns d0 .. d0+BD; zeros outside."""
+    t = t0 + tl.arange(0, C)
+    d = d0 + tl.arange(0, BD)
+    return tl.load(ptr + (t[:, None] * H + h) * D + d[None, :], mask=(t < end)[:, None] & (d < D)[None, :], other=0.0)
+
+
+@triton.jit
+def store_tile(ptr, x, t0, end, h, H, D, d0, C: tl.constexpr, BD: tl.constexpr):
+    t = t0 + tl.arange(0, C)
+    d = d0 + tl.arange(0, BD)
+    tl.store(ptr + (t[:, None] * H + h) * D + d[None, :], x, mask=(t < end)[:, None] & (d < D)[None, :])
+
+
+@triton.jit
+def load_state(ptr, row, h, H, K, V, k0, v0, BK: tl.constexpr, BV: tl.constexpr):
+    """Tile of the state [rows, H, K, V]; zeros outside."""
+    k = k0 + tl.arange(0, BK)
+    v = v0 + tl.arange(0, BV)
+    at = ((row.to(tl.int64) * H + h) * K + k[:, None]) * V + v[None, :]
+    return tl.load(ptr + at, mask=(k < K)[:, None] & (v < V)[None, :], other=0.0)
+
+
+@triton.jit
+def store_state(ptr, x, row, h, H, K, V, k0, v0, BK: tl.constexpr, BV: tl.constexpr):
+    k = k0 + tl.arange(0, BK)
+    v = v0 + tl.arange(0, BV)
+    at = ((row.to(tl.int64) * H + h) * K + k[:, None]) * V + v[None, :]
+    tl.store(ptr + at, x, mask=(k < K)[:, None] & (v < V)[None, :])
+
+
+@triton.jit
+def load_gate(
+    g_ptr, t0, end, h, H, K, k0, HAS_GATE: tl.constexpr, CHANNEL: tl.constexpr, C: tl.constexpr, BK: tl.constexpr
+):
+    """Log decays of tokens t0 .. t0+C; zero where there is no token, no channel, no gate."""
+    t = t0 + tl.arange(0, C)
+    if CHANNEL:
+        k = k0 + tl.arange(0, BK)
+        at = (t[:, None] * H + h) * K + k[None, :]
+        g = tl.load(g_ptr + at, mask=(t < end)[:, None] & (k < K)[None, :], other=0.0).to(tl.float32)
+    elif HAS_GATE:
+        g = tl.load(g_ptr + (t * H + h)[:, None], mask=(t < end)[:, None], other=0.0).to(tl.float32)
+    else:
+        g = tl.zeros([C, 1], tl.float32)
+    return g
+
+
+@triton.jit
+def decay_mask(g, STRICT: tl.constexpr, C: tl.constexpr):
+    """L[i, j] = exp(sum of g over (j, i]), zero above the diagonal; for one decay per head."""
+    i = tl.arange(0, C)
+    run = tl.cumsum(tl.sum(g, 1), 0)
+    below = i[:, None] > i[None, :] if STRICT else i[:, None] >= i[None, :]
+    return tl.where(below, tl.exp(tl.where(below, run[:, None] - run[None, :], 0.0)), 0.0)
+
+
+@triton.jit
+def level_map(WIDTH: tl.constexpr, C: tl.constexpr):
+    """Halving level of the triangle: second-half flag, block number, and the 0/1 matrix of interval sums."""
+    i = tl.arange(0, C)
+    block = i // (2 * WIDTH)
+    middle = block * (2 * WIDTH) + WIDTH
+    second = i >= middle
+    s = i[None, :]
+    after = second[:, None] & (s >= middle[:, None]) & (s <= i[:, None])
+    before = (i < middle)[:, None] & (s > i[:, None]) & (s < middle[:, None])
+    return second, block, (after | before).to(tl.float32)
+
+
+@triton.jit
+def channel_scores(q, k, g, STRICT: tl.constexpr, LEVELS: tl.constexpr, C: tl.constexpr, PREC: tl.constexpr):
+    """Decayed scores for a decay per channel: squares of halves, every exponent <= 0 (see common/chunks.py)."""
+    i = tl.arange(0, C)
+    p = tl.zeros([C, C], tl.float32)
+    if not STRICT:
+        p += tl.where(i[:, None] == i[None, :], tl.sum(q.to(tl.float32) * k.to(tl.float32), 1)[:, None], 0.0)
+    for level in tl.static_range(LEVELS):
+        second, block, interval = level_map(1 << level, C)
+        f = tl.exp(tl.dot(interval, g, input_precision=PREC))
+        qs = tl.where(second[:, None], q * f, 0.0).to(q.dtype)
+        ks = tl.where(second[:, None], 0.0, k * f).to(k.dtype)
+        p += tl.where(block[:, None] == block[None, :], tl.dot(qs, tl.trans(ks), input_precision=PREC), 0.0)
+    return p
+
+
+@triton.jit
+def channel_scores_backward(
+    q, k, g, dp, STRICT: tl.constexpr, LEVELS: tl.constexpr, C: tl.constexpr, PREC: tl.constexpr
+):
+    """Gradients of q, k and g of `channel_scores`."""
+    i = tl.arange(0, C)
+    dq = tl.zeros(q.shape, tl.float32)
+    dk = tl.zeros(q.shape, tl.float32)
+    dg = tl.zeros(q.shape, tl.float32)
+    if not STRICT:
+        diagonal = tl.sum(tl.where(i[:, None] == i[None, :], dp, 0.0), 1)[:, None]
+        dq += diagonal * k
+        dk += diagonal * q
+    for level in tl.static_range(LEVELS):
+        second, block, interval = level_map(1 << level, C)
+        f = tl.exp(tl.dot(interval, g, input_precision=PREC))
+        qs = tl.where(second[:, None], q * f, 0.0)
+        ks = tl.where(second[:, None], 0.0, k * f)
+        square = (block[:, None] == block[None, :]) & second[:, None] & (second[None, :] == 0)
+        d = tl.where(square, dp, 0.0).to(q.dtype)
+        dqs = tl.dot(d, ks.to(k.dtype), input_precision=PREC)
+        dks = tl.dot(tl.trans(d), qs.to(q.dtype), input_precision=PREC)
+        dq += dqs * f
+        dk += dks * f
+        dg += tl.dot(tl.trans(interval), qs * dqs + ks * dks, input_precision=PREC)
+    return dq, dk, dg
+
+
+@triton.jit
+def mask_gradient(m, C: tl.constexpr, PREC: tl.constexpr):
+    """dg[s] = sum of m[i, j] over i >= s > j: the gate gradient through `decay_mask`, without cancellation."""
+    i = tl.arange(0, C)
+    strict = (i[:, None] < i[None, :]).to(tl.float32)
+    through = tl.dot(tl.where(i[:, None] > i[None, :], m, 0.0), strict, input_precision=PREC)
+    return tl.sum(tl.where(i[:, None] >= i[None, :], through, 0.0), 0)

@@ -54,8 +54,8 @@ def _scan_segments(
     REVERSE walks from the last token with the gate of the following token (none after the last).
     """
     W: tl.constexpr = 2 if COMPLEX else 1
-    n = tl.program_id(0) * BN + tl.arange(0, BN)
-    s = tl.program_id(1).to(tl.int64)
+    n = tl.program_id(1) * BN + tl.arange(0, BN)
+    s = tl.program_id(0).to(tl.int64)
     j = tl.program_id(2)
     live = n < N
     bos = tl.load(cu_ptr + s)
@@ -154,8 +154,8 @@ def _carry_segments(
 ):
     """start[s, j] = state before segment j: the same recurrence over the summaries."""
     W: tl.constexpr = 2 if COMPLEX else 1
-    n = tl.program_id(0) * BN + tl.arange(0, BN)
-    s = tl.program_id(1).to(tl.int64)
+    n = tl.program_id(1) * BN + tl.arange(0, BN)
+    s = tl.program_id(0).to(tl.int64)
     live = n < N
     c = tl.load(h0_ptr + (s * N + n) * W, mask=live, other=0.0)
     if COMPLEX:
@@ -201,7 +201,7 @@ def _run(
     shared = {"a_ptr": a, "u_ptr": u, "cu_ptr": cu, "N": channels, "SEGMENT": segment, "COMPLEX": is_complex}
 
     def grid(meta: dict[str, int]) -> tuple[int, ...]:
-        return (-(-channels // meta["BN"]), sequences, segments)
+        return (sequences, -(-channels // meta["BN"]), segments)
 
     if segments > 1:
         summary = (sequences, segments, *state[1:])
@@ -220,7 +220,7 @@ def _run(
         )
         h0 = torch.zeros_like(end) if start is None else start
         _CARRY.launch(
-            lambda meta: (-(-channels // meta["BN"]), sequences),
+            lambda meta: (sequences, -(-channels // meta["BN"])),
             total_ptr=total,
             last_ptr=last,
             h0_ptr=h0,

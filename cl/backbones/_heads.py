@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from cl.core import Batch, Output, StreamInfo
+from cl.core import Batch, Output, StreamInfo, UserError
 
 
 class MultiHead(nn.Module):
@@ -31,6 +31,8 @@ class MultiHead(nn.Module):
         if task_id_B is None:
             raise ValueError("a multi-head backbone needs rows with a task_id; this batch has none")
         tasks = task_id_B.unique().tolist()
+        if tasks[0] < 0 or tasks[-1] >= len(self.heads):
+            raise ValueError(f"rows ask for the heads {tasks}; this backbone has 0 to {len(self.heads) - 1}")
         if len(tasks) == 1:
             logits_BC: Tensor = self.heads[tasks[0]](hidden_BF)
             return logits_BC
@@ -61,3 +63,24 @@ class Backbone(nn.Module):
         if isinstance(self.head, MultiHead):
             return Output(self.head(hidden_BF, batch.task_id), hidden_BF)
         return Output(self.head(hidden_BF), hidden_BF)
+
+
+def require_width(name: str, value: object) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise UserError(f"backbone.{name} is {value!r}; it must be an integer of at least 1")
+
+
+def require_image(info: StreamInfo, backbone: str, smallest: int = 1) -> tuple[int, int, int]:
+    """Channels, height and width of the stream's rows.
+
+    Raises:
+        UserError: the rows are no images, or are too small for the backbone.
+    """
+    shape = info.input_shape
+    if len(shape) != 3 or min(shape[1:]) < smallest:
+        raise UserError(
+            f"backbone {backbone} reads images (channels, height, width) of at least {smallest}x{smallest} pixels; "
+            f"the rows of {info.name} have the shape {tuple(shape)}"
+        )
+    channels, height, width = shape
+    return channels, height, width

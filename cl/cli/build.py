@@ -1,0 +1,192 @@
+"""From a checked config to the objects of a run.
+
+Every object is made by calling the node's `_target_` with the node's other keys. What may be called is decided by what
+the node is for (a strategy node makes a `Strategy`, and so on), so that a config read from disk cannot run anything else.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from cl.core import Stream, UserError
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a config node may make.
+
+    Args:
+        noun: for sentences.
+        base: dotted name of the class that a `_target_` must derive from, or None for functions.
+        modules: where a function may live; its parameters beyond `given` are the node's keys.
+        given: how many leading parameters the caller fills in later.
+    """
+
+    noun: str
+    base: str | None = None
+    modules: tuple[str, ...] = ()
+    given: int = 0
+
+
+KINDS = {
+    "stream": Kind("stream", modules=("streams",)),
+    "strategy": Kind("strategy", base="cl.hooks.Strategy"),
+    "backbone": Kind("backbone", base="torch.nn.Module", given=1),
+    "optimizer": Kind("optimizer", base="torch.optim.Optimizer", given=1),
+    "schedule": Kind("schedule", modules=("cl.schedules",), given=2),
+    "trainer": Kind("trainer config", base="cl.config.TrainerConfig"),
+    "tracking": Kind("tracker", base="cl.observe.Observer"),
+}
+
+
+def locate(dotted: str) -> Any:
+    """The object with this dotted name.
+
+    Raises:
+        UserError: the module does not import or has no such name.
+    """
+    module, _, name = str(dotted).rpartition(".")
+    try:
+        return getattr(import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(f"_target_ {dotted!r} cannot be imported: {error}") from None
+
+
+def target_of(path: str, node: Mapping[str, Any]) -> Callable[..., Any]:
+    """What a node calls, after checking that it is of the node's kind."""
+    kind = KINDS[path.split(".")[0]]
+    if not isinstance(node, Mapping) or "_target_" not in node:
+        known = f"; {path} was not selected" if path.startswith("strategy.") else ""
+        raise UserError(f"{path} has no _target_{known} (choose it with {path.split('.')[0]}=NAME, see `cl list`)")
+    target = locate(node["_target_"])
+    if kind.base is not None:
+        is_allowed = isinstance(target, type) and issubclass(target, locate(kind.base))
+        wanted = f"a subclass of {kind.base}"
+    else:
+        is_allowed = inspect.isfunction(target) and (
+            target.__module__.split(".")[0] in kind.modules
+            or target.__module__ in kind.modules
+            or target.__annotations__.get("return") in (Stream, "Stream")
+        )
+        wanted = f"a function of {' or '.join(kind.modules)}, or one annotated to return a {kind.noun.capitalize()}"
+    if not is_allowed:
+        raise UserError(f"{path}._target_ is {node['_target_']!r}, which makes no {kind.noun}; it must be {wanted}")
+    return target
+
+
+def arguments(path: str, node: Mapping[str, Any]) -> dict[str, Any]:
+    """Every argument of a node's target, defaults included.
+
+    Raises:
+        UserError: a key that the target does not take, or one that it needs and does not get.
+    """
+    target, kind = target_of(path, node), KINDS[path.split(".")[0]]
+    given = {key: value for key, value in node.items() if not key.startswith("_")}
+    parameters = dict(list(inspect.signature(target).parameters.items())[kind.given :])
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    named = {name: p for name, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    for key in given:
+        if key not in named and not takes_any:
+            options = ", ".join(named) or "none"
+            raise UserError(f"{path} has no option {key!r}; its options are {options}")
+    missing = [name for name, p in named.items() if p.default is p.empty and name not in given]
+    if missing:
+        raise UserError(f"{path} needs {', '.join(missing)}; set {path}.{missing[0]}=VALUE")
+    return {name: given.get(name, p.default) for name, p in named.items()} | given
+
+
+def make(path: str, node: Mapping[str, Any]) -> Any:
+    """Call a node's target, or prepare the call where its first arguments come later."""
+    target, kwargs = target_of(path, node), arguments(path, node)
+    given = {key: value for key, value in kwargs.items() if key in node}
+    if KINDS[path.split(".")[0]].given:
+        return partial(target, **given)
+    try:
+        return target(**given)
+    except UserError:
+        raise
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{path} cannot be made from {_shown(given)}: {error}") from error
+
+
+def _shown(given: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key}={value!r}" for key, value in given.items()) or "its defaults"
+
+
+def strategy_names(config: Mapping[str, Any]) -> list[str]:
+    """Strategies of a config, in the order in which they compose."""
+    names = list(config.get("strategy") or {})
+    if not names:
+        raise UserError("no strategy is selected; choose one with strategy=NAME (see `cl list strategies`)")
+    return names
+
+
+def settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Every hyper-parameter of a run, flat, the defaults of all signatures included."""
+    flat: dict[str, Any] = {"seed": config["seed"], "limit_experiences": config.get("limit_experiences")}
+    nodes = {name: config[name] for name in ("stream", "backbone", "optimizer", "schedule", "trainer")}
+    nodes |= {f"strategy.{name}": config["strategy"][name] for name in strategy_names(config)}
+    for path, node in nodes.items():
+        flat[path] = node.get("_target_") if isinstance(node, Mapping) else node
+        flat |= {
+            f"{path}.{key}": value for key, value in arguments(path, node).items() if key not in ("root", "download")
+        }
+    return flat
+
+
+def fingerprint(config: Mapping[str, Any]) -> str:
+    """Short hash of everything that decides what a run computes; where data lie and who tracks it do not."""
+    content = json.dumps(settings(config), sort_keys=True, default=str)
+    return hashlib.sha256(content.encode()).hexdigest()[:12]
+
+
+def make_trainer(config: Mapping[str, Any], names: Mapping[str, Any], run_dir: Path, observers: Sequence[Any]) -> Any:
+    """The trainer of a run, everything checked, nothing trained."""
+    from cl.trainer import Trainer
+
+    if not isinstance(config["seed"], int) or config["seed"] < 0:
+        raise UserError(f"seed is {config['seed']!r}; it must be an integer of at least 0")
+    flat = settings(config)
+    stream = make("stream", config["stream"])
+    limit = config.get("limit_experiences")
+    if limit is not None:
+        if not isinstance(limit, int) or limit < 1:
+            raise UserError(f"limit_experiences is {limit!r}; it must be an integer of at least 1, or null")
+        stream = stream.first(limit)
+    strategies = [make(f"strategy.{name}", config["strategy"][name]) for name in strategy_names(config)]
+    for name, strategy in zip(strategy_names(config), strategies, strict=True):
+        strategy.name = name
+    optimizer = make("optimizer", config["optimizer"])
+    check_optimizer(optimizer)
+    return Trainer(
+        stream,
+        make("backbone", config["backbone"]),
+        strategies,
+        optimizer=optimizer,
+        schedule=make("schedule", config["schedule"]),
+        config=make("trainer", config["trainer"]),
+        seed=config["seed"],
+        run_dir=run_dir,
+        observers=observers,
+        names=names,
+        settings=flat,
+        fingerprint=fingerprint(config),
+    )
+
+
+def check_optimizer(optimizer: Callable[..., Any]) -> None:
+    """Build it once on a throw-away parameter, so that a wrong value is a sentence and not a failed run."""
+    import torch
+
+    try:
+        optimizer([torch.nn.Parameter(torch.zeros(1))])
+    except (TypeError, ValueError) as error:
+        raise UserError(f"optimizer cannot be made from {_shown(optimizer.keywords)}: {error}") from None

@@ -1,0 +1,237 @@
+"""Train several strategies on the same seeds, in parallel, and report with intervals and tests.
+
+Usage: cl compare [strategies=a,b,[c,d]] [seeds=5] [name=value ...]
+
+  cl compare stream=permuted_mnist strategies=naive,joint,replay,derpp,ewc seeds=5 data.root=DATA
+  cl compare 'strategies=naive,[derpp,refresh]' strategy.derpp.alpha=0.2   a composition in brackets
+  cl compare seeds=3,7,11 jobs=2 out=FOLDER reference=naive
+  cl compare launcher=submitit_slurm                                       one job per run on a cluster
+
+Every strategy gets the same seeds, so differences are tested in pairs. Each run has a process and a thread of its own;
+one that dies is reported and the others go on. The same command again goes on with what is unfinished and repeats
+nothing. Options of a strategy apply to the runs that contain it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from cl.cli import build
+from cl.cli.compose import composed, import_from_here, plain
+from cl.cli.console import Pulse, progress_bars, progress_line
+from cl.cli.execute import CONFIG, RESULT, execute
+from cl.cli.pool import Job, run_jobs
+from cl.core import UserError
+from cl.result import Result
+
+OWN = ("strategies", "seeds", "reference", "jobs", "out", "launcher")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a comparison will run.
+
+    Args:
+        runs: folder of each run -> its config.
+    """
+
+    out: Path
+    runs: Mapping[Path, dict[str, Any]]
+    reference: str
+    jobs: int
+    suite: str
+
+
+def main(words: list[str]) -> int:
+    """Compare; 0 when every run is done."""
+    import_from_here()
+    own, others = split_words(words)
+    request = plain(composed("compare", [*own, *(word for word in others if not _strategy_of(word))]))
+    plan, console = make_plan(request, others), Console()
+    if request["launcher"] == "local":
+        failures = _run_all(plan, console)
+    else:
+        from cl.cli.launch import launch
+
+        failures = launch(plan, request["launcher"], others, console)
+    return _conclude(plan, failures, console)
+
+
+def split_words(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The comparison's own settings, written as Hydra reads them, and those of its runs.
+
+    Example:
+        >>> split_words(["strategies=naive,[derpp,ewc]", "seeds=1,2", "optimizer.lr=0.1"])
+        (['strategies=[naive,[derpp,ewc]]', 'seeds=[1,2]'], ['optimizer.lr=0.1'])
+    """
+    own, others = [], []
+    for word in words:
+        name, _, value = word.partition("=")
+        if name in ("strategies", "seeds") and not _is_one(value):
+            word = f"{name}=[{value}]"
+        elif name == "strategies" and not value.startswith("["):
+            word = f"{name}=[{value}]"
+        (own if name in OWN else others).append(word)
+    return own, others
+
+
+def _is_one(value: str) -> bool:
+    """No comma outside brackets."""
+    depth = 0
+    for letter in value:
+        depth += {"[": 1, "]": -1}.get(letter, 0)
+        if letter == "," and depth == 0:
+            return False
+    return True
+
+
+def _strategy_of(word: str) -> str:
+    """Name of the strategy that an option belongs to, or nothing."""
+    parts = word.lstrip("+~").partition("=")[0].split(".")
+    return parts[1] if parts[0] == "strategy" and len(parts) > 2 else ""
+
+
+def make_plan(request: Mapping[str, Any], words: Sequence[str]) -> Plan:
+    """Compose and check every composition; nothing is trained and nothing written."""
+    compositions = [entry if isinstance(entry, list) else [entry] for entry in request["strategies"] or []]
+    if not compositions:
+        raise UserError("strategies is empty; name at least one, such as strategies=naive,replay")
+    _check_words(words, {name for names in compositions for name in names})
+    configs = {"+".join(map(str, names)): _config_of(names, words) for names in compositions}
+    if len(configs) < len(compositions):
+        raise UserError(f"strategies names a composition twice: {', '.join(configs)}")
+    reference = request["reference"]
+    if reference not in configs and reference != "naive":
+        raise UserError(f"reference is {reference!r}; it must be one of {', '.join(configs)}")
+    jobs = request["jobs"] or os.cpu_count() or 1
+    if not isinstance(jobs, int) or jobs < 1:
+        raise UserError(f"jobs is {jobs!r}; it must be an integer of at least 1")
+
+    seeds = _seeds(request["seeds"])
+    streams = {check(config | {"seed": seeds[0]}) for config in configs.values()}
+    marks = sorted(build.fingerprint(config | {"seed": 0}) for config in configs.values())
+    suite = f"{streams.pop()}-{hashlib.sha256(' '.join(marks).encode()).hexdigest()[:8]}"
+    out = Path(request["out"]) if request["out"] else Path("runs") / "compare" / suite
+    runs = {out / label / f"seed-{seed}": config | {"seed": seed} for seed in seeds for label, config in configs.items()}
+    return Plan(out, runs, reference, jobs, suite)
+
+
+def _check_words(words: Sequence[str], known: set[str]) -> None:
+    for word in words:
+        if word.partition("=")[0].lstrip("+") in ("seed", "strategy"):
+            raise UserError(f"{word!r} is for `cl run`; `cl compare` takes strategies=... and seeds=...")
+        name = _strategy_of(word)
+        if name and name not in known:
+            raise UserError(f"{word!r} is for {name}, which is not compared; strategies are {', '.join(sorted(known))}")
+
+
+def _config_of(names: Sequence[str], words: Sequence[str]) -> dict[str, Any]:
+    """Config of a composition: the common words, and the options of its own strategies."""
+    own = [word for word in words if not _strategy_of(word) or _strategy_of(word) in names]
+    config: dict[str, Any] = plain(composed("run", [f"strategy=[{','.join(map(str, names))}]", *own]))
+    return config
+
+
+def _seeds(given: Any) -> list[int]:
+    seeds = list(range(given)) if isinstance(given, int) and not isinstance(given, bool) else given
+    is_list = isinstance(seeds, list) and all(isinstance(seed, int) and seed >= 0 for seed in seeds)
+    if not is_list or not seeds or len(set(seeds)) < len(seeds):
+        raise UserError(f"seeds is {given!r}; it must be a number of seeds of at least 1, or a list of different seeds")
+    return seeds
+
+
+def check(config: Mapping[str, Any]) -> str:
+    """Build a run without training it, so that what is wrong is said at once; returns the name of its stream."""
+    trainer = build.make_trainer(config, {}, run_dir=None, observers=())
+    return str(trainer.state.info.name)
+
+
+def _run_all(plan: Plan, console: Console) -> dict[str, str]:
+    """Run what is not done; returns the sentence of each run that failed."""
+    unfinished = {str(folder): config for folder, config in plan.runs.items() if not is_done(folder, config)}
+    if len(unfinished) < len(plan.runs):
+        console.print(f"{len(plan.runs) - len(unfinished)} of {len(plan.runs)} runs are done already", highlight=False)
+    _prepare_tracking(plan)
+    failures: dict[str, str] = {}
+    with progress_bars(console) as bars:
+        overall = bars.add_task("", name="all runs", total=len(unfinished))
+        tasks: dict[str, Any] = {}
+
+        def show(name: str, message: Mapping[str, Any]) -> None:
+            if "total" not in message:
+                return
+            label = str(Path(name).relative_to(plan.out))
+            if name not in tasks:
+                tasks[name] = bars.add_task("", name=label, total=message["total"])
+            bars.update(tasks[name], completed=message["done"], description=progress_line(message))
+
+        jobs = [Job(name, run_one, (config, name, plan.suite)) for name, config in unfinished.items()]
+        for ending in run_jobs(jobs, plan.jobs, show):
+            bars.advance(overall)
+            if ending.name in tasks:
+                bars.remove_task(tasks[ending.name])
+            label = Path(ending.name).relative_to(plan.out)
+            if ending.error:
+                failures[ending.name] = ending.error
+                bars.console.print(f"[red]failed[/red] {label}: {ending.error}", highlight=False)
+            elif not console.is_terminal:
+                console.print(f"done {label}", highlight=False)
+    return failures
+
+
+def run_one(send: Callable[[Mapping[str, Any]], None], config: dict[str, Any], folder: str, suite: str) -> None:
+    """The job of one run: start it, or go on from its checkpoint."""
+    run_dir = Path(folder)
+    import_from_here()
+    can_resume = any((run_dir / "checkpoints").glob("step-*.pt"))
+    if not can_resume:
+        (run_dir / RESULT).unlink(missing_ok=True)
+    result = execute(
+        config, run_dir, resume=can_resume, observers=[Pulse(send)], suite=suite, say=lambda sentence: None
+    )
+    if result.status != "done":
+        send({"error": f"{result.status}; the same command goes on with it"})
+
+
+def is_done(folder: Path, config: Mapping[str, Any]) -> bool:
+    """Whether a folder holds this very run, finished.
+
+    Raises:
+        UserError: it holds a run with other settings.
+    """
+    from cl.cli.resume import saved_config
+
+    if not (folder / CONFIG).is_file():
+        return False
+    if build.fingerprint(saved_config(folder)) != build.fingerprint(config):
+        raise UserError(f"{folder} holds a run with other settings; choose another folder with out=FOLDER")
+    return (folder / RESULT).is_file() and Result.load(folder / RESULT).status == "done"
+
+
+def _prepare_tracking(plan: Plan) -> None:
+    """Create the embedded store once, before several processes want to."""
+    node = next(iter(plan.runs.values())).get("tracking") or {}
+    if node.get("_target_"):
+        from cl.tracking import check_store, prepare_store
+
+        uri = build.make("tracking", node).uri
+        check_store(uri)
+        prepare_store(uri)
+
+
+def _conclude(plan: Plan, failures: Mapping[str, str], console: Console) -> int:
+    """Report on what is done; 1 when something is not."""
+    from cl.cli.report import report_on
+
+    if any((folder / RESULT).is_file() for folder in plan.runs):
+        report_on(plan.out, console, reference=plan.reference)
+    if failures:
+        console.print(f"{len(failures)} of {len(plan.runs)} runs did not finish; the same command goes on with them")
+    return int(bool(failures))

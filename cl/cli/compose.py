@@ -1,0 +1,75 @@
+"""From words on the command line to a checked config.
+
+Two things are added to Hydra. A hyper-parameter that a config file does not mention can be set without `+`, because
+its default lives in the Python signature and nowhere else; and every error becomes one sentence.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from hydra import compose, initialize_config_module
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from cl.core import UserError
+
+OPEN_NODE = re.compile(r"^(strategy\.\w+|stream|backbone|optimizer|schedule|trainer|tracking)\.[\w.]+=")
+"""Nodes whose keys are checked against a signature and not against what the YAML happens to mention."""
+
+
+def open_signatures(overrides: Sequence[str]) -> list[str]:
+    """Let the overrides of signature-backed nodes add keys.
+
+    Example:
+        >>> open_signatures(["seed=1", "strategy.derpp.alpha=0.2", "+experiment=x"])
+        ['seed=1', '++strategy.derpp.alpha=0.2', '+experiment=x']
+    """
+    return [f"++{word}" if OPEN_NODE.match(word) else word for word in overrides]
+
+
+@contextmanager
+def one_sentence() -> Iterator[None]:
+    """Hydra's and OmegaConf's errors as `UserError`, without their help paragraphs."""
+    try:
+        yield
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(_sentence(error)) from error
+
+
+def _sentence(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    kept: list[str] = []
+    for line in lines:
+        if line.startswith(("full_key", "object_type", "reference_type", "Set the environment", "See https")):
+            continue
+        kept.append(line)
+    return re.sub(r"\s+", " ", " ".join(kept)).replace("\t", " ")
+
+
+def composed(name: str, overrides: Sequence[str]) -> DictConfig:
+    """The config `name` with overrides applied, defaults of the signatures not yet filled in."""
+    for word in overrides:
+        if "=" not in word and not word.startswith("~"):
+            raise UserError(f"{word!r} is no setting; settings are written name=value, such as seed=1")
+    GlobalHydra.instance().clear()
+    with one_sentence(), initialize_config_module("configs", version_base="1.3"):
+        return compose(name, open_signatures(overrides))
+
+
+def plain(config: Any) -> Any:
+    """A config node as dicts and lists, interpolations resolved."""
+    with one_sentence():
+        return OmegaConf.to_container(config, resolve=True) if OmegaConf.is_config(config) else config
+
+
+def import_from_here() -> None:
+    """Let `_target_` name a module in the working directory; appended, so that it shadows nothing."""
+    if "" not in sys.path and "." not in sys.path:
+        sys.path.append(".")

@@ -1,0 +1,127 @@
+"""Carry out one run in its folder: check, train, record; the same for `run`, `resume` and `compare`."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import signal
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from cl.cli import build
+from cl.core import UserError
+from cl.observe import Observer
+from cl.result import Result, write_text
+
+CONFIG, RESULT, LOG = "config.yaml", "result.json", "run.log"
+
+
+def choices(config: Mapping[str, Any], backbone: str) -> dict[str, Any]:
+    """Names that a run is reported under."""
+    return {"strategy": build.strategy_names(config), "backbone": backbone}
+
+
+def execute(
+    config: Mapping[str, Any],
+    run_dir: Path,
+    *,
+    resume: bool = False,
+    observers: Sequence[Observer] = (),
+    suite: str = "",
+    say: Callable[[str], None] = print,
+) -> Result:
+    """Train one run in `run_dir`, from the start or from its last checkpoint.
+
+    Args:
+        config: composed and resolved (`cl.cli.compose.plain`).
+        suite: id of the comparison that the run belongs to.
+        say: told the sentences that a person should read.
+
+    Raises:
+        UserError: before anything is written, when the request cannot be carried out.
+    """
+    if not resume and (run_dir / RESULT).exists():
+        raise UserError(f"{run_dir} already holds a run; go on with `cl resume {run_dir}` or choose another folder")
+    watchers = [*observers, *_recorders(config, run_dir, suite)]
+    trainer = build.make_trainer(config, choices(config, _backbone_name(config)), run_dir, watchers)
+    with _writing(run_dir):
+        run_dir.mkdir(parents=True, exist_ok=True)
+        if not resume:
+            from omegaconf import OmegaConf
+
+            write_text(run_dir / CONFIG, OmegaConf.to_yaml(OmegaConf.create(dict(config))))
+    with _logging_to(run_dir / LOG), _stopping(trainer, run_dir, say):
+        result = trainer.run(resume=resume)
+    if result.status == "interrupted":
+        say(f"interrupted; go on with `cl resume {run_dir}`")
+    return result
+
+
+def _backbone_name(config: Mapping[str, Any]) -> str:
+    return str(config["backbone"]["_target_"]).split(".")[-2]
+
+
+def _recorders(config: Mapping[str, Any], run_dir: Path, suite: str) -> list[Observer]:
+    """The journal of the run, and its tracker when one is chosen and answers."""
+    from cl.tracking import Journal, check_store
+
+    node = config.get("tracking") or {}
+    recorders: list[Observer] = [Journal(run_dir)]
+    if node.get("_target_"):
+        tracker = build.make("tracking", dict(node) | {"run_dir": run_dir, "suite": suite})
+        check_store(tracker.uri)
+        recorders.append(tracker)
+    return recorders
+
+
+@contextmanager
+def _writing(run_dir: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"the run folder {run_dir} cannot be written: {error.strerror or error}") from None
+
+
+@contextmanager
+def _logging_to(path: Path) -> Iterator[None]:
+    """Warnings and log lines of the run go to its folder as well."""
+    handler = logging.FileHandler(path)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    root = logging.getLogger()
+    level = root.level
+    root.addHandler(handler)
+    root.setLevel(logging.INFO)
+    logging.captureWarnings(True)
+    try:
+        yield
+    finally:
+        logging.captureWarnings(False)
+        root.removeHandler(handler)
+        root.setLevel(level)
+        handler.close()
+
+
+@contextmanager
+def _stopping(trainer: Any, run_dir: Path, say: Callable[[str], None]) -> Iterator[None]:
+    """The first Ctrl-C or SIGTERM asks for a checkpoint and an orderly end; the second stops at once."""
+
+    def handler(number: int, frame: Any) -> None:
+        trainer.request_stop()
+        say("stopping after this step, with a checkpoint; press again to stop at once")
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.signal(number, handler) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
+
+
+def remove_if_empty(folder: Path) -> None:
+    """Take back a folder that was made for a run which never started."""
+    if folder.is_dir() and not any(folder.iterdir()):
+        shutil.rmtree(folder)

@@ -1,0 +1,53 @@
+"""A comparison through one of Hydra's launchers: a sweep of `cl run` over the seeds for each composition."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+
+from cl.cli.compare import Plan, is_done
+from cl.core import UserError
+
+LAUNCHERS = {"joblib": "joblib", "submitit_local": "submitit", "submitit_slurm": "submitit"}
+"""Launcher -> the plugin's package is `hydra-<plugin>-launcher`."""
+
+
+def launch(plan: Plan, launcher: str, words: Sequence[str], console: Console) -> dict[str, str]:
+    """Run what is not done; returns the sentence of each run that did not finish.
+
+    A cluster's launcher gets all compositions at once; a local one gets them one after another, because each sweep
+    already fills the machine.
+    """
+    if launcher not in LAUNCHERS:
+        raise UserError(f"launcher is {launcher!r}; it must be local, {', '.join(LAUNCHERS)}")
+    todo: dict[tuple[str, ...], list[int]] = {}
+    for folder, config in plan.runs.items():
+        if not is_done(folder, config):
+            todo.setdefault(tuple(config["strategy"]), []).append(config["seed"])
+    commands = {"+".join(names): sweep(plan, names, seeds, launcher, words) for names, seeds in todo.items()}
+    processes: dict[str, subprocess.Popen[bytes]] = {}
+    for label, command in commands.items():
+        console.print(f"{label}: {' '.join(command[2:])}", highlight=False, soft_wrap=True)
+        processes[label] = subprocess.Popen(command)
+        if launcher == "joblib":
+            processes[label].wait()
+    for process in processes.values():
+        process.wait()
+    return {str(folder): "did not finish" for folder, config in plan.runs.items() if not is_done(folder, config)}
+
+
+def sweep(plan: Plan, names: Sequence[str], seeds: Sequence[int], launcher: str, words: Sequence[str]) -> list[str]:
+    """The command that runs one composition on all its seeds."""
+    own: Mapping[str, Any] = {
+        "strategy": f"[{','.join(names)}]",
+        "seed": ",".join(map(str, seeds)),
+        "hydra/launcher": launcher,
+        "hydra.sweep.dir": plan.out / "+".join(names),
+        "hydra.sweep.subdir": "seed-${seed}",
+        "+suite": plan.suite,
+    }
+    return [sys.executable, "-m", "cl", "run", "-m", *(f"{key}={value}" for key, value in own.items()), *words]

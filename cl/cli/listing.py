@@ -1,0 +1,190 @@
+"""List what exists: streams, strategies, backbones, schedules, kernels and ready experiments.
+
+Usage: cl list [streams|strategies|backbones|schedules|kernels|experiments] [format=table|markdown]
+
+Read from the first lines of the files without importing them, so it answers at once. The tables in docs/ are made by
+`make docs` with format=markdown.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+IMAGE_SETTINGS = ("task_incremental", "class_incremental", "domain_incremental")
+SHORT = {"task_incremental": "task", "class_incremental": "class", "domain_incremental": "domain"}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One line of a list.
+
+    Args:
+        name: what is written on the command line.
+        line: first sentence of the file.
+        settings: where it makes sense; empty where that says nothing.
+        file: where it lives, relative to the top.
+    """
+
+    name: str
+    line: str
+    file: str
+    settings: tuple[str, ...] = ()
+
+
+def strategies() -> Iterator[Entry]:
+    """Every file in strategies/; a class that declares no `settings` works in all of the image settings."""
+    for path in _plugins(ROOT / "strategies"):
+        tree = ast.parse(path.read_text())
+        declared = [
+            node.value
+            for owner in tree.body
+            if isinstance(owner, ast.ClassDef)
+            for node in owner.body
+            if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "settings"
+        ]
+        yield Entry(path.stem, _first_line(tree), _relative(path), _settings(declared) or IMAGE_SETTINGS)
+
+
+def streams() -> Iterator[Entry]:
+    """Every config in configs/stream/, described by the file that its `_target_` lives in."""
+    for config in sorted((ROOT / "configs" / "stream").rglob("*.yaml")):
+        path = _target_file(config)
+        tree = ast.parse(path.read_text())
+        dataset = re.search(r"^dataset: *(\S+)", config.read_text(), re.M)
+        line = _first_line(tree) + (f" On {dataset[1]}." if dataset else "")
+        name = config.relative_to(ROOT / "configs" / "stream").with_suffix("").as_posix()
+        yield Entry(name, line, _relative(path), _settings([tree]))
+
+
+def backbones() -> Iterator[Entry]:
+    """Every config in configs/backbone/."""
+    for config in sorted((ROOT / "configs" / "backbone").rglob("*.yaml")):
+        path = _target_file(config)
+        yield Entry(config.stem, _first_line(ast.parse(path.read_text())), _relative(path))
+
+
+def schedules() -> Iterator[Entry]:
+    """Every config in configs/schedule/, described by its function."""
+    path = ROOT / "cl" / "schedules.py"
+    functions = {node.name: node for node in ast.parse(path.read_text()).body if isinstance(node, ast.FunctionDef)}
+    for config in sorted((ROOT / "configs" / "schedule").glob("*.yaml")):
+        name = _target(config).rpartition(".")[2]
+        yield Entry(config.stem, _first_line(functions[name]), _relative(path))
+
+
+def kernels() -> Iterator[Entry]:
+    """Every folder in kernels/ with a public op; its file of plain arithmetic is `reference.py`."""
+    for path in sorted((ROOT / "kernels").glob("*/reference.py")):
+        init = path.with_name("__init__.py")
+        yield Entry(path.parent.name, _first_line(ast.parse(init.read_text())), _relative(init))
+
+
+def experiments() -> Iterator[Entry]:
+    """Every config in configs/experiment/, described by its first comment."""
+    for config in sorted((ROOT / "configs" / "experiment").glob("*.yaml")):
+        comments = [line.lstrip("# ") for line in config.read_text().splitlines() if line.startswith("#")]
+        lines = [comment for comment in comments if not comment.startswith("@package")]
+        yield Entry(config.stem, lines[0] if lines else "", _relative(config))
+
+
+LISTS: dict[str, Callable[[], Iterator[Entry]]] = {
+    list_.__name__: list_ for list_ in (streams, strategies, backbones, schedules, kernels, experiments)
+}
+
+
+def main(words: list[str]) -> int:
+    """Print the lists asked for, all of them when none is."""
+    options = dict(word.split("=", 1) for word in words if "=" in word)
+    chosen = [word for word in words if "=" not in word]
+    for word in (*chosen, *options):
+        if word not in LISTS and word != "format":
+            return _refuse(f"{word!r} is no list; the lists are {', '.join(LISTS)}")
+    style = options.get("format", "table")
+    if style not in ("table", "markdown"):
+        return _refuse(f"format is {style!r}; it must be table or markdown")
+    for name in chosen or LISTS:
+        entries = list(LISTS[name]())
+        if style == "markdown":
+            print(markdown(entries))
+        else:
+            _print_table(name, entries)
+    return 0
+
+
+def markdown(entries: list[Entry]) -> str:
+    """A Markdown table of entries, as in docs/."""
+    has_settings = any(entry.settings for entry in entries)
+    head = ["name", "what it is", *(["settings"] if has_settings else []), "file"]
+    rows = [head, ["---"] * len(head)]
+    for entry in entries:
+        settings = [", ".join(SHORT.get(s, s) for s in entry.settings)] if has_settings else []
+        rows.append([f"`{entry.name}`", entry.line.replace("|", "\\|"), *settings, f"`{entry.file}`"])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def _print_table(name: str, entries: list[Entry]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=name, title_justify="left", box=None, pad_edge=False)
+    table.add_column("name", no_wrap=True, style="bold")
+    table.add_column("what it is")
+    has_settings = any(entry.settings for entry in entries)
+    if has_settings:
+        table.add_column("settings")
+    for entry in entries:
+        settings = [", ".join(SHORT.get(s, s) for s in entry.settings)] if has_settings else []
+        table.add_row(entry.name, entry.line, *settings)
+    console = Console()
+    console.print(table)
+    console.print()
+
+
+def _plugins(folder: Path) -> list[Path]:
+    return [path for path in sorted(folder.glob("*.py")) if not path.name.startswith("_")]
+
+
+def _first_line(node: ast.AST) -> str:
+    docstring = ast.get_docstring(node) or ""  # type: ignore[arg-type]
+    return docstring.splitlines()[0] if docstring else ""
+
+
+def _settings(nodes: list[ast.AST]) -> tuple[str, ...]:
+    """Names of the settings that occur below the given nodes."""
+    found = {
+        below.attr.lower()
+        for node in nodes
+        for below in ast.walk(node)
+        if isinstance(below, ast.Attribute) and getattr(below.value, "id", "") == "Setting"
+    }
+    return tuple(setting for setting in (*IMAGE_SETTINGS, "continual_pretraining") if setting in found)
+
+
+def _target(config: Path) -> str:
+    found = re.search(r"^_target_: *(\S+)", config.read_text(), re.M)
+    return found[1] if found else ""
+
+
+def _target_file(config: Path) -> Path:
+    return ROOT.joinpath(*_target(config).split(".")[:-1]).with_suffix(".py")
+
+
+def _relative(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def _refuse(sentence: str) -> int:
+    from cl.core import UserError
+
+    raise UserError(sentence)
+
+
+if __name__ == "__main__":
+    import sys
+
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,100 @@
+"""`cl COMMAND ...`: find the command, run it, turn what went wrong into one sentence and an exit code.
+
+Exit codes: 0 done; 1 the run failed or was interrupted; 2 the request was wrong.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from importlib import import_module
+
+COMMANDS = {
+    "run": "train one composition of strategies on a stream",
+    "compare": "train several on the same seeds, in parallel, and report with intervals and tests",
+    "resume": "go on with an interrupted run exactly where it stopped",
+    "report": "write the HTML report and figures of a folder of runs",
+    "list": "streams, strategies, backbones, schedules and kernels that exist",
+    "explain": "look inside one batch: rows, loss terms, gradients, hooks, cost",
+    "reproduce": "re-run a published result and say whether it holds",
+    "ui": "open MLflow on the embedded store",
+    "doctor": "versions, devices, kernels, data roots and store",
+}
+
+USAGE = """Continual learning: compare strategies against forgetting.
+
+Usage: cl COMMAND [ARGUMENTS]
+
+Commands:
+{commands}
+
+Options:
+  --debug    show the traceback of an error
+  --version  show the version
+  --help     show this page; `cl COMMAND --help` shows a command's own
+
+Start with:
+  cl compare strategies=naive,joint,replay,derpp seeds=5
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    is_debug = "--debug" in words
+    words = [word for word in words if word != "--debug"]
+    if not words or words[0] in ("--help", "-h", "help"):
+        print(usage())
+        return 0
+    if words[0] == "--version":
+        from cl import __version__
+
+        print(f"cl-lab {__version__}")
+        return 0
+    command, *rest = words
+    if command not in COMMANDS:
+        return _complain(f"{command!r} is no command; the commands are {', '.join(COMMANDS)}")
+    try:
+        return _call(command, rest)
+    except KeyboardInterrupt:
+        return _complain("interrupted", code=1)
+    except BrokenPipeError:
+        # the reader of our output went away (`cl list | head`): nothing is wrong
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        if is_debug:
+            traceback.print_exc()
+        return _complain(str(error) or type(error).__name__, code=_exit_code(error))
+
+
+def usage() -> str:
+    """The help page: every command with its line."""
+    width = max(map(len, COMMANDS))
+    return USAGE.format(commands="\n".join(f"  {name:{width}}  {line}" for name, line in COMMANDS.items()))
+
+
+def _call(command: str, words: list[str]) -> int:
+    module = import_module(f"cl.cli.{'listing' if command == 'list' else command}")
+    if any(word in ("--help", "-h") for word in words):
+        print((module.__doc__ or "").strip())
+        return 0
+    code = module.main(words)
+    return int(code or 0)
+
+
+def _exit_code(error: Exception) -> int:
+    from cl.core import UserError
+
+    return 2 if isinstance(error, UserError) else 1
+
+
+def _complain(sentence: str, code: int = 2) -> int:
+    print(f"cl: {sentence}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

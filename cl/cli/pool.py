@@ -1,0 +1,110 @@
+"""Many jobs in separate processes, a few at a time; one that dies takes nobody with it.
+
+Processes are forked from a server that has imported the heavy packages once, so a job starts at once and still has a
+process, and one thread, of its own.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+PRELOADED = ["cl.cli.execute", "cl.trainer", "cl.tracking", "rich.console", "omegaconf"]
+THREADS = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+
+
+@dataclass
+class Job:
+    """Something to do in a process of its own.
+
+    Args:
+        function: called as `function(send, *arguments)`; importable by name. What it sends, the parent receives.
+    """
+
+    name: str
+    function: Callable[..., None]
+    arguments: tuple[Any, ...] = ()
+
+
+@dataclass
+class Ending:
+    """How a job ended: `error` is empty when all went well."""
+
+    name: str
+    error: str = ""
+
+
+@dataclass
+class _Running:
+    job: Job
+    process: Any
+    channel: Connection
+    error: str = field(default="")
+
+
+def _work(channel: Connection, job: Job) -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    try:
+        job.function(channel.send, *job.arguments)
+    except KeyboardInterrupt:
+        channel.send({"error": "interrupted"})
+    except Exception as error:
+        channel.send({"error": str(error) or type(error).__name__})
+    finally:
+        channel.close()
+
+
+def run_jobs(
+    jobs: Iterable[Job], num_workers: int, on_message: Callable[[str, Mapping[str, Any]], None]
+) -> Iterable[Ending]:
+    """Run all jobs, at most `num_workers` at a time; yield each as it ends, in the order in which they end.
+
+    A job that raises ends with its sentence; one that is killed ends with the signal's number.
+    """
+    os.environ.update(THREADS)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    waiting, running = deque(jobs), {}
+    try:
+        while waiting or running:
+            while waiting and len(running) < num_workers:
+                started = _start(context, waiting.popleft())
+                running[started.channel] = started
+            for channel in wait(list(running)):
+                ended = _listen(running[channel], on_message)
+                if ended is not None:
+                    del running[channel]
+                    yield ended
+    finally:
+        for left in running.values():
+            left.process.terminate()
+
+
+def _start(context: Any, job: Job) -> _Running:
+    ours, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=_work, args=(theirs, job), name=job.name)
+    process.start()
+    theirs.close()
+    return _Running(job, process, ours)
+
+
+def _listen(running: _Running, on_message: Callable[[str, Mapping[str, Any]], None]) -> Ending | None:
+    """Take one message of a job; its ending when the channel is closed, by the job or by its death."""
+    try:
+        message = running.channel.recv()
+    except (EOFError, OSError):
+        running.process.join()
+        code = running.process.exitcode
+        if code and not running.error:
+            running.error = f"killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
+        return Ending(running.job.name, running.error)
+    running.error = message.get("error", running.error)
+    on_message(running.job.name, message)
+    return None

@@ -1,0 +1,90 @@
+"""Write the report of a folder: one self-contained HTML page, figures, tables, from the results on disk.
+
+Usage: cl report DIR [out=DIR] [reference=naive] [sync=URI]
+
+  cl report runs/compare/permuted_digits-1a2b3c4d
+  cl report RUN_DIR                          one run
+  cl report DIR sync=sqlite:///mlruns.db     also complete MLflow from the journals, after its server was lost
+"""
+
+from __future__ import annotations
+
+import math
+from datetime import date
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from cl.core import UserError
+from cl.report import StrategyRow, comparison_rows, load_results, metrics_of, write_report
+from cl.report.style import UNITS
+
+
+def main(words: list[str]) -> int:
+    """Report on one folder."""
+    options = {"out": "", "reference": "naive", "sync": ""}
+    folders = [word for word in words if "=" not in word]
+    for word in words:
+        name, _, value = word.partition("=")
+        if "=" in word and name not in options:
+            raise UserError(f"{word!r} is no option of `cl report`; its options are {', '.join(options)}")
+        if "=" in word:
+            options[name] = value
+    if len(folders) != 1:
+        raise UserError(f"`cl report` takes one folder, got {len(folders)}: {' '.join(folders) or 'none'}")
+    folder, console = Path(folders[0]), Console()
+    if not folder.is_dir():
+        raise UserError(f"{folder} is not a folder")
+    if options["sync"]:
+        _sync(folder, options["sync"], console)
+    report_on(folder, console, options["reference"], Path(options["out"]) if options["out"] else None)
+    return 0
+
+
+def report_on(folder: Path, console: Console, reference: str = "naive", out: Path | None = None) -> None:
+    """Write the report of a folder into it, and print its main table."""
+    try:
+        results = load_results(folder)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    paths = write_report(folder, out or folder / "report", reference=reference, date=str(date.today()))
+    rows = comparison_rows(results, reference)
+    for section in dict.fromkeys(row.section for row in rows):
+        console.print(comparison_table(section, [row for row in rows if row.section == section]))
+    for warning in paths.warnings:
+        console.print(f"[yellow]note[/yellow] {warning}", highlight=False)
+    console.print(f"report: {paths.html}", highlight=False, soft_wrap=True)
+    if any(result.mlflow_run_id for result in results):
+        console.print("forgetting curves in MLflow: `cl ui`", highlight=False)
+
+
+def comparison_table(title: str, rows: list[StrategyRow]) -> Table:
+    """A strategy per line, narrow enough for a terminal; the report has every column with its interval."""
+    unit, columns = UNITS[rows[0].measure], {column.key: column for column in metrics_of(rows[0].measure)}
+    reference = next((row.strategy for row in rows if row.is_reference), "reference")
+    caption = "; ".join(dict.fromkeys(row.test for row in rows if row.test and math.isnan(row.p_holm)))
+    table = Table(title=f"{title}, {unit.symbol}, mean over seeds [95 % interval]", title_justify="left", caption=caption)
+    table.add_column("strategy", no_wrap=True)
+    for name in ("seeds", "final", "average", "forgetting", f"final - {reference}", "Holm p"):
+        table.add_column(name, justify="right", no_wrap=name in ("seeds", "final"))
+    for row in rows:
+        table.add_row(
+            row.strategy,
+            str(len(row.seeds)),
+            row.final.text(unit),
+            *(unit.text(row.metrics[key].mean, columns[key].is_change) for key in ("average", "forgetting_max")),
+            row.difference.text(unit, signed=True) if row.difference.is_defined else "",
+            "" if math.isnan(row.p_holm) else f"{row.p_holm:.3f}",
+        )
+    return table
+
+
+def _sync(folder: Path, uri: str, console: Console) -> None:
+    """Bring every run of the folder into MLflow."""
+    from cl.tracking import sync
+
+    run_dirs = sorted(path.parent for path in folder.rglob("result.json"))
+    for run_dir in run_dirs:
+        sync(run_dir, uri)
+    console.print(f"{len(run_dirs)} runs are in {uri}", highlight=False)

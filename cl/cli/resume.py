@@ -1,0 +1,56 @@
+"""Go on with an interrupted run exactly where it stopped.
+
+Usage: cl resume RUN_DIR
+
+The run continues from its last good checkpoint, with the settings it was started with; the result is the same, bit
+for bit on a CPU, as that of a run that was never interrupted. A finished run is left as it is.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Console
+
+from cl.cli.compose import import_from_here
+from cl.cli.execute import CONFIG, RESULT
+from cl.cli.run import run_with_progress, show_result
+from cl.core import UserError
+from cl.result import Result
+
+
+def main(words: list[str]) -> int:
+    """Resume the run in the folder given."""
+    if len(words) != 1:
+        raise UserError(f"`cl resume` takes one run folder, got {len(words)} words: {' '.join(words) or 'none'}")
+    import_from_here()
+    run_dir = Path(words[0])
+    config = saved_config(run_dir)
+    if (run_dir / RESULT).exists():
+        result = Result.load(run_dir / RESULT)
+        if result.status == "done":
+            console = Console()
+            console.print("this run is done")
+            show_result(console, result, run_dir)
+            return 0
+    return int(run_with_progress(config, run_dir, resume=True).status != "done")
+
+
+def saved_config(run_dir: Path) -> dict:
+    """The config that a run was started with.
+
+    Raises:
+        UserError: the folder holds no run, or its config cannot be read.
+    """
+    import yaml
+
+    path = run_dir / CONFIG
+    if not path.is_file():
+        raise UserError(f"{run_dir} is not a run folder: it has no {CONFIG}")
+    try:
+        config = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} cannot be read: {str(error).splitlines()[0]}") from None
+    if not isinstance(config, dict) or "stream" not in config:
+        raise UserError(f"{path} is not the config of a run")
+    return config

@@ -1,0 +1,80 @@
+"""Train one composition of strategies on a stream.
+
+Usage: cl run [name=value ...] [Hydra's flags]
+
+  cl run stream=permuted_mnist strategy=replay backbone=mlp seed=0 data.root=DATA
+  cl run 'strategy=[derpp,ewc]' strategy.derpp.alpha=0.2      two strategies, in this order
+  cl run +experiment=NAME                                     a ready experiment
+  cl run debug=tiny                                           the same, in seconds
+  cl run -m strategy=naive,replay seed=0,1,2                  Hydra's sweep
+  cl run --cfg job                                            the composed config
+
+A Hydra application: `cl run --hydra-help` shows its flags, `cl list` the names to choose from. Every option of a
+class can be set, whether its config file mentions it or not: strategy.replay.capacity=500.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+from rich.console import Console
+
+from cl.cli.compose import import_from_here, one_sentence, open_signatures, plain
+from cl.cli.console import Pulse, matrix_table, metrics_line, progress_bars, progress_line
+from cl.cli.execute import execute, remove_if_empty
+from cl.result import Result
+
+_outcomes: list[Result] = []
+
+
+@hydra.main(config_path="pkg://configs", config_name="run", version_base="1.3")
+def _app(config: DictConfig) -> None:
+    run_dir = Path(HydraConfig.get().runtime.output_dir)
+    try:
+        _outcomes.append(run_with_progress(plain(config), run_dir))
+    finally:
+        remove_if_empty(run_dir)
+
+
+def main(words: list[str]) -> int:
+    """Run Hydra's application; 0 when every run of it is done."""
+    import_from_here()
+    # Hydra's own reporter prints paragraphs and exits with 1; we want the exception
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    sys.argv = ["cl run", *open_signatures(words)]
+    _outcomes.clear()
+    with one_sentence():
+        _app()
+    return int(any(result.status != "done" for result in _outcomes))
+
+
+def run_with_progress(config: dict[str, Any], run_dir: Path, resume: bool = False) -> Result:
+    """One run with a progress bar, its table and its folder printed."""
+    console = Console()
+    name = "+".join(config.get("strategy") or ["run"])
+    with progress_bars(console) as bars:
+        task = bars.add_task("starting", name=name, total=None)
+
+        def show(message: dict[str, Any]) -> None:
+            bars.update(task, total=message["total"], completed=message["done"], description=progress_line(message))
+
+        suite = str(config.get("suite", ""))
+        result = execute(config, run_dir, resume=resume, observers=[Pulse(show)], suite=suite, say=bars.console.print)
+    show_result(console, result, run_dir)
+    return result
+
+
+def show_result(console: Console, result: Result, run_dir: Path) -> None:
+    """R, its summary, and where everything is."""
+    if result.R:
+        console.print(matrix_table(result))
+        console.print(metrics_line(result), highlight=False)
+    console.print(f"run folder: {run_dir}", highlight=False, soft_wrap=True)
+    if result.mlflow_run_id:
+        console.print("forgetting curves: `cl ui`", highlight=False)

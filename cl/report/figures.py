@@ -1,0 +1,184 @@
+"""Figures of a comparison, and the files of all figures."""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from cl.report.axes import DPI, INK, dress, experience_ticks, height_in_points, label_ends, new_figure, write
+from cl.report.comparison import Estimate
+from cl.report.curves import COSTS, NOT_CONTINUAL, Cost, SectionView, StrategyView
+from cl.report.matrix_figures import accuracy_matrix, forgetting_curves
+from cl.report.style import scale_of, short, spread
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+LINE_STYLES = {"solid": "-", "dashed": (0, (4, 2)), "dotted": (0, (1, 1.5)), "dashdot": (0, (4, 1.5, 1, 1.5))}
+
+
+def save_figures(view: SectionView, folder: Path) -> list[Path]:
+    """Draw everything that a section has data for; one heatmap per strategy."""
+    if not view.strategies:
+        return []
+    drawn: list[tuple[str, Any]] = [("comparison", comparison(view)), ("forgetting_curves", forgetting_curves(view))]
+    if has_cost(view):
+        drawn.append(("cost", cost(view)))
+    names = file_names([strategy.label for strategy in view.strategies])
+    is_single = len(view.strategies) == 1
+    for strategy in view.strategies:
+        name = "accuracy_matrix" if is_single else f"accuracy_matrix_{names[strategy.label]}"
+        drawn.append((name, accuracy_matrix(view, strategy)))
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for name, figure in drawn:
+        paths.append(folder / f"{name}.png")
+        figure.savefig(paths[-1], dpi=DPI)
+    return paths
+
+
+def file_names(labels: list[str]) -> dict[str, str]:
+    """A file name for each label, distinct even where labels differ only in characters that files cannot have.
+
+    Example:
+        >>> file_names(["derpp+refresh", "a/b", "a b"])
+        {'derpp+refresh': 'derpp+refresh', 'a/b': 'a_b', 'a b': 'a_b_2'}
+    """
+    names: dict[str, str] = {}
+    for label in labels:
+        stem = re.sub(r"[^A-Za-z0-9+.=-]+", "_", label).strip("_.")[:80] or "strategy"
+        name, count = stem, 1
+        while name.lower() in {taken.lower() for taken in names.values()}:
+            count += 1
+            name = f"{stem}_{count}"
+        names[label] = name
+    return names
+
+
+def comparison(view: SectionView) -> Figure:
+    """The strategies side by side: the course over the stream, and where they end, with every seed."""
+    has_forgetting = any(s.row.metrics["forgetting_max"].is_defined for s in view.strategies)
+    has_dots = any(s.row.final.is_defined for s in view.strategies)
+    widths = [5.4, *([3.0] if has_dots else []), *([2.6] if has_dots and has_forgetting else [])]
+    height = max(3.6, 0.9 + 0.3 * len(view.strategies))
+    figure = new_figure(sum(widths) + 0.6, height)
+    panels = figure.subplots(1, len(widths), width_ratios=widths, squeeze=False)[0]
+    _draw_course(panels[0], view)
+    keys = ["final", "forgetting_max"][: len(panels) - 1]
+    for axes, key in zip(panels[1:], keys, strict=True):
+        _draw_dots(axes, view, key, is_first=key == "final")
+    return figure
+
+
+def has_cost(view: SectionView) -> bool:
+    return any(not math.isnan(s.row.passes) and s.row.final.is_defined for s in view.strategies)
+
+
+def cost(view: SectionView) -> Figure:
+    """Final measure against work and against memory, with the front of those that nobody beats in both."""
+    figure = new_figure(10.4, 4.0)
+    panels = figure.subplots(1, 2, sharey=True)
+    for axes, against in zip(panels, COSTS, strict=True):
+        _draw_cost(axes, view, against)
+    return figure
+
+
+def _draw_course(axes: Axes, view: SectionView) -> None:
+    unit = view.unit
+    dress(axes, f"{unit.name} over the domains seen so far", "experiences seen", f"{unit.axis}, {unit.direction}")
+    last = view.num_experiences
+    ends = []
+    for strategy in view.strategies:
+        band, look = strategy.average, strategy.look
+        mean, low, high = (np.array(values) * unit.factor for values in (band.mean, band.low, band.high))
+        x = np.array(band.x)
+        if strategy.is_bound:
+            # one row stands for the whole stream, so it is a level and not a point at the first experience
+            x, mean, low, high = np.array([1, last]), *(np.repeat(values, 2) for values in (mean, low, high))
+        style = {"color": look.colour, "lw": 1.5 if look.is_neutral else 2, "ls": LINE_STYLES[look.dash]}
+        marker = {} if strategy.is_bound or last > 30 else {"marker": "o", "markersize": 3.5}
+        axes.plot(x, mean, zorder=2 if look.is_neutral else 3, **style, **marker)
+        if not np.isnan(low).all():
+            axes.fill_between(x, low, high, color=look.colour, alpha=0.15, lw=0, zorder=1)
+        name = short(strategy.label) + ("" if strategy.row.seeds else " (unfinished)")
+        ends.append((float(x[-1]), float(mean[-1]), name, look.colour))
+    experience_ticks(axes, 1, last)
+    label_ends(axes, ends)
+
+
+def _draw_dots(axes: Axes, view: SectionView, key: str, is_first: bool) -> None:
+    unit = view.unit
+    better = unit.direction if key == "final" else "lower is better"
+    title = f"Final {unit.name.lower()}" if key == "final" else "Forgetting (max)"
+    dress(axes, title, f"{unit.symbol}, {better}", grid="x")
+    finished = [strategy for strategy in view.strategies if strategy.row.final.is_defined]
+    for y, strategy in enumerate(finished):
+        found: Estimate = strategy.row.metrics[key]
+        colour = strategy.look.colour
+        if not found.is_defined:
+            continue
+        seeds = np.array(list(found.values.values())) * unit.factor
+        axes.scatter(seeds, np.full(seeds.shape, y + 0.22), s=9, color=colour, alpha=0.45, lw=0)
+        if found.has_interval:
+            axes.plot([found.low * unit.factor, found.high * unit.factor], [y, y], color=colour, lw=2.2)
+        axes.scatter([found.mean * unit.factor], [y], s=34, color=colour, edgecolor="white", lw=0.8, zorder=3)
+    axes.set_ylim(len(finished) - 0.4, -0.6)
+    axes.spines["left"].set_visible(False)
+    names = [short(strategy.label) if is_first else "" for strategy in finished]
+    axes.set_yticks(range(len(names)), names, parse_math=False)
+    axes.tick_params(axis="y", length=0, labelcolor=INK)
+    axes.margins(x=0.08)
+
+
+def _draw_cost(axes: Axes, view: SectionView, against: Cost) -> None:
+    unit, is_first = view.unit, against is COSTS[0]
+    points = [(s, getattr(s.row, against.key), s.row.final) for s in view.strategies]
+    points = [(s, x, final) for s, x, final in points if not math.isnan(x) and final.is_defined]
+    size, prefix = scale_of(max((x for _, x, _ in points), default=0.0), against.base)
+    label = f"{against.label} ({prefix.strip()})" if prefix else against.label
+    ylabel = f"Final {unit.name.lower()} ({unit.symbol}), {unit.direction}" if is_first else ""
+    dress(axes, against.title, label, ylabel, grid="both")
+    if not points:
+        return
+    _place_on_cost_axis(axes, [x / size for _, x, _ in points])
+    front = sorted((x / size, final.mean * unit.factor) for s, x, final in points if against.key in s.fronts)
+    if len(front) > 1:
+        axes.step(*zip(*front, strict=True), where="post", color="#9aa1a9", lw=1, ls=(0, (2, 2)), zorder=1)
+    for strategy, x, final in points:
+        colour = strategy.look.colour
+        if final.has_interval:
+            axes.plot([x / size] * 2, [final.low * unit.factor, final.high * unit.factor], color=colour, lw=1.6, alpha=0.8)
+        face = "white" if strategy.label == NOT_CONTINUAL else colour
+        axes.scatter([x / size], [final.mean * unit.factor], s=42, facecolor=face, edgecolor=colour, lw=1.4, zorder=3)
+    _label_points(axes, [(x / size, final.mean * unit.factor, s) for s, x, final in points])
+
+
+def _place_on_cost_axis(axes: Axes, values: list[float]) -> None:
+    """Linear from zero; logarithmic with a place for zero where the costs differ more than 30-fold."""
+    from matplotlib.ticker import StrMethodFormatter
+
+    positive = [value for value in values if value > 0]
+    largest, smallest = max(positive, default=1.0), min(positive, default=1.0)
+    if largest / smallest > 30:
+        axes.set_xscale("symlog", linthresh=smallest, linscale=0.6)
+        axes.set_xlim(-0.12 * smallest if min(values) <= 0 else smallest * 0.6, largest * 3)
+    else:
+        axes.set_xlim(-0.05 * largest, 1.15 * largest)
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+
+
+def _label_points(axes: Axes, points: list[tuple[float, float, StrategyView]]) -> None:
+    """Names above their points, moved apart vertically; to the left of them where there is room, off the front."""
+    low, high = axes.get_ylim()
+    per_point = (high - low) / height_in_points(axes)
+    placed = spread([y + 8 * per_point for _, y, _ in points], 10 * per_point, low, high)
+    for (x, y, strategy), at in zip(points, placed, strict=True):
+        share = axes.transAxes.inverted().transform(axes.transData.transform((x, y)))[0]
+        side = -1 if share > 0.2 else 1
+        offset = (6 * side, (at - y) / per_point)
+        write(axes, short(strategy.label), (x, y), offset, strategy.look.colour, align="right" if side < 0 else "left")

@@ -1,0 +1,219 @@
+"""One self-contained page: the table is plain HTML, the charts are drawn in the reader's browser from embedded JSON."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from html import escape
+from importlib.resources import files
+from string import Template
+
+from cl.report.comparison import Estimate, StrategyRow, metrics_of
+from cl.report.curves import COSTS, NOT_CONTINUAL, SectionView
+from cl.report.payload import css_colour, is_thinned, payload
+from cl.report.style import bytes_text, count_text, looks, seconds_text
+from cl.report.words import facts, glossary, headline, reason, unfinished
+
+SCRIPTS = ("draw.js", "charts.js", "matrix.js", "page.js")
+
+
+def page(views: Sequence[SectionView], title: str, date: str = "", warnings: Sequence[str] = ()) -> str:
+    """The whole report.
+
+    Args:
+        date: as it is to be shown; none is shown when empty, so that a report made twice is the same file.
+        warnings: sentences on files that could not be read.
+    """
+    assets = files("cl.report") / "assets"
+    sections = "\n".join(_section(index, view, len(views)) for index, view in enumerate(views))
+    return Template((assets / "report.html").read_text(encoding="utf-8")).substitute(
+        title=escape(title),
+        date=f'<p class="date">{escape(date)}</p>' if date else "",
+        style=(assets / "report.css").read_text(encoding="utf-8"),
+        contents=_contents(views),
+        warnings=_list("warnings", "Warnings", (escape(warning) for warning in _all_warnings(views, warnings))),
+        sections=sections,
+        data=payload(views),
+        script="\n".join((assets / name).read_text(encoding="utf-8") for name in SCRIPTS),
+    )
+
+
+def _section(index: int, view: SectionView, num_sections: int) -> str:
+    section = view.section
+    heading = f"<h2>{escape(section.title)}</h2>" if num_sections > 1 else ""
+    summary = headline(view)
+    details = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in facts(section))
+    reasons = (f"<strong>{escape(run)}</strong> {escape(why)}" for run, why in unfinished(section))
+    return f"""<section class="report" id="section-{index}" data-section="{index}">
+{heading}
+<dl class="facts">{details}</dl>
+{f'<p class="headline">{escape(summary)}</p>' if summary else ""}
+{_table(view)}
+{_list("unfinished", "Not in the table", reasons)}
+{_charts(view, is_thinned(view, num_sections))}
+{_runs(view)}
+{_glossary(view)}
+</section>"""
+
+
+def _contents(views: Sequence[SectionView]) -> str:
+    if len(views) < 2:
+        return ""
+    links = "".join(
+        f'<li><a href="#section-{index}">{escape(view.section.title)}</a></li>' for index, view in enumerate(views)
+    )
+    return f'<nav aria-label="Sections"><ul>{links}</ul></nav>'
+
+
+def _table(view: SectionView) -> str:
+    """The main table. Cells carry the number that they are sorted by."""
+    rows = [row for row in view.rows if row.seeds]
+    if not rows:
+        return ""
+    unit = view.unit
+    metrics = metrics_of(view.section.measure)
+    has_reference = any(row.difference.is_defined for row in rows)
+    notes = dict(glossary(view))
+    heads = ["Strategy", "Seeds", *(metric.title for metric in metrics)]
+    heads += [f"Difference to {view.reference}", "Test"] if has_reference else []
+    heads += ["Work", "Kept"]
+    first = f' aria-sort="{"descending" if unit.higher_is_better else "ascending"}"'
+    cells = [
+        f'<th scope="col"{_title(notes.get(head))}{first if head == metrics[0].title else ""}>'
+        f'<button type="button">{escape(head)}</button></th>'
+        for head in heads
+    ]
+    best = {metric.key: _best(rows, metric.key, metric.sign) for metric in metrics}
+    palette = looks(row.strategy for row in view.rows) | {s.label: s.look for s in view.strategies}
+    body = []
+    for row in rows:
+        colour = css_colour(row.strategy, palette[row.strategy])
+        out = [
+            f'<th scope="row"><button type="button" class="pick" style="--c:{colour}" '
+            f'data-strategy="{escape(row.strategy)}">{escape(row.strategy)}</button></th>',
+            _cell(len(row.seeds), str(len(row.seeds))),
+        ]
+        for metric in metrics:
+            found = row.metrics[metric.key]
+            out.append(_estimate_cell(view, found, metric.is_change, "best" if row is best[metric.key] else ""))
+        if has_reference:
+            out.append(_estimate_cell(view, row.difference, signed=True))
+            mark = "significant" if row.is_significant else "test"
+            out.append(_cell(row.p_holm, escape(row.test or "–"), mark))
+        out.append(_cell(row.passes, escape(_work(row, rows, view.reference))))
+        out.append(_cell(row.buffer_bytes, escape(bytes_text(row.buffer_bytes))))
+        body.append(f"<tr>{''.join(out)}</tr>")
+    symbol = f"{unit.name} in {unit.symbol}; " if unit.symbol == "%" else f"{unit.name} in {unit.symbol}, lower is better; "
+    return f"""<div class="scroll"><table class="main sortable">
+<caption>{escape(symbol)}mean over seeds, with its 95 % interval below. Bold: best, {NOT_CONTINUAL} aside.</caption>
+<thead><tr>{"".join(cells)}</tr></thead>
+<tbody>{"".join(body)}</tbody>
+</table></div>"""
+
+
+def _work(row: StrategyRow, rows: Sequence[StrategyRow], reference: str) -> str:
+    """Passes, and how many times those of the reference."""
+    base = next((other.passes for other in rows if other.strategy == reference), math.nan)
+    ratio = row.passes / base if base else math.nan
+    return count_text(row.passes) if math.isnan(ratio) or row.strategy == reference else f"{ratio:.2g} ×"
+
+
+def _best(rows: Sequence[StrategyRow], key: str, sign: int) -> StrategyRow | None:
+    rivals = [row for row in rows if row.strategy != NOT_CONTINUAL and row.metrics[key].is_defined]
+    return max(rivals, key=lambda row: sign * row.metrics[key].mean) if len(rivals) > 1 else None
+
+
+def _estimate_cell(view: SectionView, found: Estimate, signed: bool = False, style: str = "") -> str:
+    unit = view.unit
+    text = f'<span class="mean">{unit.text(found.mean, signed)}</span>'
+    if found.has_interval:
+        text += f'<span class="ci">{unit.text(found.low, signed)} to {unit.text(found.high, signed)}</span>'
+    return _cell(found.mean, text, style)
+
+
+def _cell(value: float, content: str, style: str = "") -> str:
+    order = "" if math.isnan(value) else f' data-value="{value:.9g}"'
+    return f"<td{order}{f' class={chr(34)}{style}{chr(34)}' if style else ''}>{content}</td>"
+
+
+def _charts(view: SectionView, thinned: bool) -> str:
+    if not view.strategies:
+        return ""
+    name = view.unit.name.lower()
+    several = len(view.strategies) > 1
+    figures = [_figure("course", f"{view.unit.name} over the domains seen so far", _course_label(view), "wide")]
+    if several and any(row.final.is_defined for row in view.rows):
+        figures.append(_figure("dots", f"Final {name}", f"Final {name} of each strategy with every seed.", key="final"))
+        if any(row.metrics["forgetting_max"].is_defined for row in view.rows):
+            label = "Forgetting of each strategy with every seed."
+            figures.append(_figure("dots", "Forgetting (max)", label, key="forgetting_max"))
+        for cost in COSTS:
+            if any(not math.isnan(getattr(row, cost.key)) for row in view.rows):
+                label = f"Final {name} against cost: {cost.label}."
+                figures.append(_figure("cost", f"{cost.title}", label, key=cost.key))
+    thin = '<p class="note">This stream is long: the page shows a part of R; the tables folder has all of it.</p>'
+    return f"""<div class="legend" role="group" aria-label="Strategies shown"></div>
+<div class="grid">{"".join(figures)}</div>
+<div class="inside">
+<h3>Inside one strategy</h3>
+<div class="choices"><label>Strategy <select class="strategy"></select></label>
+<label>Runs <select class="matrix"></select></label></div>
+{thin if thinned else ""}
+<div class="grid">{_figure("heatmap", f"{view.unit.name} after each experience", f"{view.unit.name} on each domain after each experience, as a heatmap.")}
+{_figure("curves", "How each domain is remembered", f"{view.unit.name} on each domain over experiences seen.")}</div>
+</div>"""
+
+
+def _figure(kind: str, title: str, label: str, style: str = "", key: str = "") -> str:
+    return (
+        f'<figure class="chart {style}" data-chart="{kind}" data-key="{key}" data-label="{escape(label)}">'
+        f'<figcaption>{escape(title)}</figcaption><div class="canvas"></div></figure>'
+    )
+
+
+def _course_label(view: SectionView) -> str:
+    ends = [f"{s.label} {view.unit.text(s.average.mean[-1])}" for s in view.strategies[:12]]
+    return f"{view.unit.axis} over experiences seen; at the end: {', '.join(ends)}."
+
+
+def _runs(view: SectionView) -> str:
+    """Every run, for those who look for one."""
+    body = []
+    for result in sorted(view.section.results, key=lambda result: (result.label, result.seed)):
+        final = result.metrics.get("final") if result.status == "done" else None
+        speed = result.cost.get("train_samples_per_s")
+        status = escape(result.status) if result.status == "done" else f"<span{_title(reason(result))}>{escape(result.status)}</span>"
+        cells = [
+            f'<th scope="row">{escape(result.label)}</th>',
+            _cell(result.seed, str(result.seed)),
+            f"<td>{status}</td>",
+            _cell(math.nan if final is None else final, view.unit.text(final)),
+            _cell(result.cost.get("train_s", math.nan), seconds_text(result.cost.get("train_s"))),
+            _cell(speed or math.nan, f"{count_text(speed)}/s" if speed else "–"),
+            f"<td><code>{escape(result.mlflow_run_id or '–')}</code></td>",
+        ]
+        body.append(f"<tr>{''.join(cells)}</tr>")
+    names = ("Strategy", "Seed", "Status", f"Final {view.unit.name.lower()}", "Training", "Samples", "MLflow run")
+    heads = "".join(f'<th scope="col"><button type="button">{name}</button></th>' for name in names)
+    return (
+        f'<details class="runs"><summary>All runs ({len(body)})</summary><div class="scroll"><table class="sortable">'
+        f"<thead><tr>{heads}</tr></thead><tbody>{''.join(body)}</tbody></table></div></details>"
+    )
+
+
+def _glossary(view: SectionView) -> str:
+    entries = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(note)}</dd></div>" for name, note in glossary(view))
+    return f'<details class="glossary" open><summary>What the numbers mean</summary><dl>{entries}</dl></details>'
+
+
+def _all_warnings(views: Sequence[SectionView], warnings: Sequence[str]) -> list[str]:
+    return [*warnings, *(warning for view in views for warning in view.section.warnings)]
+
+
+def _list(style: str, title: str, items: Iterable[str]) -> str:
+    lines = "".join(f"<li>{item}</li>" for item in items)
+    return f'<div class="notice {style}"><h3>{title}</h3><ul>{lines}</ul></div>' if lines else ""
+
+
+def _title(text: str | None) -> str:
+    return f' title="{escape(text)}"' if text else ""

@@ -1,0 +1,129 @@
+"""The report as Markdown, and its numbers as tables: for the tracking server, papers and other programs."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from cl.report.comparison import StrategyRow, metrics_of
+from cl.report.curves import SectionView
+from cl.report.load import table_of
+from cl.report.style import UNITS, bytes_text, count_text
+from cl.report.words import facts, glossary, headline, unfinished
+from cl.result import write_text
+
+
+def markdown(
+    views: Sequence[SectionView],
+    title: str,
+    date: str = "",
+    warnings: Sequence[str] = (),
+    figures: Sequence[Sequence[str]] = (),
+) -> str:
+    """The report without its charts.
+
+    Args:
+        figures: of each view, paths relative to the file.
+    """
+    lines = [f"# {_plain(title)}", ""]
+    lines += [date, ""] if date else []
+    for view, paths in zip(views, figures or [()] * len(views), strict=True):
+        section = view.section
+        lines += [f"## {_plain(section.title)}", ""] if len(views) > 1 else []
+        lines += [f"- {name}: {_plain(value)}" for name, value in facts(section)] + [""]
+        lines += [_plain(headline(view)), ""] if headline(view) else []
+        lines += [*main_table(view.rows, view.reference), ""] if any(row.seeds for row in view.rows) else []
+        missing = [f"- {_plain(run)}: {_plain(why)}" for run, why in unfinished(section)]
+        lines += ["Not in the table:", "", *missing, ""] if missing else []
+        lines += [f"![{Path(path).stem.replace('_', ' ')}]({path})" for path in paths]
+        lines += ["", *(f"- **{_plain(name)}**: {_plain(note)}" for name, note in glossary(view)), ""]
+    notes = [*warnings, *(warning for view in views for warning in view.section.warnings)]
+    lines += ["Warnings:", "", *(f"- {_plain(note)}" for note in notes)] if notes else []
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def main_table(rows: Sequence[StrategyRow], reference: str = "naive") -> list[str]:
+    """The rows as lines of a Markdown table; strategies without a finished run are left out."""
+    rows = [row for row in rows if row.seeds]
+    unit = UNITS[rows[0].measure]
+    metrics = metrics_of(rows[0].measure)
+    has_reference = any(row.difference.is_defined for row in rows)
+    heads = ["strategy", "seeds", *(f"{metric.title} ({unit.symbol})" for metric in metrics)]
+    heads += [f"difference to {_plain(reference)}", "test"] if has_reference else []
+    heads += ["work", "kept"]
+    lines = [_line(heads), _line(["---", *["---:"] * (len(heads) - 1)])]
+    for row in rows:
+        cells = [_plain(row.strategy), str(len(row.seeds))]
+        cells += [row.metrics[metric.key].text(unit, metric.is_change) for metric in metrics]
+        cells += [row.difference.text(unit, signed=True), row.test or "–"] if has_reference else []
+        lines.append(_line([*cells, count_text(row.passes), bytes_text(row.buffer_bytes)]))
+    return lines
+
+
+def save_tables(view: SectionView, folder: Path) -> list[Path]:
+    """Write the numbers in long form, one value per row and no row without one; MLflow shows such files as tables."""
+    tables = {
+        "accuracy_matrix": (("strategy", "seed", "after", "experience", "domain", "value"), _matrix_rows(view)),
+        "seen_average": (("strategy", "seed", "experiences_seen", "value"), _average_rows(view)),
+        "comparison": (("strategy", "metric", "quantity", "value"), _comparison_rows(view)),
+        "seeds": (("strategy", "metric", "seed", "value"), _seed_rows(view)),
+    }
+    paths = []
+    for name, (columns, rows) in tables.items():
+        data = [row for row in rows if not math.isnan(row[-1])]
+        paths.append(folder / f"{name}.json")
+        content = {"columns": columns, "data": data}
+        write_text(paths[-1], json.dumps(content, ensure_ascii=False, separators=(",", ":"), allow_nan=False) + "\n")
+    return paths
+
+
+def _matrix_rows(view: SectionView) -> Iterable[tuple[Any, ...]]:
+    """`after` counts experiences; 0 is before training."""
+    for strategy in view.strategies:
+        for run in strategy.runs:
+            table = table_of(run)
+            for j, domain in enumerate(table.domains):
+                yield strategy.label, run.seed, 0, "", domain, float(table.R_init[j])
+                for i, experience in enumerate(table.experiences):
+                    yield strategy.label, run.seed, i + 1, experience, domain, float(table.R[i, j])
+
+
+def _average_rows(view: SectionView) -> Iterable[tuple[Any, ...]]:
+    from cl.metrics import seen_average
+
+    for strategy in view.strategies:
+        for run in strategy.runs:
+            for i, value in enumerate(seen_average(table_of(run))):
+                yield strategy.label, run.seed, i + 1, float(value)
+
+
+def _comparison_rows(view: SectionView) -> Iterable[tuple[Any, ...]]:
+    for row in view.rows:
+        estimates = [*row.metrics.items(), (f"final_minus_{view.reference}", row.difference)]
+        for key, found in estimates:
+            for quantity in ("mean", "low", "high"):
+                yield row.strategy, key, quantity, getattr(found, quantity)
+        yield row.strategy, f"final_minus_{view.reference}", "p_holm", row.p_holm
+        for key in ("passes", "buffer_bytes", "train_s"):
+            yield row.strategy, key, "mean", getattr(row, key)
+
+
+def _seed_rows(view: SectionView) -> Iterable[tuple[Any, ...]]:
+    for row in view.rows:
+        for key, found in row.metrics.items():
+            for seed, value in found.values.items():
+                yield row.strategy, key, seed, value
+
+
+def _line(cells: Iterable[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _plain(text: str) -> str:
+    """Text that Markdown reads as text: names and error messages come from users."""
+    for character in "\\`*_[]<>|":
+        text = text.replace(character, f"\\{character}")
+    return " ".join(text.split())

@@ -1,0 +1,29 @@
+"""Where the numbers of a run go: a list in memory, a journal on disk, MLflow.
+
+    observers = [Journal(run_dir), MLflowTracker(uri, run_dir=run_dir)]
+
+mlflow is imported at first use. `points` has the names and steps of everything that is logged.
+"""
+
+from cl.tracking.base import Journal, Memory, Recorder, read_journal
+from cl.tracking.mlflow import MLflowTracker, sync
+from cl.tracking.points import Point, config_hash, points
+from cl.tracking.store import absolute_uri, chart_url, check_store, default_uri, prepare_store, quiet
+
+__all__ = [
+    "Journal",
+    "MLflowTracker",
+    "Memory",
+    "Point",
+    "Recorder",
+    "absolute_uri",
+    "chart_url",
+    "check_store",
+    "config_hash",
+    "default_uri",
+    "points",
+    "prepare_store",
+    "quiet",
+    "read_journal",
+    "sync",
+]
