@@ -39,9 +39,18 @@ def save(folder: Path, step: int, payload: dict[str, Any], fingerprint: str) -> 
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
-    for old in _newest_first(folder)[KEPT:]:
-        old.unlink(missing_ok=True)
+    _tidy(folder, path)
     return path
+
+
+def _tidy(folder: Path, newest: Path) -> None:
+    """Remove what `newest` makes useless: older checkpoints, later ones of a course that was left, half-written files.
+
+    A later file is damaged, or from a run that started anew in the same folder; kept, it would be resumed from.
+    """
+    earlier = [path for path in _newest_first(folder) if path < newest]
+    for path in {*_newest_first(folder), *folder.glob("*.tmp")} - {newest, *earlier[: KEPT - 1]}:
+        path.unlink(missing_ok=True)
 
 
 def load_latest(folder: Path, fingerprint: str, device: torch.device | None = None) -> tuple[Path, dict[str, Any]]:

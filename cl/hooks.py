@@ -6,14 +6,14 @@ sees the batch that the one before returned, penalties add up, and `step` calls 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from cl.core import Batch, Output, Setting, Stream, StreamInfo
+from cl.core import Batch, Output, Setting, Stream, StreamInfo, UserError
 from cl.state import Cost, TrainState
 
 ALL_SETTINGS = frozenset({Setting.TASK_INCREMENTAL, Setting.CLASS_INCREMENTAL, Setting.DOMAIN_INCREMENTAL})
@@ -116,6 +116,25 @@ class Strategy:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if state:
             raise ValueError(f"{self.name} keeps no state, but the checkpoint holds {sorted(state)}")
+
+
+def check_all(strategies: Sequence[Strategy], stream: Stream) -> None:
+    """Whether the strategies can work on the stream, and together.
+
+    Raises:
+        UserError: a setting that a strategy does not declare, one name twice, or what a strategy's `check` finds.
+    """
+    names = [strategy.name for strategy in strategies]
+    for strategy in strategies:
+        if names.count(strategy.name) > 1:
+            # parts, penalties and generators are told apart by it
+            raise UserError(f"two strategies are named {strategy.name!r}; give one of them another `name`")
+        if stream.info.setting not in strategy.settings:
+            raise UserError(
+                f"strategy {strategy.name} does not work in the setting {stream.info.setting} of stream "
+                f"{stream.info.name}; it must be one of {', '.join(sorted(strategy.settings))}"
+            )
+        strategy.check(stream)
 
 
 def overrides(strategy: Strategy, hook: str) -> bool:

@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from cl.core import Batch, Data, Experience, UserError
+from cl.core import Batch, Data, Experience, Setting, StreamInfo, UserError
 from cl.state import TrainState
 
 BLOCK_BYTES = 1 << 19
@@ -47,7 +47,7 @@ class Budget:
         return math.ceil(self.batches_per_epoch(num_rows) / self.accumulation)
 
     def steps(self, num_rows: int, tokens_per_row: int = 1) -> int:
-        """Optimizer steps on an experience of `num_rows` rows.
+        """Optimizer steps on an experience of `num_rows` rows; the fewest that reach `max_tokens`.
 
         Example:
             >>> Budget(epochs=2, batch_size=10).steps(95), Budget(max_tokens=100, batch_size=32).steps(1000)
@@ -56,13 +56,15 @@ class Budget:
         if self.max_steps is not None:
             return self.max_steps
         if self.max_tokens is not None:
-            rows_per_step = min(self.batch_size * self.accumulation, num_rows)
-            return math.ceil(self.max_tokens / (tokens_per_row * rows_per_step))
+            # epochs end in a smaller step, so whole epochs are counted apart
+            epochs, rows = divmod(math.ceil(self.max_tokens / tokens_per_row), max(1, num_rows))
+            return epochs * self.steps_per_epoch(num_rows) + math.ceil(rows / (self.batch_size * self.accumulation))
         return (self.epochs or 1) * self.steps_per_epoch(num_rows)
 
 
-def tokens_per_row(data: Data) -> int:
-    return getattr(data, "tokens_per_row", 1)
+def tokens_per_row(info: StreamInfo) -> int:
+    """What one row takes from a budget in tokens; known without loading anything."""
+    return math.prod(info.input_shape) if info.setting == Setting.CONTINUAL_PRETRAINING else 1
 
 
 def steps_from(state: TrainState, experience: Experience, data: Data, budget: Budget, start: int) -> Iterator[tuple]:
@@ -72,7 +74,7 @@ def steps_from(state: TrainState, experience: Experience, data: Data, budget: Bu
         start: optimizer steps already taken in this experience.
     """
     per_epoch = budget.steps_per_epoch(len(data))
-    step, last = start, budget.steps(len(data), tokens_per_row(data))
+    step, last = start, budget.steps(len(data), tokens_per_row(state.info))
     while step < last:
         epoch, offset = divmod(step, per_epoch)
         batches = _epoch(state, experience, data, budget, epoch, offset * budget.accumulation)
@@ -100,6 +102,11 @@ def _epoch(
     """Micro-batches of one epoch in its order, from micro-batch `first` on."""
     size = budget.batch_size
     order = experience.order(len(data), epoch, state.seeds.fresh("order", experience.id, epoch))
+    if len(order) != len(data):
+        raise UserError(
+            f"the order of experience {experience.id} ({experience.name!r}) names {len(order)} rows in epoch {epoch}; "
+            f"it must name as many as there are, {len(data)}"
+        )
     stream, at = state.stream, first * size
     block_rows = size
     while at < len(order):

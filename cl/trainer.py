@@ -22,7 +22,7 @@ from cl import checkpoint
 from cl.config import PRECISIONS, TrainerConfig
 from cl.core import Batch, Experience, Output, Stream, StreamInfo
 from cl.evaluation import measure_all
-from cl.hooks import Strategy, overrides
+from cl.hooks import Strategy, check_all, overrides
 from cl.ledger import Ledger, new_result
 from cl.loader import check_rows, steps_from, tokens_per_row
 from cl.observe import Observer
@@ -72,8 +72,7 @@ class Trainer:
         self.run_dir, self.settings, self.fingerprint = run_dir, dict(settings or {}), fingerprint
         self._stop_requested = False
         self.compose(strategies)
-        for strategy in self.strategies:
-            strategy.check(stream)
+        check_all(self.strategies, stream)
         for strategy in self.strategies:
             stream = strategy.plan(stream)
 
@@ -86,7 +85,8 @@ class Trainer:
         dtype = PRECISIONS[self.config.precision]
         autocast = nullcontext if dtype is None else partial(torch.autocast, device.type, dtype)
         self.state = TrainState(model, self._make_optimizer(model), stream, seeds, device, autocast)
-        self.state.total_steps = sum(self.config.budget.steps(e.num_samples) for e in stream.experiences)
+        rows = [experience.num_samples for experience in stream.experiences]
+        self.state.total_steps = sum(self.config.budget.steps(n, tokens_per_row(stream.info)) for n in rows)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.config.precision == "fp16")
         reported = {"strategy": [strategy.name for strategy in self.strategies]} | dict(names or {})
         self.ledger = Ledger(new_result(self.state, seed, reported), observers, run_dir, device)
@@ -141,9 +141,10 @@ class Trainer:
     def _learn(self, experience: Experience, steps_done: int) -> bool:
         """Train on one experience and measure; False when asked to stop before its end."""
         state, config, ledger = self.state, self.config, self.ledger
-        state.experience, state.data = experience, experience.load()
+        with ledger.charged("train_s"):
+            state.experience, state.data = experience, experience.load()
         check_rows(state.data, experience)
-        num_steps = config.budget.steps(len(state.data), tokens_per_row(state.data))
+        num_steps = config.budget.steps(len(state.data), tokens_per_row(state.info))
         if steps_done == 0:
             self._enter(experience)
         ledger.tell("on_experience_start", state, num_steps)
@@ -156,10 +157,13 @@ class Trainer:
                     state.epoch, batches = next(steps)
                     self._step(batches, steps_done, num_steps)
                     steps_done += 1
+            if steps_done == 0:  # asked to stop before the first step: the last checkpoint is where the run stands
+                return False
             if steps_done < num_steps:
-                if config.eval_every and steps_done % config.eval_every == 0:
+                if _is_due(config.eval_every, steps_done):
                     self._measure_within()
-                self._save_checkpoint(experience.id, steps_done)
+                if self._stop_requested or _is_due(config.checkpoint_every, steps_done):
+                    self._save_checkpoint(experience.id, steps_done)
                 if self._stop_requested:
                     return False
         ledger.flush(state)
@@ -185,9 +189,11 @@ class Trainer:
         state, hooked = self.state, self._hooked
         lr = self._set_learning_rate(step, num_steps)
         state.optimizer.zero_grad(set_to_none=True)
+        num_rows = sum(map(len, batches))
         done: list[tuple[Batch, Output]] = []
         means: dict[str, Tensor] = {}
         for state.micro_step, batch in enumerate(batches):
+            share = len(batch) / num_rows
             state.tokens += batch.targets.numel()
             for strategy in hooked["on_batch"]:
                 batch = strategy.on_batch(state, batch)
@@ -198,7 +204,7 @@ class Trainer:
                 if penalty is not None:
                     terms[strategy.name] = penalty
             if len(batches) > 1:
-                terms = {name: term / len(batches) for name, term in terms.items()}
+                terms = {name: term * share for name, term in terms.items()}
             first, *others = terms.values()
             self.scaler.scale(sum(others, start=first)).backward()
             for name, term in terms.items():
@@ -311,6 +317,10 @@ class Trainer:
         self.ledger.load_state_dict(saved["ledger"])
         start, steps_done = saved["position"]
         return start, steps_done
+
+
+def _is_due(period: int, steps_done: int) -> bool:
+    return period > 0 and steps_done % period == 0
 
 
 def _current_rows(done: list[tuple[Batch, Output]]) -> tuple[Batch, Output]:

@@ -13,24 +13,27 @@ not replay the running experience.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
-from cl.buffers.base import make_buffer, stored_rows
-from cl.core import Batch, Output, Source, UserError
-from cl.hooks import Contract, Strategy
-from cl.state import Cost, TrainState, tensor_bytes
+from cl.buffers.base import stored_rows
+from cl.core import Batch, Output, Source
+from cl.hooks import Contract
+from cl.state import Cost, TrainState
+from strategies._checks import require_choice, require_number
+from strategies._rehearsal import Rehearsal
 
 
-class Replay(Strategy):
+class Replay(Rehearsal):
     """Replay stored rows.
 
     Args:
         capacity: rows stored.
-        replay_batch_size: rows replayed per step; None takes as many as the batch has.
+        replay_batch_size: rows replayed per step; None takes as many as the stream's batch has.
         weight: factor of the replayed rows' loss; 0 replays nothing.
         policy: which rows stay: reservoir, class_balanced, experience_balanced, ring.
         update: "step" inserts after every step, "experience_end" once from the whole experience.
         average: "source" adds the two mean losses, "row" takes one mean over all rows.
+
+    Cost: replay_batch_size more rows forward and backward per step.
     """
 
     contract = Contract(toy={"capacity": 100}, zero={"weight": 0.0}, forgets_less_by=0.1)
@@ -44,20 +47,16 @@ class Replay(Strategy):
         update: str = "step",
         average: str = "source",
     ) -> None:
-        if update not in ("step", "experience_end"):
-            raise UserError(f"replay.update is {update!r}; it must be step or experience_end")
-        if average not in ("source", "row"):
-            raise UserError(f"replay.average is {average!r}; it must be source or row")
-        self.buffer = make_buffer(policy, capacity)
-        self.replay_batch_size, self.weight = replay_batch_size, weight
-        self.update, self.average = update, average
+        super().__init__(capacity, replay_batch_size, policy)
+        require_number("replay.weight", weight)
+        require_choice("replay.update", update, ("step", "experience_end"))
+        require_choice("replay.average", average, ("source", "row"))
+        self.weight, self.update, self.average = weight, update, average
 
     def on_batch(self, state: TrainState, batch: Batch) -> Batch:
-        size = self._num_replayed(len(batch))
-        if size == 0:
+        if self.weight == 0 or len(self.buffer) == 0:
             return batch
-        generator = state.seeds.named("replay")
-        rows = state.prepare(self.buffer.rows(self.buffer.draw(size, generator)), generator)
+        rows, _ = self.drawn(state, batch.num_current)
         mixed = batch.extended(rows, Source.REPLAY, self.name, self.weight)
         if self.average == "row":
             mixed.parts = tuple(replace(part, weight=part.weight * len(part) / len(mixed)) for part in mixed.parts)
@@ -65,24 +64,13 @@ class Replay(Strategy):
 
     def on_step_end(self, state: TrainState, batch: Batch, output: Output) -> None:
         if self.update == "step":
-            self.buffer.add(batch, state.seeds.named("replay"))
+            self.buffer.add(batch, self.generator(state))
 
     def on_experience_end(self, state: TrainState) -> None:
         if self.update == "experience_end":
             for rows in stored_rows(state.data):
-                self.buffer.add(rows, state.seeds.named("replay"))
-
-    def _num_replayed(self, batch_size: int) -> int:
-        if self.weight == 0:
-            return 0
-        return min(len(self.buffer), self.replay_batch_size or batch_size)
+                self.buffer.add(rows, self.generator(state))
 
     def cost(self, state: TrainState, batch_size: int) -> Cost:
-        extra = self._num_replayed(batch_size)
-        return Cost(extra, extra, tensor_bytes(self.buffer.columns))
-
-    def state_dict(self) -> dict[str, Any]:
-        return self.buffer.state_dict()
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.buffer.load_state_dict(state)
+        extra = 0 if self.weight == 0 else self.num_drawn(batch_size)
+        return Cost(extra, extra, self.buffer_bytes)

@@ -25,7 +25,7 @@ class Images:
         inputs, eval_inputs: (N, channels, height, width) uint8.
         targets, eval_targets: (N,) int64.
         largest: pixel value that becomes 1.0.
-        transform, augment: as in `cl.core.Stream`; `streams._options` sets them.
+        transform, augment: as in `cl.core.Stream`; `open_images` sets them.
     """
 
     name: str
@@ -35,7 +35,7 @@ class Images:
     eval_targets: Tensor
     num_classes: int
     largest: int = 255
-    transform: Callable[[Tensor], Tensor] = lambda raw: raw
+    transform: Callable[[Tensor], Tensor] | None = None
     augment: Callable[[Tensor, torch.Generator], Tensor] | None = None
 
     @property
@@ -47,13 +47,18 @@ class Images:
         return (self.inputs, self.targets) if is_train else (self.eval_inputs, self.eval_targets)
 
 
-@lru_cache(maxsize=2)
 def load_images(name: str, root: str | None = None, download: bool = False) -> Images:
     """The data set `name`, one of `LOADERS`, as its files hold it.
 
     Raises:
         UserError: no root given, or files absent or damaged; the sentence names the folder and the files.
     """
+    return _loaded(name, None if name == "digits" else root, download)
+
+
+@lru_cache(maxsize=2)
+def _loaded(name: str, root: str | None, download: bool) -> Images:
+    """Kept, so that the streams of a process that show the same data set share its rows."""
     return LOADERS[name](root, download)
 
 

@@ -27,6 +27,16 @@ def require_integer(name: str, value: object, smallest: int = 1) -> None:
         raise UserError(f"{name} is {value!r}; it must be an integer of at least {smallest}")
 
 
+def require_flag(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise UserError(f"{name} is {value!r}; it must be true or false")
+
+
+def require_fraction(name: str, value: object) -> None:
+    if not isinstance(value, int | float) or not 0 < value < 1:
+        raise UserError(f"{name} is {value!r}; it must be a number between 0 and 1")
+
+
 @dataclass(frozen=True)
 class Piece:
     """One experience of an image stream: the same view of the training rows and of the rows to measure on.

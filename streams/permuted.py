@@ -17,7 +17,7 @@ from cl.seeding import derive_seed
 from streams._images import Images
 from streams._options import image_stream
 from streams._remap import remap
-from streams._settings import Piece, assemble, require_integer, require_setting
+from streams._settings import Piece, assemble, require_flag, require_integer, require_setting
 
 
 @image_stream
@@ -40,6 +40,7 @@ def permuted(
         UserError: a value outside its range, or an augmentation, which means nothing once neighbours are torn apart.
     """
     require_integer("stream.num_experiences", num_experiences)
+    require_flag("stream.first_identity", first_identity)
     kind = require_setting(setting, (Setting.DOMAIN_INCREMENTAL, Setting.TASK_INCREMENTAL))
     if images.augment is not None:
         raise UserError("stream.augment moves images by a few pixels, which are permuted here; it must be none")

@@ -20,7 +20,7 @@ from cl.seeding import derive_seed
 from streams._images import Images
 from streams._options import image_stream
 from streams._remap import remap
-from streams._settings import Piece, assemble, require_integer, require_setting
+from streams._settings import Piece, assemble, require_flag, require_integer, require_setting
 
 
 @image_stream
@@ -48,6 +48,7 @@ def rotated(
         UserError: a value outside its range, or a list of another length.
     """
     require_integer("stream.num_experiences", num_experiences)
+    require_flag("stream.first_identity", first_identity)
     kind = require_setting(setting, (Setting.DOMAIN_INCREMENTAL, Setting.TASK_INCREMENTAL))
     degrees = _degrees(angles, angle_range, num_experiences, seed)
     if first_identity:
@@ -66,14 +67,15 @@ def rotated(
 
 
 def _degrees(angles: str | Sequence[float], angle_range: float, count: int, seed: int) -> list[float]:
-    if not 0 < angle_range <= 360:
+    if not isinstance(angle_range, int | float) or not 0 < angle_range <= 360:
         raise UserError(f"stream.angle_range is {angle_range!r}; it must be in (0, 360] degrees")
     if angles == "random":
         return [_uniform(derive_seed(seed, "rotation", k)) * angle_range for k in range(count)]
     if angles == "even":
         return [k * angle_range / count for k in range(count)]
-    if isinstance(angles, str) or len(angles) != count or not all(isinstance(angle, int | float) for angle in angles):
-        shown = angles if isinstance(angles, str) else list(angles)
+    is_list = isinstance(angles, Sequence) and not isinstance(angles, str)
+    if not is_list or len(angles) != count or not all(isinstance(a, int | float) and math.isfinite(a) for a in angles):
+        shown = list(angles) if is_list else angles
         raise UserError(
             f"stream.angles is {shown!r}; it must be random, even, or a list of stream.num_experiences={count} numbers"
         )

@@ -68,8 +68,9 @@ def _class_order(wanted: str | Sequence[int], num_classes: int, seed: int) -> li
     if wanted == "shuffled":
         generator = torch.Generator().manual_seed(derive_seed(seed, "class order"))
         return torch.randperm(num_classes, generator=generator).tolist()
-    if isinstance(wanted, str) or sorted(wanted) != list(range(num_classes)):
-        shown = wanted if isinstance(wanted, str) else list(wanted)
+    is_list = isinstance(wanted, Sequence) and not isinstance(wanted, str)
+    if not is_list or len(wanted) != num_classes or any(c not in wanted for c in range(num_classes)):
+        shown = list(wanted) if is_list else wanted
         raise UserError(
             f"stream.class_order is {shown!r}; it must be fixed, shuffled, or a list that names every class from 0 to "
             f"{num_classes - 1} once"
@@ -87,6 +88,8 @@ def _sizes(num_experiences: int, wanted: Sequence[int] | None, num_classes: int)
                 f"one of {', '.join(map(str, divisors))}, or give stream.classes_per_experience as a list"
             )
         return [num_classes // num_experiences] * num_experiences
+    if not isinstance(wanted, Sequence) or isinstance(wanted, str):
+        raise UserError(f"stream.classes_per_experience is {wanted!r}; it must be a list, such as [4,2,2,2]")
     sizes = list(wanted)
     for size in sizes:
         require_integer("an entry of stream.classes_per_experience", size)

@@ -1,4 +1,4 @@
-"""Equal shares: every class seen so far owns capacity // classes slots, filled by reservoir sampling within the class."""
+"""Equal shares: every class seen so far owns capacity // classes slots, filled by reservoir sampling within it."""
 
 from __future__ import annotations
 

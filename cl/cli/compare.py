@@ -21,10 +21,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from omegaconf import DictConfig
 from rich.console import Console
 
 from cl.cli import build
-from cl.cli.compose import composed, import_from_here, plain
+from cl.cli.compose import composed, import_from_here, node_name, plain, seeded
 from cl.cli.console import Pulse, progress_bars, progress_line
 from cl.cli.execute import CONFIG, RESULT, execute
 from cl.cli.pool import Job, run_jobs
@@ -56,7 +57,7 @@ def main(words: list[str]) -> int:
     request = plain(composed("compare", [*own, *(word for word in others if not _strategy_of(word))]))
     plan, console = make_plan(request, others), Console()
     if request["launcher"] == "local":
-        failures = _run_all(plan, console)
+        failures = run_all(plan, console)
     else:
         from cl.cli.launch import launch
 
@@ -103,8 +104,9 @@ def make_plan(request: Mapping[str, Any], words: Sequence[str]) -> Plan:
     compositions = [entry if isinstance(entry, list) else [entry] for entry in request["strategies"] or []]
     if not compositions:
         raise UserError("strategies is empty; name at least one, such as strategies=naive,replay")
-    _check_words(words, {name for names in compositions for name in names})
-    configs = {"+".join(map(str, names)): _config_of(names, words) for names in compositions}
+    compositions = [[str(name) for name in names] for names in compositions]
+    _check_words(words, {node_name(name) for names in compositions for name in names})
+    configs = {"+".join(map(node_name, names)): _config_of(names, words) for names in compositions}
     if len(configs) < len(compositions):
         raise UserError(f"strategies names a composition twice: {', '.join(configs)}")
     reference = request["reference"]
@@ -115,11 +117,11 @@ def make_plan(request: Mapping[str, Any], words: Sequence[str]) -> Plan:
         raise UserError(f"jobs is {jobs!r}; it must be an integer of at least 1")
 
     seeds = _seeds(request["seeds"])
-    streams = {check(config | {"seed": seeds[0]}) for config in configs.values()}
-    marks = sorted(build.fingerprint(config | {"seed": 0}) for config in configs.values())
+    streams = {check(seeded(config, seeds[0])) for config in configs.values()}
+    marks = sorted(build.fingerprint(seeded(config, 0)) for config in configs.values())
     suite = f"{streams.pop()}-{hashlib.sha256(' '.join(marks).encode()).hexdigest()[:8]}"
     out = Path(request["out"]) if request["out"] else Path("runs") / "compare" / suite
-    runs = {out / label / f"seed-{seed}": config | {"seed": seed} for seed in seeds for label, config in configs.items()}
+    runs = {out / label / f"seed-{seed}": seeded(config, seed) for seed in seeds for label, config in configs.items()}
     return Plan(out, runs, reference, jobs, suite)
 
 
@@ -132,11 +134,15 @@ def _check_words(words: Sequence[str], known: set[str]) -> None:
             raise UserError(f"{word!r} is for {name}, which is not compared; strategies are {', '.join(sorted(known))}")
 
 
-def _config_of(names: Sequence[str], words: Sequence[str]) -> dict[str, Any]:
+def _config_of(names: Sequence[str], words: Sequence[str]) -> DictConfig:
     """Config of a composition: the common words, and the options of its own strategies."""
-    own = [word for word in words if not _strategy_of(word) or _strategy_of(word) in names]
-    config: dict[str, Any] = plain(composed("run", [f"strategy=[{','.join(map(str, names))}]", *own]))
-    return config
+    return composed("run", [f"strategy=[{','.join(names)}]", *words_for(names, words)])
+
+
+def words_for(names: Sequence[str], words: Sequence[str]) -> list[str]:
+    """The words that concern a composition: all but the options of other strategies."""
+    nodes = ["", *map(node_name, names)]
+    return [word for word in words if _strategy_of(word) in nodes]
 
 
 def _seeds(given: Any) -> list[int]:
@@ -153,12 +159,12 @@ def check(config: Mapping[str, Any]) -> str:
     return str(trainer.state.info.name)
 
 
-def _run_all(plan: Plan, console: Console) -> dict[str, str]:
+def run_all(plan: Plan, console: Console) -> dict[str, str]:
     """Run what is not done; returns the sentence of each run that failed."""
     unfinished = {str(folder): config for folder, config in plan.runs.items() if not is_done(folder, config)}
     if len(unfinished) < len(plan.runs):
         console.print(f"{len(plan.runs) - len(unfinished)} of {len(plan.runs)} runs are done already", highlight=False)
-    _prepare_tracking(plan)
+    prepare_tracking(plan)
     failures: dict[str, str] = {}
     with progress_bars(console) as bars:
         overall = bars.add_task("", name="all runs", total=len(unfinished))
@@ -215,7 +221,7 @@ def is_done(folder: Path, config: Mapping[str, Any]) -> bool:
     return (folder / RESULT).is_file() and Result.load(folder / RESULT).status == "done"
 
 
-def _prepare_tracking(plan: Plan) -> None:
+def prepare_tracking(plan: Plan) -> None:
     """Create the embedded store once, before several processes want to."""
     node = next(iter(plan.runs.values())).get("tracking") or {}
     if node.get("_target_"):

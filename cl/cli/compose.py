@@ -6,6 +6,7 @@ its default lives in the Python signature and nowhere else; and every error beco
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -25,13 +26,34 @@ OPEN_NODE = re.compile(r"^(strategy\.\w+|stream|backbone|optimizer|schedule|trai
 
 
 def open_signatures(overrides: Sequence[str]) -> list[str]:
-    """Let the overrides of signature-backed nodes add keys.
+    """Overrides as Hydra takes them: hyper-parameters may be new keys, and a strategy may be a dotted class name.
 
     Example:
         >>> open_signatures(["seed=1", "strategy.derpp.alpha=0.2", "+experiment=x"])
         ['seed=1', '++strategy.derpp.alpha=0.2', '+experiment=x']
+        >>> open_signatures(["strategy=[replay,my_ideas.Mine]"])
+        ['strategy=[replay]', '++strategy.my_ideas._target_=my_ideas.Mine']
     """
-    return [f"++{word}" if OPEN_NODE.match(word) else word for word in overrides]
+    words = []
+    for word in overrides:
+        key, _, value = word.partition("=")
+        names = value.strip("[] ").split(",")
+        if key == "strategy" and any("." in name for name in names):
+            words.append(f"strategy=[{','.join(name for name in names if '.' not in name)}]")
+            words += [f"++strategy.{node_name(name)}._target_={name}" for name in names if "." in name]
+        else:
+            words.append(f"++{word}" if OPEN_NODE.match(word) else word)
+    return words
+
+
+def node_name(strategy: str) -> str:
+    """Config node of a strategy: its own name, or the module of a dotted class name.
+
+    Example:
+        >>> node_name("replay"), node_name("lab.my_ideas.Mine")
+        ('replay', 'my_ideas')
+    """
+    return strategy.split(".")[-2] if "." in strategy else strategy
 
 
 @contextmanager
@@ -69,7 +91,16 @@ def plain(config: Any) -> Any:
         return OmegaConf.to_container(config, resolve=True) if OmegaConf.is_config(config) else config
 
 
+def seeded(config: DictConfig, seed: int) -> dict[str, Any]:
+    """A config for one seed, resolved after the seed is set, because streams take theirs from it."""
+    own = config.copy()
+    own.seed = seed
+    resolved: dict[str, Any] = plain(own)
+    return resolved
+
+
 def import_from_here() -> None:
     """Let `_target_` name a module in the working directory; appended, so that it shadows nothing."""
-    if "" not in sys.path and "." not in sys.path:
-        sys.path.append(".")
+    here = os.getcwd()
+    if here not in sys.path:
+        sys.path.append(here)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 import signal
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -52,7 +53,7 @@ def execute(
             from omegaconf import OmegaConf
 
             write_text(run_dir / CONFIG, OmegaConf.to_yaml(OmegaConf.create(dict(config))))
-    with _logging_to(run_dir / LOG), _stopping(trainer, run_dir, say):
+    with _logging_to(run_dir / LOG, say), _stopping(trainer, run_dir, say):
         result = trainer.run(resume=resume)
     if result.status == "interrupted":
         say(f"interrupted; go on with `cl resume {run_dir}`")
@@ -85,19 +86,25 @@ def _writing(run_dir: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _logging_to(path: Path) -> Iterator[None]:
-    """Warnings and log lines of the run go to its folder as well."""
+def _logging_to(path: Path, say: Callable[[str], None]) -> Iterator[None]:
+    """Log lines go to the run's folder; warnings too, and a person reads them as one line each."""
     handler = logging.FileHandler(path)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     root = logging.getLogger()
     level = root.level
     root.addHandler(handler)
     root.setLevel(logging.INFO)
-    logging.captureWarnings(True)
+
+    def show(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+        root.warning("%s: %s", category.__name__, message)
+        if issubclass(category, UserWarning):
+            say(f"note: {message}")
+
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.showwarning = show
+            yield
     finally:
-        logging.captureWarnings(False)
         root.removeHandler(handler)
         root.setLevel(level)
         handler.close()

@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
-from cl.cli.compare import Plan, is_done
+from cl.cli.compare import Plan, is_done, words_for
 from cl.core import UserError
 
 LAUNCHERS = {"joblib": "joblib", "submitit_local": "submitit", "submitit_slurm": "submitit"}
@@ -31,7 +31,7 @@ def launch(plan: Plan, launcher: str, words: Sequence[str], console: Console) ->
     commands = {"+".join(names): sweep(plan, names, seeds, launcher, words) for names, seeds in todo.items()}
     processes: dict[str, subprocess.Popen[bytes]] = {}
     for label, command in commands.items():
-        console.print(f"{label}: {' '.join(command[2:])}", highlight=False, soft_wrap=True)
+        console.print(f"{label}: {' '.join(command[2:])}", highlight=False, markup=False, soft_wrap=True)
         processes[label] = subprocess.Popen(command)
         if launcher == "joblib":
             processes[label].wait()
@@ -50,4 +50,12 @@ def sweep(plan: Plan, names: Sequence[str], seeds: Sequence[int], launcher: str,
         "hydra.sweep.subdir": "seed-${seed}",
         "+suite": plan.suite,
     }
-    return [sys.executable, "-m", "cl", "run", "-m", *(f"{key}={value}" for key, value in own.items()), *words]
+    return [
+        sys.executable,
+        "-m",
+        "cl",
+        "run",
+        "-m",
+        *(f"{key}={value}" for key, value in own.items()),
+        *words_for(names, words),
+    ]

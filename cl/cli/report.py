@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cl.core import UserError
-from cl.report import StrategyRow, comparison_rows, load_results, metrics_of, write_report
+from cl.report import StrategyRow, comparison_rows, load_results, write_report
 from cl.report.style import UNITS
 
 
@@ -61,19 +61,26 @@ def report_on(folder: Path, console: Console, reference: str = "naive", out: Pat
 
 def comparison_table(title: str, rows: list[StrategyRow]) -> Table:
     """A strategy per line, narrow enough for a terminal; the report has every column with its interval."""
-    unit, columns = UNITS[rows[0].measure], {column.key: column for column in metrics_of(rows[0].measure)}
+    unit = UNITS[rows[0].measure]
     reference = next((row.strategy for row in rows if row.is_reference), "reference")
-    caption = "; ".join(dict.fromkeys(row.test for row in rows if row.test and math.isnan(row.p_holm)))
-    table = Table(title=f"{title}, {unit.symbol}, mean over seeds [95 % interval]", title_justify="left", caption=caption)
+    notes = dict.fromkeys(row.test for row in rows if row.test and not row.test.startswith("p "))
+    table = Table(
+        title=f"{title}, {unit.symbol}, mean over seeds [95 % interval]",
+        caption="; ".join(notes),
+        title_justify="left",
+        caption_justify="left",
+        box=None,
+        pad_edge=False,
+    )
     table.add_column("strategy", no_wrap=True)
-    for name in ("seeds", "final", "average", "forgetting", f"final - {reference}", "Holm p"):
-        table.add_column(name, justify="right", no_wrap=name in ("seeds", "final"))
+    for name in ("seeds", "final", "forgetting", f"final - {reference}", "Holm p"):
+        table.add_column(name, justify="right", no_wrap=True)
     for row in rows:
         table.add_row(
             row.strategy,
             str(len(row.seeds)),
             row.final.text(unit),
-            *(unit.text(row.metrics[key].mean, columns[key].is_change) for key in ("average", "forgetting_max")),
+            unit.text(row.metrics["forgetting_max"].mean),
             row.difference.text(unit, signed=True) if row.difference.is_defined else "",
             "" if math.isnan(row.p_holm) else f"{row.p_holm:.3f}",
         )

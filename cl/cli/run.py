@@ -28,16 +28,22 @@ from rich.console import Console
 from cl.cli.compose import import_from_here, one_sentence, open_signatures, plain
 from cl.cli.console import Pulse, matrix_table, metrics_line, progress_bars, progress_line
 from cl.cli.execute import execute, remove_if_empty
+from cl.core import UserError
 from cl.result import Result
 
-_outcomes: list[Result] = []
+_outcomes: list[Result | Exception] = []
 
 
 @hydra.main(config_path="pkg://configs", config_name="run", version_base="1.3")
 def _app(config: DictConfig) -> None:
     run_dir = Path(HydraConfig.get().runtime.output_dir)
+    if run_dir.is_relative_to(Path.cwd()):
+        run_dir = run_dir.relative_to(Path.cwd())
     try:
         _outcomes.append(run_with_progress(plain(config), run_dir))
+    except Exception as error:
+        # Hydra would print a paragraph of its own; `main` raises it again
+        _outcomes.append(error)
     finally:
         remove_if_empty(run_dir)
 
@@ -45,13 +51,21 @@ def _app(config: DictConfig) -> None:
 def main(words: list[str]) -> int:
     """Run Hydra's application; 0 when every run of it is done."""
     import_from_here()
-    # Hydra's own reporter prints paragraphs and exits with 1; we want the exception
+    # without this, Hydra reports errors of the request in paragraphs and exits with 1
     os.environ["HYDRA_FULL_ERROR"] = "1"
-    sys.argv = ["cl run", *open_signatures(words)]
+    # argparse wants flags and overrides unmixed
+    settings = [word for word in words if "=" in word and not word.startswith("-")]
+    sys.argv = ["cl run", *(word for word in words if word not in settings), *open_signatures(settings)]
     _outcomes.clear()
-    with one_sentence():
-        _app()
-    return int(any(result.status != "done" for result in _outcomes))
+    try:
+        with one_sentence():
+            _app()
+    except OSError as error:
+        raise UserError(f"the run folder cannot be made: {error}") from None
+    for outcome in _outcomes:
+        if isinstance(outcome, Exception):
+            raise outcome
+    return int(any(outcome.status != "done" for outcome in _outcomes if isinstance(outcome, Result)))
 
 
 def run_with_progress(config: dict[str, Any], run_dir: Path, resume: bool = False) -> Result:

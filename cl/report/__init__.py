@@ -1,6 +1,6 @@
 """What came out of a comparison: a page, figures, tables. Reads `result.json` and nothing else of a run.
 
-    write_report("runs/compare-1", "runs/compare-1/report")
+write_report("runs/compare-1", "runs/compare-1/report")
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from cl.report.comparison import Estimate, Metric, StrategyRow, comparison_rows, metrics_of
+from cl.report.comparison import Estimate, Metric, StrategyRow, comparison_rows, metrics_of, table_text
 from cl.report.load import Loaded, load_folder, load_results
 from cl.result import Result, write_text
 
@@ -23,6 +23,7 @@ __all__ = [
     "load_folder",
     "load_results",
     "metrics_of",
+    "table_text",
     "write_report",
 ]
 
@@ -68,14 +69,16 @@ def write_report(
     from cl.report.markdown import markdown, save_tables
     from cl.report.style import looks
 
-    loaded = load_folder(results_or_folder) if isinstance(results_or_folder, Path | str) else None
-    results = loaded.results if loaded else list(results_or_folder)  # type: ignore[arg-type]
+    if isinstance(results_or_folder, Path | str):
+        loaded = load_folder(results_or_folder)
+    else:
+        loaded = Loaded(list(results_or_folder))
+    results = loaded.results
     if not results:
         raise ValueError("there is no result to report on")
     out = Path(out_dir)
     palette = looks(result.label for result in results)
     views = [view(section, reference, palette) for section in sections(results)]
-    warnings = loaded.warnings if loaded else []
     title = title or _title(results)
 
     figures, tables = [], []
@@ -89,11 +92,11 @@ def write_report(
         markdown=out / "report.md",
         figures=[path for group in figures for path in group],
         tables=tables,
-        warnings=[*warnings, *(warning for each in views for warning in each.section.warnings)],
+        warnings=[*loaded.warnings, *(warning for each in views for warning in each.section.warnings)],
     )
     links = [[path.relative_to(out).as_posix() for path in group] for group in figures]
-    write_text(paths.markdown, markdown(views, title, date, warnings, links))
-    write_text(paths.html, page(views, title, date, warnings))
+    write_text(paths.markdown, markdown(views, title, date, loaded.warnings, links))
+    write_text(paths.html, page(views, title, date, loaded.warnings))
     return paths
 
 

@@ -19,17 +19,19 @@ DPI = 150
 INK, MUTED, RULE = "#1f2328", "#6a737d", "#e3e6ea"
 
 
-def new_figure(width: float, height: float) -> Figure:
-    """A figure of its own, in inches, drawn by Agg."""
+def new_figure(width: float, height: float, wspace: float = 0.02) -> Figure:
+    """A figure of its own, in inches, drawn by Agg. `wspace`: share of the width left free between panels."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    figure = Figure(figsize=(width, height), dpi=DPI, facecolor="white", layout="constrained")
+    layout = ConstrainedLayoutEngine(wspace=wspace)
+    figure = Figure(figsize=(width, height), dpi=DPI, facecolor="white", layout=layout)
     FigureCanvasAgg(figure)
     return figure
 
 
-def dress(axes: Axes, title: str = "", xlabel: str = "", ylabel: str = "", grid: str = "y") -> None:
+def dress(axes: Axes, title: str = "", xlabel: str = "", ylabel: str = "", grid: Any = "y") -> None:
     """The common look: no box, faint grid behind the data, small muted ticks."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color("#b4bac1")
@@ -62,11 +64,17 @@ def order_colours(count: int) -> list[Any]:
 
 def experience_ticks(axes: Axes, first: int, last: int) -> None:
     """Whole numbers only, and no range of no width when there is a single experience."""
-    from matplotlib.ticker import MaxNLocator
-
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True, min_n_ticks=1))
+    axes.set_xticks(whole_ticks(first, last))
     pad = 0.5 if first == last else (last - first) * 0.03
     axes.set_xlim(first - pad, last + pad)
+
+
+def whole_ticks(first: int, last: int) -> list[int]:
+    """At most nine round whole numbers in [first, last]."""
+    from matplotlib.ticker import MaxNLocator
+
+    found = MaxNLocator(nbins=8, integer=True, min_n_ticks=1).tick_values(first, last)
+    return [round(value) for value in found if first <= value <= last]
 
 
 def label_ends(axes: Axes, ends: Sequence[tuple[float, float, str, Any]], size: float = 8, offset: float = 6) -> None:
@@ -115,7 +123,10 @@ def write(
 
 def height_in_points(axes: Axes) -> float:
     """Height of the axes; before the layout only its share of the figure is known, which is near enough for text."""
-    return float(axes.figure.get_figheight() * 72 * axes.get_subplotspec().get_position(axes.figure).height)
+    figure, place = axes.get_figure(root=True), axes.get_subplotspec()
+    assert figure is not None
+    assert place is not None
+    return float(figure.get_figheight() * 72 * place.get_position(figure).height)
 
 
 def readable(colour: Any) -> Any:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from cl import metrics
 from cl.metrics.statistics import ALPHA
 from cl.report.load import Section, sections, table_of
-from cl.report.style import UNITS, Unit, p_text
+from cl.report.style import UNITS, Unit, bytes_text, count_text, p_text
 from cl.result import Result
 
 
@@ -164,7 +164,8 @@ def section_rows(section: Section, reference: str = "naive") -> list[StrategyRow
         metric.key: {label: {seed: metric.of(table) for seed, table in tables[label].items()} for label in runs}
         for metric in columns
     }
-    compared = {row.strategy: row for row in metrics.compare(values["final"], reference if runs.get(reference) else None)}
+    against_whom = reference if runs.get(reference) else None
+    compared = {row.strategy: row for row in metrics.compare(values["final"], against_whom)}
     seeds_needed = metrics.seeds_needed(max(1, sum(row.num_pairs > 0 for row in compared.values())))
     unfinished = section.unfinished()
     rows = []
@@ -191,7 +192,26 @@ def section_rows(section: Section, reference: str = "naive") -> list[StrategyRow
             )
         )
     sign = columns[0].sign
-    return sorted(rows, key=lambda row: (not row.final.is_defined, -sign * row.final.mean if row.final.is_defined else 0))
+    return sorted(rows, key=lambda row: -sign * row.final.mean if row.final.is_defined else math.inf)
+
+
+def table_text(rows: Sequence[StrategyRow], reference: str = "naive") -> tuple[list[str], list[list[str]]]:
+    """Heads and cells of the main table of one section as text; strategies without a finished run are left out."""
+    rows = [row for row in rows if row.seeds]
+    if not rows:
+        return [], []
+    unit, columns = UNITS[rows[0].measure], metrics_of(rows[0].measure)
+    has_reference = any(row.difference.is_defined for row in rows)
+    heads = ["Strategy", "Seeds", *(f"{metric.title} ({unit.symbol})" for metric in columns)]
+    heads += [f"Difference to {reference}", "Test"] if has_reference else []
+    heads += ["Work", "Kept"]
+    cells = []
+    for row in rows:
+        line = [row.strategy, str(len(row.seeds))]
+        line += [row.metrics[metric.key].text(unit, metric.is_change) for metric in columns]
+        line += [row.difference.text(unit, signed=True), row.test or "–"] if has_reference else []
+        cells.append([*line, count_text(row.passes), bytes_text(row.buffer_bytes)])
+    return heads, cells
 
 
 def estimate(values: Mapping[int, float]) -> Estimate:

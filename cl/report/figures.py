@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import math
 import re
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cl.report.axes import DPI, INK, dress, experience_ticks, height_in_points, label_ends, new_figure, write
+from cl.report.axes import DPI, INK, dress, experience_ticks, label_ends, new_figure, write
 from cl.report.comparison import Estimate
 from cl.report.curves import COSTS, NOT_CONTINUAL, Cost, SectionView, StrategyView
 from cl.report.matrix_figures import accuracy_matrix, forgetting_curves
-from cl.report.style import scale_of, short, spread
+from cl.report.style import beside, scale_of, short
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -66,7 +67,7 @@ def comparison(view: SectionView) -> Figure:
     has_dots = any(s.row.final.is_defined for s in view.strategies)
     widths = [5.4, *([3.0] if has_dots else []), *([2.6] if has_dots and has_forgetting else [])]
     height = max(3.6, 0.9 + 0.3 * len(view.strategies))
-    figure = new_figure(sum(widths) + 0.6, height)
+    figure = new_figure(sum(widths) + 0.6, height, wspace=0.06)
     panels = figure.subplots(1, len(widths), width_ratios=widths, squeeze=False)[0]
     _draw_course(panels[0], view)
     keys = ["final", "forgetting_max"][: len(panels) - 1]
@@ -76,6 +77,7 @@ def comparison(view: SectionView) -> Figure:
 
 
 def has_cost(view: SectionView) -> bool:
+    """Whether any finished run recorded its work."""
     return any(not math.isnan(s.row.passes) and s.row.final.is_defined for s in view.strategies)
 
 
@@ -100,8 +102,8 @@ def _draw_course(axes: Axes, view: SectionView) -> None:
         if strategy.is_bound:
             # one row stands for the whole stream, so it is a level and not a point at the first experience
             x, mean, low, high = np.array([1, last]), *(np.repeat(values, 2) for values in (mean, low, high))
-        style = {"color": look.colour, "lw": 1.5 if look.is_neutral else 2, "ls": LINE_STYLES[look.dash]}
-        marker = {} if strategy.is_bound or last > 30 else {"marker": "o", "markersize": 3.5}
+        style: Any = {"color": look.colour, "lw": 1.5 if look.is_neutral else 2, "ls": LINE_STYLES[look.dash]}
+        marker: Any = {} if strategy.is_bound or last > 30 else {"marker": "o", "markersize": 3.5}
         axes.plot(x, mean, zorder=2 if look.is_neutral else 3, **style, **marker)
         if not np.isnan(low).all():
             axes.fill_between(x, low, high, color=look.colour, alpha=0.15, lw=0, zorder=1)
@@ -152,10 +154,11 @@ def _draw_cost(axes: Axes, view: SectionView, against: Cost) -> None:
     for strategy, x, final in points:
         colour = strategy.look.colour
         if final.has_interval:
-            axes.plot([x / size] * 2, [final.low * unit.factor, final.high * unit.factor], color=colour, lw=1.6, alpha=0.8)
+            ends = [final.low * unit.factor, final.high * unit.factor]
+            axes.plot([x / size] * 2, ends, color=colour, lw=1.6, alpha=0.8)
         face = "white" if strategy.label == NOT_CONTINUAL else colour
         axes.scatter([x / size], [final.mean * unit.factor], s=42, facecolor=face, edgecolor=colour, lw=1.4, zorder=3)
-    _label_points(axes, [(x / size, final.mean * unit.factor, s) for s, x, final in points])
+    _label_points(axes, [(x / size, final.mean * unit.factor, s) for s, x, final in points], front)
 
 
 def _place_on_cost_axis(axes: Axes, values: list[float]) -> None:
@@ -164,21 +167,40 @@ def _place_on_cost_axis(axes: Axes, values: list[float]) -> None:
 
     positive = [value for value in values if value > 0]
     largest, smallest = max(positive, default=1.0), min(positive, default=1.0)
-    if largest / smallest > 30:
+    if not positive:
+        axes.set_xlim(-0.5, 1)
+        axes.set_xticks([0])
+    elif largest / smallest > 30:
         axes.set_xscale("symlog", linthresh=smallest, linscale=0.6)
+        decades = range(math.ceil(math.log10(smallest)), math.ceil(math.log10(largest)) + 1)
+        axes.set_xticks([*([0] if min(values) <= 0 else []), *(10.0**power for power in decades)])
+        axes.minorticks_off()
         axes.set_xlim(-0.12 * smallest if min(values) <= 0 else smallest * 0.6, largest * 3)
     else:
         axes.set_xlim(-0.05 * largest, 1.15 * largest)
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
 
 
-def _label_points(axes: Axes, points: list[tuple[float, float, StrategyView]]) -> None:
-    """Names above their points, moved apart vertically; to the left of them where there is room, off the front."""
-    low, high = axes.get_ylim()
-    per_point = (high - low) / height_in_points(axes)
-    placed = spread([y + 8 * per_point for _, y, _ in points], 10 * per_point, low, high)
-    for (x, y, strategy), at in zip(points, placed, strict=True):
-        share = axes.transAxes.inverted().transform(axes.transData.transform((x, y)))[0]
-        side = -1 if share > 0.2 else 1
-        offset = (6 * side, (at - y) / per_point)
-        write(axes, short(strategy.label), (x, y), offset, strategy.look.colour, align="right" if side < 0 else "left")
+def _label_points(
+    axes: Axes, points: list[tuple[float, float, StrategyView]], front: list[tuple[float, float]]
+) -> None:
+    """Names beside their points, where they cover neither points nor the front."""
+    # the size of the axes is known only once the figure is laid out
+    figure = axes.get_figure(root=True)
+    assert figure is not None
+    figure.draw_without_rendering()
+    per_pixel = 72 / figure.dpi
+    spots = axes.transData.transform([(x, y) for x, y, _ in points]) * per_pixel
+    names = [short(strategy.label) for _, _, strategy in points]
+    box = axes.get_window_extent()
+    limits = (box.x0 * per_pixel, box.y0 * per_pixel, box.x1 * per_pixel, box.y1 * per_pixel)
+    steps = []
+    for low, high in pairwise(axes.transData.transform(point) * per_pixel for point in front):
+        steps += [
+            (low[0], low[1], high[0], low[1] + 1),
+            (high[0], min(low[1], high[1]), high[0] + 1, max(low[1], high[1])),
+        ]
+    widths = [4.9 * len(name) for name in names]
+    places = beside([(x, y) for x, y in spots], widths, limits, height=9, gap=5.5, obstacles=steps)
+    for (x, y, strategy), name, spot, (left, middle) in zip(points, names, spots, places, strict=True):
+        write(axes, name, (x, y), (left - spot[0], middle - spot[1]), strategy.look.colour)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Sequence
 from html import escape
 from importlib.resources import files
@@ -90,7 +91,7 @@ def _table(view: SectionView) -> str:
         colour = css_colour(row.strategy, palette[row.strategy])
         out = [
             f'<th scope="row"><button type="button" class="pick" style="--c:{colour}" '
-            f'data-strategy="{escape(row.strategy)}">{escape(row.strategy)}</button></th>',
+            f'data-strategy="{escape(row.strategy)}"><span>{_breakable(row.strategy)}</span></button></th>',
             _cell(len(row.seeds), str(len(row.seeds))),
         ]
         for metric in metrics:
@@ -103,12 +104,19 @@ def _table(view: SectionView) -> str:
         out.append(_cell(row.passes, escape(_work(row, rows, view.reference))))
         out.append(_cell(row.buffer_bytes, escape(bytes_text(row.buffer_bytes))))
         body.append(f"<tr>{''.join(out)}</tr>")
-    symbol = f"{unit.name} in {unit.symbol}; " if unit.symbol == "%" else f"{unit.name} in {unit.symbol}, lower is better; "
     return f"""<div class="scroll"><table class="main sortable">
-<caption>{escape(symbol)}mean over seeds, with its 95 % interval below. Bold: best, {NOT_CONTINUAL} aside.</caption>
+<caption>{escape(_caption(view, rows))}</caption>
 <thead><tr>{"".join(cells)}</tr></thead>
 <tbody>{"".join(body)}</tbody>
 </table></div>"""
+
+
+def _caption(view: SectionView, rows: Sequence[StrategyRow]) -> str:
+    unit = view.unit
+    text = f"{unit.name} in {unit.symbol}, {unit.direction}"
+    if any(row.final.has_interval for row in rows):
+        text += "; mean over seeds, with its 95 % interval below"
+    return f"{text}. Bold: best, {NOT_CONTINUAL} aside." if len(rows) > 1 else f"{text}."
 
 
 def _work(row: StrategyRow, rows: Sequence[StrategyRow], reference: str) -> str:
@@ -140,17 +148,23 @@ def _charts(view: SectionView, thinned: bool) -> str:
     if not view.strategies:
         return ""
     name = view.unit.name.lower()
-    several = len(view.strategies) > 1
-    figures = [_figure("course", f"{view.unit.name} over the domains seen so far", _course_label(view), "wide")]
-    if several and any(row.final.is_defined for row in view.rows):
+    rows = [row for row in view.rows if row.final.is_defined]
+    figures = []
+    if view.num_experiences > 1:
+        figures.append(_figure("course", f"{view.unit.name} over the domains seen so far", _course_label(view), "wide"))
+    if len(view.strategies) > 1 and rows:
         figures.append(_figure("dots", f"Final {name}", f"Final {name} of each strategy with every seed.", key="final"))
-        if any(row.metrics["forgetting_max"].is_defined for row in view.rows):
+        if any(row.metrics["forgetting_max"].is_defined for row in rows):
             label = "Forgetting of each strategy with every seed."
             figures.append(_figure("dots", "Forgetting (max)", label, key="forgetting_max"))
         for cost in COSTS:
-            if any(not math.isnan(getattr(row, cost.key)) for row in view.rows):
+            # when nobody keeps anything there is nothing to weigh
+            if any(getattr(row, cost.key) > 0 for row in rows):
                 label = f"Final {name} against cost: {cost.label}."
-                figures.append(_figure("cost", f"{cost.title}", label, key=cost.key))
+                figures.append(_figure("cost", cost.title, label, key=cost.key))
+    inside = [("heatmap", f"{view.unit.name} after each experience", f"{view.unit.name} on each domain, as a heatmap.")]
+    if view.num_experiences > 1:
+        inside.append(("curves", "How each domain is remembered", f"{view.unit.name} on each domain over the stream."))
     thin = '<p class="note">This stream is long: the page shows a part of R; the tables folder has all of it.</p>'
     return f"""<div class="legend" role="group" aria-label="Strategies shown"></div>
 <div class="grid">{"".join(figures)}</div>
@@ -159,8 +173,7 @@ def _charts(view: SectionView, thinned: bool) -> str:
 <div class="choices"><label>Strategy <select class="strategy"></select></label>
 <label>Runs <select class="matrix"></select></label></div>
 {thin if thinned else ""}
-<div class="grid">{_figure("heatmap", f"{view.unit.name} after each experience", f"{view.unit.name} on each domain after each experience, as a heatmap.")}
-{_figure("curves", "How each domain is remembered", f"{view.unit.name} on each domain over experiences seen.")}</div>
+<div class="grid">{"".join(_figure(*parts) for parts in inside)}</div>
 </div>"""
 
 
@@ -178,11 +191,17 @@ def _course_label(view: SectionView) -> str:
 
 def _runs(view: SectionView) -> str:
     """Every run, for those who look for one."""
-    body = []
-    for result in sorted(view.section.results, key=lambda result: (result.label, result.seed)):
-        final = result.metrics.get("final") if result.status == "done" else None
+    section, body = view.section, []
+    used = {id(result) for label in section.labels for result in section.finished(label)}
+    values = {row.strategy: row.final.values for row in view.rows}
+    for result in sorted(section.results, key=lambda result: (result.label, result.seed)):
+        final = values[result.label].get(result.seed) if id(result) in used else None
         speed = result.cost.get("train_samples_per_s")
-        status = escape(result.status) if result.status == "done" else f"<span{_title(reason(result))}>{escape(result.status)}</span>"
+        status = escape(result.status)
+        if result.status != "done":
+            status = f"<span{_title(reason(result))}>{status}</span>"
+        elif id(result) not in used:
+            status = "replaced by a newer run"
         cells = [
             f'<th scope="row">{escape(result.label)}</th>',
             _cell(result.seed, str(result.seed)),
@@ -193,7 +212,7 @@ def _runs(view: SectionView) -> str:
             f"<td><code>{escape(result.mlflow_run_id or '–')}</code></td>",
         ]
         body.append(f"<tr>{''.join(cells)}</tr>")
-    names = ("Strategy", "Seed", "Status", f"Final {view.unit.name.lower()}", "Training", "Samples", "MLflow run")
+    names = ("Strategy", "Seed", "Status", f"Final {view.unit.name.lower()}", "Training", "Speed", "MLflow run")
     heads = "".join(f'<th scope="col"><button type="button">{name}</button></th>' for name in names)
     return (
         f'<details class="runs"><summary>All runs ({len(body)})</summary><div class="scroll"><table class="sortable">'
@@ -208,6 +227,11 @@ def _glossary(view: SectionView) -> str:
 
 def _all_warnings(views: Sequence[SectionView], warnings: Sequence[str]) -> list[str]:
     return [*warnings, *(warning for view in views for warning in view.section.warnings)]
+
+
+def _breakable(name: str) -> str:
+    """A name that may be broken where its parts end."""
+    return re.sub(r"([_+(,])", r"\1<wbr>", escape(name))
 
 
 def _list(style: str, title: str, items: Iterable[str]) -> str:

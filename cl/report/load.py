@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from cl.metrics.matrix import EvalTable
@@ -64,7 +64,7 @@ def table_of(result: Result) -> EvalTable:
     Raises:
         ValueError: the numbers do not make a table; the sentence says why.
     """
-    return EvalTable.from_result(asdict(result))
+    return EvalTable.from_result(vars(result))
 
 
 @dataclass
@@ -72,6 +72,7 @@ class Section:
     """Runs on one stream with one backbone, evaluated on the same domains: what may share a table.
 
     Args:
+        title: distinct within one report.
         results: every run, whatever its status.
         warnings: one sentence per finished run that a newer one of the same strategy and seed replaces.
     """
@@ -81,12 +82,9 @@ class Section:
     backbone: str
     measure: str
     domains: list[str]
+    title: str = ""
     results: list[Result] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
-
-    @property
-    def title(self) -> str:
-        return f"{self.stream} · {self.backbone}"
 
     @property
     def labels(self) -> list[str]:
@@ -123,11 +121,29 @@ def sections(results: Sequence[Result]) -> list[Section]:
     found: dict[tuple[object, ...], Section] = {}
     for result in results:
         key = (result.stream, result.setting, result.backbone, result.measure, tuple(result.domains))
-        section = found.setdefault(key, Section(*key[:4], list(result.domains)))  # type: ignore[arg-type]
+        section = found.setdefault(key, Section(*key[:4], list(result.domains)))
         section.results.append(result)
+    _name(list(found.values()))
     for section in found.values():
         section.warnings = _replaced(section)
     return list(found.values())
+
+
+def _name(sections: Sequence[Section]) -> None:
+    """Titles as short as keeps them apart: stream and backbone, then setting, measure and domains, then a number."""
+    for section in sections:
+        section.title = f"{section.stream} · {section.backbone}"
+    for extra in (
+        lambda section: section.setting.replace("_", " "),
+        lambda section: section.measure,
+        lambda section: f"{len(section.domains)} domains",
+        lambda section: f"no. {sections.index(section) + 1}",
+    ):
+        titles = [section.title for section in sections]
+        for section, title in zip(sections, titles, strict=True):
+            alike = [other for other, named in zip(sections, titles, strict=True) if named == title]
+            if len({extra(other) for other in alike}) > 1:
+                section.title = f"{title} · {extra(section)}"
 
 
 def _replaced(section: Section) -> list[str]:
@@ -166,6 +182,9 @@ def _problem(result: Result) -> str:
     for name in ("metrics", "cost", "env"):
         if not isinstance(getattr(result, name), dict):
             return f"`{name}` is no object: {getattr(result, name)!r}"
+    wrong = {key: value for key, value in result.cost.items() if isinstance(value, str | list | dict)}
+    if wrong:
+        return f"`cost` holds what is no number: {wrong!r}"
     if not isinstance(result.seed, int):
         return f"`seed` is no whole number: {result.seed!r}"
     if result.status not in STATUSES:

@@ -8,10 +8,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from cl.report.comparison import StrategyRow, metrics_of
+from cl.report.comparison import StrategyRow, table_text
 from cl.report.curves import SectionView
 from cl.report.load import table_of
-from cl.report.style import UNITS, bytes_text, count_text
 from cl.report.words import facts, glossary, headline, unfinished
 from cl.result import write_text
 
@@ -29,13 +28,13 @@ def markdown(
         figures: of each view, paths relative to the file.
     """
     lines = [f"# {_plain(title)}", ""]
-    lines += [date, ""] if date else []
+    lines += [_plain(date), ""] if date else []
     for view, paths in zip(views, figures or [()] * len(views), strict=True):
         section = view.section
         lines += [f"## {_plain(section.title)}", ""] if len(views) > 1 else []
         lines += [f"- {name}: {_plain(value)}" for name, value in facts(section)] + [""]
         lines += [_plain(headline(view)), ""] if headline(view) else []
-        lines += [*main_table(view.rows, view.reference), ""] if any(row.seeds for row in view.rows) else []
+        lines += [*main_table(view.rows, view.reference), ""]
         missing = [f"- {_plain(run)}: {_plain(why)}" for run, why in unfinished(section)]
         lines += ["Not in the table:", "", *missing, ""] if missing else []
         lines += [f"![{Path(path).stem.replace('_', ' ')}]({path})" for path in paths]
@@ -46,21 +45,10 @@ def markdown(
 
 
 def main_table(rows: Sequence[StrategyRow], reference: str = "naive") -> list[str]:
-    """The rows as lines of a Markdown table; strategies without a finished run are left out."""
-    rows = [row for row in rows if row.seeds]
-    unit = UNITS[rows[0].measure]
-    metrics = metrics_of(rows[0].measure)
-    has_reference = any(row.difference.is_defined for row in rows)
-    heads = ["strategy", "seeds", *(f"{metric.title} ({unit.symbol})" for metric in metrics)]
-    heads += [f"difference to {_plain(reference)}", "test"] if has_reference else []
-    heads += ["work", "kept"]
-    lines = [_line(heads), _line(["---", *["---:"] * (len(heads) - 1)])]
-    for row in rows:
-        cells = [_plain(row.strategy), str(len(row.seeds))]
-        cells += [row.metrics[metric.key].text(unit, metric.is_change) for metric in metrics]
-        cells += [row.difference.text(unit, signed=True), row.test or "–"] if has_reference else []
-        lines.append(_line([*cells, count_text(row.passes), bytes_text(row.buffer_bytes)]))
-    return lines
+    """The rows of one section as lines of a Markdown table."""
+    heads, cells = table_text(rows, reference)
+    lines = [map(_plain, heads), ["---", *["---:"] * (len(heads) - 1)], *(map(_plain, line) for line in cells)]
+    return [f"| {' | '.join(line)} |" for line in lines] if cells else []
 
 
 def save_tables(view: SectionView, folder: Path) -> list[Path]:
@@ -118,12 +106,8 @@ def _seed_rows(view: SectionView) -> Iterable[tuple[Any, ...]]:
                 yield row.strategy, key, seed, value
 
 
-def _line(cells: Iterable[str]) -> str:
-    return f"| {' | '.join(cells)} |"
-
-
 def _plain(text: str) -> str:
     """Text that Markdown reads as text: names and error messages come from users."""
-    for character in "\\`*_[]<>|":
+    for character in "\\`*_[]<>|#":
         text = text.replace(character, f"\\{character}")
     return " ".join(text.split())

@@ -8,7 +8,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cl.report.axes import INK, MUTED, colormap, dress, experience_ticks, is_dark, label_ends, new_figure, order_colours
+from cl.report.axes import (
+    INK,
+    MUTED,
+    colormap,
+    dress,
+    experience_ticks,
+    is_dark,
+    label_ends,
+    new_figure,
+    order_colours,
+    whole_ticks,
+)
 from cl.report.curves import MAX_BANDS, Band, Matrix, SectionView, StrategyView
 from cl.report.style import short
 
@@ -95,6 +106,7 @@ def forgetting_curves(view: SectionView) -> Figure:
         for j, curve in enumerate(strategy.curves):
             draw_domain(axes, view, strategy.matrices[0], j, curve, colours[j])
     first = min(curve.x[0] for strategy in panels for curve in strategy.curves)
+    _fit_height(grid.flat[0], view)
     for axes, strategy in zip(grid.flat, panels, strict=False):
         experience_ticks(axes, first, view.num_experiences)
         if num_domains <= MAX_PRINTED:
@@ -123,7 +135,7 @@ def draw_domain(axes: Axes, view: SectionView, matrix: Matrix, j: int, curve: Ba
     before, after = x <= start, x >= start
     if view.section.measure == "loss":
         axes.plot(x[before], y[before], color=colour, lw=0.8, alpha=0.15 if many else 0.4)
-    marker = {"marker": "o", "markersize": 2.8} if view.num_experiences <= 20 else {}
+    marker: Any = {"marker": "o", "markersize": 2.8} if view.num_experiences <= 20 else {}
     axes.plot(x[after], y[after], color=colour, lw=0.9 if many else 1.6, alpha=0.8 if many else 1, **marker)
     low, high = (np.array(ends) * view.unit.factor for ends in (curve.low, curve.high))
     if len(view.section.domains) <= MAX_BANDS and not np.isnan(low[after]).all():
@@ -131,10 +143,10 @@ def draw_domain(axes: Axes, view: SectionView, matrix: Matrix, j: int, curve: Ba
 
 
 def value_range(view: SectionView) -> tuple[float, float]:
-    """One colour range for all strategies: 0 to 100 % for accuracies, what occurs for losses."""
+    """One colour range for all strategies: 0 to 100 % for accuracies, what occurs after training for losses."""
     if view.section.measure == "accuracy":
         return 0.0, view.unit.factor
-    found = np.concatenate([with_start(s.matrices[0], "loss")[0].ravel() for s in view.strategies])
+    found = np.concatenate([s.matrices[0].R[s.matrices[0].seen] for s in view.strategies])
     found = found[~np.isnan(found)] * view.unit.factor
     return (float(found.min()), float(found.max())) if found.size else (0.0, 1.0)
 
@@ -145,6 +157,20 @@ def with_start(matrix: Matrix, measure: str) -> tuple[Any, list[str], Any]:
         return matrix.R, matrix.rows, matrix.seen
     start = np.zeros((1, matrix.R.shape[1]), dtype=bool)
     return np.vstack([matrix.init, matrix.R]), ["before training", *matrix.rows], np.vstack([start, matrix.seen])
+
+
+def _fit_height(axes: Axes, view: SectionView) -> None:
+    """Height for what was trained on; a loss before training may be far off, and would leave no room for the rest."""
+    values = [s.matrices[0].R[s.matrices[0].seen] for s in view.strategies]
+    for strategy in view.strategies:
+        for j, curve in enumerate(strategy.curves):
+            seen = strategy.matrices[0].seen[:, j]
+            values += [np.array(end)[-len(seen) :][seen] for end in (curve.low, curve.high)]
+    found = np.concatenate(values) * view.unit.factor
+    found = found[~np.isnan(found)]
+    if found.size:
+        pad = 0.06 * (float(np.ptp(found)) or 1.0)
+        axes.set_ylim(float(found.min()) - pad, float(found.max()) + pad)
 
 
 def _draw_behind(axes: Axes, view: SectionView, naive: StrategyView) -> None:
@@ -160,21 +186,23 @@ def _draw_behind(axes: Axes, view: SectionView, naive: StrategyView) -> None:
 
 def _draw_stair(axes: Axes, seen: Any) -> None:
     """The border between domains taught and not taught yet."""
-    if seen.all() or not seen.any():
-        return
+    # one line with gaps: an object per step would be slow for long streams
+    x, y = [], []
     for i, j in zip(*np.nonzero(seen), strict=True):
         if j + 1 < seen.shape[1] and not seen[i, j + 1]:
-            axes.plot([j + 0.5, j + 0.5], [i - 0.5, i + 0.5], color=INK, lw=1, solid_capstyle="butt")
+            x += [j + 0.5, j + 0.5, math.nan]
+            y += [i - 0.5, i + 0.5, math.nan]
         if i > 0 and not seen[i - 1, j]:
-            axes.plot([j - 0.5, j + 0.5], [i - 0.5, i - 0.5], color=INK, lw=1, solid_capstyle="butt")
+            x += [j - 0.5, j + 0.5, math.nan]
+            y += [i - 0.5, i - 0.5, math.nan]
+    axes.plot(x, y, color=INK, lw=1, solid_capstyle="butt", scalex=False, scaley=False)
 
 
 def _name_ticks(axis: Any, names: Sequence[str], label: str, rotate: bool = False) -> None:
     axis.set_label_text(label)
     if len(names) > MAX_NAMED:
-        step = math.ceil(len(names) / 10)
-        positions = list(range(0, len(names), step))
-        axis.set_ticks(positions, [str(position + 1) for position in positions])
+        numbers = whole_ticks(1, len(names))
+        axis.set_ticks([number - 1 for number in numbers], [str(number) for number in numbers])
         axis.set_label_text(f"{label} (number)")
         return
     texts = [short(name, 20) for name in names]
@@ -191,14 +219,16 @@ def _order_bar(figure: Figure, grid: Any, num_domains: int) -> None:
     scale = ScalarMappable(Normalize(1, num_domains), ListedColormap(order_colours(num_domains)))
     bar = figure.colorbar(scale, ax=grid.ravel().tolist(), shrink=0.8, pad=0.01, aspect=30)
     bar.set_label("domain, in the order of the stream", fontsize=8, color=MUTED)
+    bar.set_ticks(whole_ticks(1, num_domains))
     bar.ax.tick_params(labelsize=7, colors=MUTED)
     bar.outline.set_visible(False)
 
 
 def _curves_title(view: SectionView, naive: StrategyView | None, joint: StrategyView | None) -> str:
-    parts = ["How each domain is remembered: one line per domain, numbered in the order of the columns"]
+    is_many = len(view.section.domains) > MAX_PRINTED
+    parts = ["One line per domain" if is_many else "One line per domain, by number"]
     if naive and not naive.is_bound and len(view.strategies) > 1:
-        parts.append("grey: naive")
+        parts.append("grey: mean of naive" if is_many else "grey: naive")
     if joint and joint.is_bound:
         parts.append("dashed: joint")
     return ";  ".join(parts)

@@ -17,8 +17,17 @@ GOODNESS = ("#FBFCDD", "#DDF2B2", "#A9DDB7", "#63C3BF", "#2C9FC0", "#2072B1", "#
 
 # viridis, for the order of the domains
 ORDER = (
-    "#440154", "#482475", "#414487", "#355F8D", "#2A788E", "#21918C",
-    "#22A884", "#44BF70", "#7AD151", "#BDDF26", "#FDE725",
+    "#440154",
+    "#482475",
+    "#414487",
+    "#355F8D",
+    "#2A788E",
+    "#21918C",
+    "#22A884",
+    "#44BF70",
+    "#7AD151",
+    "#BDDF26",
+    "#FDE725",
 )
 
 PREFIXES = {1000: ("", " k", " M", " G", " T", " P"), 1024: (" B", " KiB", " MiB", " GiB", " TiB", " PiB")}
@@ -124,6 +133,7 @@ def scale_of(largest: float, base: int) -> tuple[float, str]:
 
 
 def seconds_text(value: float | None) -> str:
+    """Seconds as people say them: 5025 -> "1 h 23 min"."""
     if value is None or math.isnan(value):
         return "–"
     if value < 120:
@@ -134,6 +144,7 @@ def seconds_text(value: float | None) -> str:
 
 
 def p_text(p: float) -> str:
+    """A p value with its relation: "= 0.031"."""
     return "< 0.001" if p < 0.001 else f"= {p:.3f}"
 
 
@@ -167,6 +178,47 @@ def spread(positions: Sequence[float], gap: float, low: float = -math.inf, high:
     for index, position in zip(order, placed, strict=True):
         out[index] = position
     return out
+
+
+def beside(
+    points: Sequence[tuple[float, float]],
+    widths: Sequence[float],
+    box: tuple[float, float, float, float],
+    height: float,
+    gap: float,
+    obstacles: Iterable[tuple[float, float, float, float]] = (),
+) -> list[tuple[float, float]]:
+    """Places for texts beside points: of eight, each takes the first that covers least, in the order of the points.
+
+    Args:
+        points: (x, y), y upwards; with the rest in one unit.
+        widths: of the texts.
+        box: left, bottom, right, top; a text outside counts as covering.
+        height: of a text.
+        gap: between point and text.
+        obstacles: boxes that are better not covered.
+
+    Returns: left end and middle height of each text.
+    """
+    taken = [*((x - gap, y - gap, x + gap, y + gap) for x, y in points), *obstacles]
+    places = []
+    for (x, y), width in zip(points, widths, strict=True):
+        found = []
+        for dx, dy in ((-1, 1), (1, -1), (1, 0), (-1, 0), (1, 1), (-1, -1), (0, 1.6), (0, -1.6)):
+            left = x + dx * gap - (width if dx < 0 else 0 if dx else width / 2)
+            middle = y + dy * (gap + height * 0.25)
+            frame = (left, middle - height / 2, left + width, middle + height / 2)
+            outside = width * height - _overlap(frame, box)
+            found.append((4 * outside + sum(_overlap(frame, other) for other in taken), left, middle, frame))
+        # min takes the first of equals
+        _, left, middle, frame = min(found, key=lambda place: round(place[0], 6))
+        taken.append(frame)
+        places.append((left, middle))
+    return places
+
+
+def _overlap(a: Sequence[float], b: Sequence[float]) -> float:
+    return max(0.0, min(a[2], b[2]) - max(a[0], b[0])) * max(0.0, min(a[3], b[3]) - max(a[1], b[1]))
 
 
 def short(name: str, length: int = 24) -> str:

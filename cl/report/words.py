@@ -60,7 +60,8 @@ def environment(results: Sequence[Result]) -> str:
     ]
     versions = [result.env.get("versions") or {} for result in results]
     parts += [(name, [each.get(name) for each in versions]) for name in ("cl-lab", "torch", "numpy")]
-    return ", ".join(f"{name} {' / '.join(found)}" for name, values in parts if (found := _distinct(values))) or "unknown"
+    known = [f"{name} {' / '.join(found)}" for name, values in parts if (found := _distinct(values))]
+    return ", ".join(known) or "unknown"
 
 
 def unfinished(section: Section) -> list[tuple[str, str]]:
@@ -82,8 +83,8 @@ def glossary(view: SectionView) -> list[tuple[str, str]]:
     entries.append(
         (
             "Interval",
-            "95 % bootstrap interval of the mean over seeds: percentile below 8 seeds, BCa from 8 on; with 3 to 7 seeds "
-            "it is too narrow, so read it as the least uncertainty there is",
+            "95 % bootstrap interval of the mean over seeds: percentile below 8 seeds, BCa from 8 on; with 3 to 7 "
+            "seeds it is too narrow, so read it as the least uncertainty there is",
         )
     )
     if any(row.num_pairs for row in view.rows):
@@ -95,7 +96,8 @@ def glossary(view: SectionView) -> list[tuple[str, str]]:
             ),
             (
                 "Test",
-                "exact two-sided Wilcoxon signed-rank test on these pairs, adjusted by Holm for the number of strategies",
+                "exact two-sided Wilcoxon signed-rank test on these pairs, adjusted by Holm for the number of "
+                "strategies",
             ),
         ]
     entries += [
@@ -134,7 +136,8 @@ def _runner_up(best: StrategyRow, second: StrategyRow, unit: Unit) -> str:
     if not ahead.has_interval:
         return f"Next is {second.strategy} with {_with_unit(second.final.mean, unit)}"
     clearly = ahead.low > 0 or ahead.high < 0
-    margin = f"{_difference(abs(ahead.mean), unit)}, interval {unit.text(ahead.low, True)} to {unit.text(ahead.high, True)}"
+    ends = f"{unit.text(ahead.low, True)} to {unit.text(ahead.high, True)}"
+    margin = f"{_difference(abs(ahead.mean), unit)}, interval {ends}"
     return f"It is {'ahead of' if clearly else 'not clearly ahead of'} {second.strategy} (by {margin})"
 
 

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cl.core import Batch, Output, Source
+from cl.core import Batch, Output, Setting, Source
 from cl.hooks import Strategy
-from cl.state import TrainState
+from cl.state import Cost, TrainState, tensor_bytes
 
 
 class Companion(Strategy):
@@ -19,7 +19,10 @@ class Companion(Strategy):
     on the weights at the end of the last experience.
     """
 
-    def __init__(self) -> None:
+    settings = frozenset(Setting)
+
+    def __init__(self, name: str = "companion") -> None:
+        self.name = name
         self.stored: dict[str, Tensor] = {}
         self.centre: dict[str, Tensor] = {}
 
@@ -49,6 +52,10 @@ class Companion(Strategy):
 
     def on_experience_end(self, state: TrainState) -> None:
         self.centre = {name: p.detach().clone() for name, p in state.parameters().items()}
+
+    def cost(self, state: TrainState, batch_size: int) -> Cost:
+        rows = 4 if self.stored else 0
+        return Cost(rows, rows, tensor_bytes(self.stored, self.centre))
 
     def state_dict(self) -> dict[str, Any]:
         return {"stored": self.stored, "centre": self.centre}

@@ -25,7 +25,7 @@ from cl.trainer import Trainer
 
 BATCH_SIZE = 16
 """Divides the toy stream's rows, so that every step has as many."""
-RECIPE: Mapping[str, Any] = {"epochs": 4, "batch_size": BATCH_SIZE, "device": "cpu"}
+RECIPE: Mapping[str, Any] = {"epochs": 3, "batch_size": BATCH_SIZE, "device": "cpu"}
 LEARNING_RATE = 0.2
 
 
@@ -36,7 +36,9 @@ class Record:
     Args:
         losses: total loss of each step, in order; the first one is that of step `first_step`.
         declared, counted: extra rows of each step: what `cost` said before it, and what the network saw.
-        drew: the run changed torch's, numpy's or Python's global random state.
+        drew: the run drew from torch's, numpy's or Python's global random state.
+        before, after: `traces` of the model.
+        largest: most rows that each buffer ever held.
     """
 
     trainer: Trainer
@@ -160,6 +162,8 @@ class Probe(Strategy):
     First means outermost: its `step` sees the final gradients before any inner update, its `on_batch` opens a step
     before the others act and its `on_experience_end` closes the last one.
     """
+
+    settings = frozenset(Setting)
 
     def __init__(self, watched: Sequence[Strategy]) -> None:
         self.watched = list(watched)

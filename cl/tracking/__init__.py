@@ -6,9 +6,10 @@ mlflow is imported at first use. `points` has the names and steps of everything 
 """
 
 from cl.tracking.base import Journal, Memory, Recorder, read_journal
+from cl.tracking.check import check_store
 from cl.tracking.mlflow import MLflowTracker, sync
 from cl.tracking.points import Point, config_hash, points
-from cl.tracking.store import absolute_uri, chart_url, check_store, default_uri, prepare_store, quiet
+from cl.tracking.store import absolute_uri, chart_url, default_uri, experiment_links, prepare_store, quiet
 
 __all__ = [
     "Journal",
@@ -21,6 +22,7 @@ __all__ = [
     "check_store",
     "config_hash",
     "default_uri",
+    "experiment_links",
     "points",
     "prepare_store",
     "quiet",

@@ -18,7 +18,7 @@ from cl.tracking.points import Point, is_settled, last_points, points, train_poi
 if TYPE_CHECKING:
     from cl.state import TrainState
 
-EVERY_STEPS = 50
+EVERY_STEPS = 100
 FLUSH_EVERY_S = 10.0
 JOURNAL = "metrics.jsonl"
 
@@ -39,6 +39,9 @@ class Recorder(Observer):
             An experience always ends with one.
         flush_every_s: points wait in memory at most this long (and until the experience ends).
     """
+
+    _result: Result | None
+    _waiting: list[Stamped]
 
     def __init__(self, every_steps: int = EVERY_STEPS, flush_every_s: float = FLUSH_EVERY_S) -> None:
         if every_steps < 1:
@@ -125,12 +128,12 @@ class Recorder(Observer):
     # inside
 
     def _reset(self) -> None:
-        self._result: Result | None = None
+        self._result = None
         self._has_begun = False
         self._step, self._num_summed, self._lr = 0, 0, 0.0
         self._sums: dict[str, float] = {}
         self._known: set[tuple[str, int]] = set()
-        self._waiting: list[Stamped] = []
+        self._waiting = []
         self._flushed_at = time.monotonic()
 
     def _begin(self, steps: int | None) -> None:
@@ -208,14 +211,14 @@ class Journal(Recorder):
 
     Args:
         run_dir: the run's folder.
-        experiment, suite: where a later `sync` puts the run.
+        experiment, suite: where a later `sync` puts the run; give the tracker's.
     """
 
     def __init__(
         self,
         run_dir: Path,
         *,
-        experiment: str = "cl",
+        experiment: str | None = None,
         suite: str = "",
         every_steps: int = EVERY_STEPS,
         flush_every_s: float = FLUSH_EVERY_S,

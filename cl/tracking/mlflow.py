@@ -9,8 +9,9 @@ from typing import Any
 from cl.core import UserError
 from cl.result import Result
 from cl.tracking.base import EVERY_STEPS, FLUSH_EVERY_S, JOURNAL, Recorder, Stamped, first_line, read_journal
+from cl.tracking.check import check_store
 from cl.tracking.points import is_settled, points
-from cl.tracking.store import absolute_uri, check_store, default_uri, prepare_store
+from cl.tracking.store import absolute_uri, default_uri, prepare_store
 from cl.tracking.stored_run import StoredRun
 
 
@@ -23,7 +24,8 @@ class MLflowTracker(Recorder):
 
     Args:
         uri: any tracking address; None takes the embedded store of the working directory.
-        experiment: name of the MLflow experiment; made when absent.
+        experiment: name of the MLflow experiment, made when absent; the stream's name when None, since a chart that
+            averages over different streams says nothing.
         run_dir: the run's folder, for artifacts and for the points of an earlier attempt (`Journal`).
         suite: id of the comparison that the run belongs to.
         every_steps, flush_every_s: as for `Recorder`.
@@ -35,7 +37,7 @@ class MLflowTracker(Recorder):
         self,
         uri: str | None = None,
         *,
-        experiment: str = "cl",
+        experiment: str | None = None,
         run_dir: Path | None = None,
         suite: str = "",
         every_steps: int = EVERY_STEPS,
@@ -91,7 +93,7 @@ class MLflowTracker(Recorder):
     def lost(self, error: Exception) -> str:
         later = "without it"
         if self.run_dir is not None:
-            later = f"and cl.tracking.sync({str(self.run_dir)!r}, {self.uri!r}) completes the log later"
+            later = f"and `cl report {self.run_dir} sync={self.uri}` completes the log"
         return f"MLflow at {self.uri} was lost ({first_line(error)}); the run goes on, {later}"
 
 
@@ -124,7 +126,7 @@ def sync(run_dir: str | Path, uri: str | None = None, *, experiment: str | None 
     try:
         run = StoredRun.open(
             uri,
-            experiment or header.get("experiment") or "cl",
+            experiment or header.get("experiment"),
             result,
             header.get("settings", {}),
             header.get("suite", ""),

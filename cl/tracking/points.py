@@ -70,7 +70,8 @@ def last_points(result: Result) -> list[Point]:
     found: list[Point] = []
     for key, value in result.metrics.items():
         name = _FINAL_NAMES.get(key, key).format(measure=result.measure)
-        found.append(Point(f"final/{name}", value, step))  # type: ignore[arg-type]  # None is dropped by `defined`
+        if value is not None:
+            found.append(Point(f"final/{name}", value, step))
     for key, amount in result.cost.items():
         if key == "wall_s":
             found.append(Point("cost/seconds", amount, step))
@@ -90,12 +91,12 @@ def train_points(losses: Mapping[str, float], lr: float, step: int) -> list[Poin
 def within_points(values: Iterable[float | None], step: int) -> list[Point]:
     """The measure on every domain, inside an experience."""
     row = list(values)
-    return defined(Point(_within_name(j, len(row)), value, step) for j, value in enumerate(row))
+    return defined(Point(_within_name(j, len(row)), value, step) for j, value in enumerate(row) if value is not None)
 
 
 def defined(found: Iterable[Point]) -> list[Point]:
     """The points that hold a number: a store keeps NaN as a value and infinity as the largest double."""
-    return [p for p in found if p.value is not None and math.isfinite(p.value)]
+    return [p for p in found if math.isfinite(p.value)]
 
 
 def is_settled(point: Point, steps: int | None, experiences: int) -> bool:

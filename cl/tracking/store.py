@@ -1,6 +1,6 @@
-"""Where MLflow keeps runs: addresses, the embedded store, whether a store answers, and the link to its charts.
+"""Where MLflow keeps runs: addresses, the embedded store, and the links to its charts.
 
-Nothing here imports mlflow, except the one-time creation of a database.
+mlflow is imported only to create a database and to ask a store for its experiments.
 """
 
 from __future__ import annotations
@@ -8,16 +8,14 @@ from __future__ import annotations
 import json
 import logging
 import os
-import socket
+import re
 import sqlite3
-import threading
 import time
-import urllib.error
-import urllib.request
 import uuid
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote, urlsplit
 
 from cl.core import UserError
@@ -25,13 +23,9 @@ from cl.tracking.base import first_line
 
 DATABASE = "mlruns.db"
 ARTIFACTS = "mlartifacts"
-ANSWER_WITHIN_S = 3.0
 
-VIEW = "cl-by-strategy"
-VIEW_TAG = f"mlflow.sharedViewState.{VIEW}"
-"""Experiment tag that holds the view which `chart_url` opens: the chart page reads its grouping from nowhere else."""
-
-_DATABASE_PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
+_VIEW = "cl-by-strategy"
+_VIEW_TAG = "mlflow.sharedViewState."
 
 _QUIET = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -84,31 +78,6 @@ def artifact_location(uri: str) -> str | None:
     return None if path is None else str(path.resolve().parent / ARTIFACTS)
 
 
-def check_store(uri: str) -> None:
-    """Ask a store for a sign of life, within about three seconds.
-
-    Raises:
-        UserError: unknown kind of address, nothing answers, or something other than MLflow does.
-    """
-    scheme = urlsplit(uri).scheme.split("+")[0]
-    if scheme == "sqlite":
-        _within_time(uri, "opening the file", lambda: _check_sqlite(uri))
-    elif scheme in ("http", "https"):
-        health = f"{uri.rstrip('/')}/health"
-        _within_time(uri, f"GET {health}", lambda: _check_http(uri, health))
-    elif scheme in _DATABASE_PORTS:
-        address = urlsplit(uri)
-        host, port = address.hostname or "localhost", address.port or _DATABASE_PORTS[scheme]
-        connect = socket.create_connection
-        _within_time(uri, f"connecting to {host}:{port}", lambda: connect((host, port), ANSWER_WITHIN_S).close())
-    else:
-        known = ", ".join(("sqlite", "http", "https", *_DATABASE_PORTS))
-        raise UserError(
-            f"tracking.uri={uri!r} has no known kind of address; use {known}, for example {default_uri()}, "
-            "or tracking=none"
-        )
-
-
 def prepare_store(uri: str) -> None:
     """Create the tables of a SQLite store once, before several processes use it; milliseconds when they exist.
 
@@ -123,6 +92,7 @@ def prepare_store(uri: str) -> None:
     quiet()
     from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
+    create: Callable[..., Any] = SqlAlchemyStore
     path = path.resolve()
     artifacts = str(path.parent / ARTIFACTS)
     draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
@@ -130,109 +100,98 @@ def prepare_store(uri: str) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():
             # an empty file or another program's tables: there is nothing to swap in
-            SqlAlchemyStore(uri, artifacts)
+            create(uri, artifacts)
             return
-        SqlAlchemyStore(f"sqlite:///{draft}", artifacts).engine.dispose()
-        os.link(draft, path)
-    except FileExistsError:
-        pass  # another process was faster, and its file is as good
+        create(f"sqlite:///{draft}", artifacts).engine.dispose()
+        _publish(draft, path)
     except Exception as error:  # sqlite, sqlalchemy and alembic each have errors of their own for a full disk
         raise UserError(f"tracking.uri={uri!r}: the store cannot be created ({first_line(error)})") from None
     finally:
-        draft.unlink(missing_ok=True)
+        with suppress(OSError):
+            draft.unlink()
 
 
-def chart_url(base: str, experiment_id: str) -> str:
-    """Link to an experiment's charts, one line with a band over seeds per strategy.
+def chart_url(base: str, experiment_id: str, suite: str = "") -> str:
+    """Link to an experiment's charts: one line per strategy, the mean over its seeds with a band.
 
-    MLflow opens any other link in its GenAI mode, ungrouped.
+    Any other link opens in MLflow's GenAI mode, ungrouped.
 
     Args:
         base: of the server that shows the store, such as "http://127.0.0.1:5000".
+        suite: shows the runs of this comparison only; it must have been logged to the experiment.
 
     Example:
         >>> chart_url("http://127.0.0.1:5000/", "1").split("?")[0]
         'http://127.0.0.1:5000/#/experiments/1/runs'
     """
-    query = f"workflowType=machine_learning&compareRunsMode=CHART&viewStateShareKey={VIEW}"
-    return f"{base.rstrip('/')}/#/experiments/{quote(experiment_id)}/runs?{query}"
+    return _link(base, experiment_id, _view_key(suite))
 
 
-def grouped_view() -> str:
-    """Content of `VIEW_TAG`: a saved view, grouped by `cl.strategy`, that shows twenty strategies instead of ten.
+def view_tag(suite: str = "") -> str:
+    """Experiment tag that holds the view which `chart_url` opens."""
+    return _VIEW_TAG + _view_key(suite)
+
+
+def grouped_view(suite: str = "") -> str:
+    """Content of `view_tag`: grouped by `cl.strategy`, twenty strategies visible instead of ten, last values listed.
 
     Source: what "Save view" of MLflow 3.17.2 writes; an MLflow that does not know it shows the charts ungrouped.
     """
     columns = ("final/accuracy_avg", "final/forgetting_avg", "final/bwt", "cost/seconds")
-    state = {
+    state: dict[str, Any] = {
         "groupBy": {"aggregateFunction": "average", "groupByKeys": [{"mode": "tag", "groupByData": "cl.strategy"}]},
         "useGroupedValuesInCharts": True,
         "runsHiddenMode": "FIRST_20_RUNS",
         "selectedColumns": [f"metrics.`{name}`" for name in columns],
     }
+    if suite:
+        state["searchFilter"] = f'tags.`cl.suite` = "{suite}"'
     now = int(time.time() * 1000)
-    return json.dumps({"name": "By strategy", "createdAt": now, "updatedAt": now, "state": json.dumps(state)})
+    return json.dumps({"name": suite or "By strategy", "createdAt": now, "updatedAt": now, "state": json.dumps(state)})
 
 
-def _within_time(uri: str, tried: str, attempt: Callable[[], None]) -> None:
-    """Run `attempt` in a thread that is left behind when it hangs: a name server may take minutes to say no."""
-    failures: list[Exception] = []
+def experiment_links(uri: str, base: str) -> dict[str, str]:
+    """Name -> `chart_url` of each experiment with runs of ours, the latest first, each followed by its comparisons.
 
-    def run() -> None:
-        try:
-            attempt()
-        except Exception as error:  # told to the user below, whatever it is
-            failures.append(error)
+    Args:
+        base: as for `chart_url`.
+    """
+    quiet()
+    from mlflow import MlflowClient
 
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    thread.join(ANSWER_WITHIN_S)
-    if thread.is_alive():
-        raise UserError(_no_answer(uri, tried, f"no answer within {ANSWER_WITHIN_S:g} s"))
-    if failures:
-        raise UserError(_no_answer(uri, tried, first_line(failures[0])))
-
-
-def _no_answer(uri: str, tried: str, reason: str) -> str:
-    return (
-        f"tracking.uri={_without_password(uri)!r} does not answer: {tried} failed ({reason}); "
-        "give the address of a running store, or tracking=none"
-    )
+    links: dict[str, str] = {}
+    client = MlflowClient(tracking_uri=absolute_uri(uri))
+    for experiment in client.search_experiments(order_by=["last_update_time DESC"]):
+        views = sorted(tag for tag in experiment.tags if tag.startswith(view_tag()))
+        for tag in views:
+            name = (
+                experiment.name
+                if tag == view_tag()
+                else f"{experiment.name}, {json.loads(experiment.tags[tag])['name']}"
+            )
+            links[name] = _link(base, experiment.experiment_id, tag.removeprefix(_VIEW_TAG))
+    return links
 
 
-def _without_password(uri: str) -> str:
-    password = urlsplit(uri).password
-    return uri.replace(f":{password}@", ":***@") if password else uri
+def _view_key(suite: str) -> str:
+    return f"{_VIEW}-{re.sub('[^A-Za-z0-9_.-]', '_', suite)}" if suite else _VIEW
 
 
-def _check_http(uri: str, health: str) -> None:
+def _link(base: str, experiment_id: str, view_key: str) -> str:
+    # the page reads its grouping from nowhere but a saved view, and any filter written into the link turns that off
+    query = f"workflowType=machine_learning&compareRunsMode=CHART&viewStateShareKey={view_key}"
+    return f"{base.rstrip('/')}/#/experiments/{quote(experiment_id)}/runs?{query}"
+
+
+def _publish(draft: Path, path: Path) -> None:
     try:
-        with urllib.request.urlopen(health, timeout=ANSWER_WITHIN_S) as answer:
-            answer.read(1)
-    except urllib.error.HTTPError as error:
-        # asked to log in: something is there, and the tracker will say whether the credentials are right
-        if error.code not in (401, 403):
-            raise OSError(f"it answered {error.code}, so it is no MLflow server") from None
-    except urllib.error.URLError as error:
-        raise OSError(str(error.reason)) from None
-
-
-def _check_sqlite(uri: str) -> None:
-    path = sqlite_path(uri)
-    if path is None or not path.name:
-        raise OSError("the address names no file; write sqlite:///FILE")
-    if path.is_dir():
-        raise OSError(f"{path} is a folder")
-    if path.exists():
-        with closing(sqlite3.connect(path, timeout=1.0)) as connection:
-            connection.execute("pragma schema_version")
-        if not os.access(path, os.W_OK):
-            raise OSError(f"{path} cannot be written")
-        return
-    # the nearest folder that exists decides whether the file can be made
-    folder = next(parent for parent in path.resolve().parents if parent.exists())
-    if not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise OSError(f"{folder} is no folder that can be written")
+        os.link(draft, path)
+    except FileExistsError:
+        pass  # another process was faster, and its file is as good
+    except OSError:
+        # a file system without hard links
+        if not path.exists():
+            os.replace(draft, path)
 
 
 def _has_tables(path: Path) -> bool:

@@ -13,7 +13,7 @@ from cl import __version__
 from cl.result import Result
 from cl.tracking.base import Stamped
 from cl.tracking.points import config_hash, matrix_table
-from cl.tracking.store import VIEW_TAG, artifact_location, grouped_view, quiet
+from cl.tracking.store import artifact_location, grouped_view, quiet, view_tag
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -48,18 +48,22 @@ class StoredRun:
     def open(
         cls,
         uri: str,
-        experiment: str,
+        experiment: str | None,
         result: Result,
         settings: Mapping[str, Any],
         suite: str,
         journal: str = "",
     ) -> StoredRun:
-        """Find the run of `result`, by its id or by its journal, or create it."""
+        """Find the run of `result`, by its id or by its journal, or create it.
+
+        Args:
+            experiment: name of the experiment; the stream's name when None.
+        """
         quiet()
         from mlflow import MlflowClient
 
         client = MlflowClient(tracking_uri=uri)
-        experiment_id = _experiment_id(client, experiment, artifact_location(uri))
+        experiment_id = _experiment_id(client, experiment or result.stream, artifact_location(uri), suite)
         found = _find(client, experiment_id, result.mlflow_run_id, journal)
         if found is not None:
             client.update_run(found.info.run_id, status="RUNNING")
@@ -128,20 +132,21 @@ class StoredRun:
         self.client.log_inputs(self.id, [DatasetInput(dataset)])
 
 
-def _experiment_id(client: MlflowClient, name: str, location: str | None) -> str:
+def _experiment_id(client: MlflowClient, name: str, location: str | None, suite: str) -> str:
     from mlflow.exceptions import MlflowException
 
     experiment = client.get_experiment_by_name(name)
     if experiment is None:
         try:
-            return client.create_experiment(name, artifact_location=location, tags={VIEW_TAG: grouped_view()})
+            experiment = client.get_experiment(client.create_experiment(name, artifact_location=location))
         except MlflowException:
             # a run beside this one made it in between, or it really cannot be made
             experiment = client.get_experiment_by_name(name)
             if experiment is None:
                 raise
-    if VIEW_TAG not in experiment.tags:
-        client.set_experiment_tag(experiment.experiment_id, VIEW_TAG, grouped_view())
+    for view in dict.fromkeys(("", suite)):
+        if view_tag(view) not in experiment.tags:
+            client.set_experiment_tag(experiment.experiment_id, view_tag(view), grouped_view(view))
     return experiment.experiment_id
 
 

@@ -44,3 +44,40 @@ def state_dtype(dtype: torch.dtype) -> torch.dtype:
     if dtype in (torch.float64, torch.complex64, torch.complex128):
         return dtype
     return torch.float32
+
+
+def matrix_state_plan(
+    op: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor | None,
+    g: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> str | None:
+    """Check the arguments of an op with state [B, H, K, V]; returns why Triton cannot take them, None if it can."""
+    if q.dim() != 4 or min(q.shape) < 1:
+        raise ValueError(f"{op}: q must be [B, T, H, K] with no empty size, got {list(q.shape)}")
+    require_shape(op, "k", k, tuple(q.shape), "the shape of q")
+    if v.dim() != 4 or v.shape[:3] != q.shape[:3] or v.shape[3] < 1:
+        raise ValueError(f"{op}: v must be [B, T, H, V] with B, T, H of q {list(q.shape[:3])}, got {list(v.shape)}")
+    if beta is not None:
+        require_shape(op, "beta", beta, tuple(q.shape[:3]), "[B, T, H]")
+    if g is not None and tuple(g.shape) not in (tuple(q.shape[:3]), tuple(q.shape), (q.shape[2],)):
+        raise ValueError(
+            f"{op}: g must be [B, T, H] = {list(q.shape[:3])}, [B, T, H, K] = {list(q.shape)} or [H], "
+            f"got {list(g.shape)}"
+        )
+    require_cu_seqlens(op, cu_seqlens, q.shape[0])
+    sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    if initial_state is not None:
+        shape = (sequences, q.shape[2], q.shape[3], v.shape[3])
+        require_shape(op, "initial_state", initial_state, shape, "[sequences, H, K, V]")
+    require_alike(op, {"q": q, "k": k, "v": v, "beta": beta, "g": g, "initial_state": initial_state})
+    for name, t in (("k", k), ("v", v)):
+        if t.dtype != q.dtype:
+            raise ValueError(f"{op}: q, k and v must share one dtype, got {q.dtype} and {name} {t.dtype}")
+    if q.is_complex():
+        raise ValueError(f"{op}: complex inputs are for linear_scan, got {q.dtype}")
+    return None

@@ -86,6 +86,12 @@ def _cpu_chunk(chunk: int | None, length: int | None) -> int:
     return size
 
 
+def matrix_chunk(dtype: torch.dtype, *, per_channel: bool, wide: bool) -> int:
+    """Chunk of the matrix-state kernels that still fits the registers: float32 products take three times the room."""
+    size = 32 if per_channel or wide else 64
+    return size // 2 if dtype == torch.float32 else size
+
+
 def _triton_obstacle(tensor: Tensor, chunk: int | None) -> str | None:
     if not HAS_TRITON:
         return "needs the package triton, which is not installed"

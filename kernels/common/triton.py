@@ -263,11 +263,11 @@ def decay_mask(g, STRICT: tl.constexpr, C: tl.constexpr):
 
 
 @triton.jit
-def level_map(WIDTH: tl.constexpr, C: tl.constexpr):
+def level_map(width, C: tl.constexpr):
     """Halving level of the triangle: second-half flag, block number, and the 0/1 matrix of interval sums."""
     i = tl.arange(0, C)
-    block = i // (2 * WIDTH)
-    middle = block * (2 * WIDTH) + WIDTH
+    block = i // (2 * width)
+    middle = block * (2 * width) + width
     second = i >= middle
     s = i[None, :]
     after = second[:, None] & (s >= middle[:, None]) & (s <= i[:, None])
@@ -282,12 +282,15 @@ def channel_scores(q, k, g, STRICT: tl.constexpr, LEVELS: tl.constexpr, C: tl.co
     p = tl.zeros([C, C], tl.float32)
     if not STRICT:
         p += tl.where(i[:, None] == i[None, :], tl.sum(q.to(tl.float32) * k.to(tl.float32), 1)[:, None], 0.0)
-    for level in tl.static_range(LEVELS):
-        second, block, interval = level_map(1 << level, C)
+    # a loop at run time: unrolled, all levels live in registers at once and spill
+    width = 1
+    for _ in range(LEVELS):
+        second, block, interval = level_map(width, C)
         f = tl.exp(tl.dot(interval, g, input_precision=PREC))
         qs = tl.where(second[:, None], q * f, 0.0).to(q.dtype)
         ks = tl.where(second[:, None], 0.0, k * f).to(k.dtype)
         p += tl.where(block[:, None] == block[None, :], tl.dot(qs, tl.trans(ks), input_precision=PREC), 0.0)
+        width *= 2
     return p
 
 
@@ -304,8 +307,10 @@ def channel_scores_backward(
         diagonal = tl.sum(tl.where(i[:, None] == i[None, :], dp, 0.0), 1)[:, None]
         dq += diagonal * k
         dk += diagonal * q
-    for level in tl.static_range(LEVELS):
-        second, block, interval = level_map(1 << level, C)
+    # a loop at run time: unrolled, all levels live in registers at once and spill
+    width = 1
+    for _ in range(LEVELS):
+        second, block, interval = level_map(width, C)
         f = tl.exp(tl.dot(interval, g, input_precision=PREC))
         qs = tl.where(second[:, None], q * f, 0.0)
         ks = tl.where(second[:, None], 0.0, k * f)
@@ -316,13 +321,14 @@ def channel_scores_backward(
         dq += dqs * f
         dk += dks * f
         dg += tl.dot(tl.trans(interval), qs * dqs + ks * dks, input_precision=PREC)
+        width *= 2
     return dq, dk, dg
 
 
 @triton.jit
-def mask_gradient(m, C: tl.constexpr, PREC: tl.constexpr):
-    """dg[s] = sum of m[i, j] over i >= s > j: the gate gradient through `decay_mask`, without cancellation."""
+def mask_gradient(m, C: tl.constexpr):
+    """dg[s] = sum of m[i, j] over i >= s > j: the gate gradient through `decay_mask`."""
     i = tl.arange(0, C)
-    strict = (i[:, None] < i[None, :]).to(tl.float32)
-    through = tl.dot(tl.where(i[:, None] > i[None, :], m, 0.0), strict, input_precision=PREC)
-    return tl.sum(tl.where(i[:, None] >= i[None, :], through, 0.0), 0)
+    m = tl.where(i[:, None] > i[None, :], m, 0.0)
+    before = tl.cumsum(m, 1) - m
+    return tl.sum(tl.where(i[:, None] >= i[None, :], before, 0.0), 0)

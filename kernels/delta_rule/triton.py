@@ -78,11 +78,13 @@ def _chunk_inverses(
     a *= load_tile(beta_ptr, t0, end, h, H, 1, 0, C, 1).to(tl.float32)
     i = tl.arange(0, C)
     inverse = (i[:, None] == i[None, :]).to(tl.float32)
-    for level in tl.static_range(LEVELS):
-        second, block, _ = level_map(1 << level, C)
+    width = 1
+    for _ in range(LEVELS):
+        second, block, _interval = level_map(width, C)
         square = (block[:, None] == block[None, :]) & second[:, None] & (second[None, :] == 0)
         below = tl.dot(inverse, tl.where(square, a, 0.0), input_precision=PREC)
         inverse -= tl.dot(below, inverse, input_precision=PREC)
+        width *= 2
     tl.store(inverse_ptr + (line.to(tl.int64) * H + h) * C * C + i[:, None] * C + i[None, :], inverse)
 
 
@@ -264,11 +266,11 @@ def _walk_correction_gradients(
 def _walk_rows(args: dict[str, Any]) -> list[Row]:
     """The walk needs all of K on chip, so a wide K gets a narrow tile of V."""
     bk = pow2(args["K"])
-    bv = min(pow2(args["V"]), 64 if bk <= 64 else 32 if bk <= 128 else 16)
-    return list(dict.fromkeys([row(BK=bk, BV=bv, warps=4, stages=1), row(BK=bk, BV=max(16, bv // 2), warps=4, stages=1)]))
+    bv = min(pow2(args["V"]), 32 if bk <= 64 else 16)
+    return [row(BK=bk, BV=bv, warps=w, stages=1) for w in (4, 8)]
 
 
-_INVERSES = Kernel(_chunk_inverses, lambda args: tiles(args)[:2], KEY)
+_INVERSES = Kernel(_chunk_inverses, tiles, KEY)
 _WALK = Kernel(_walk_corrections, _walk_rows, KEY)
 _CORRECTIONS = Kernel(_chunk_corrections, tiles, KEY)
 _WALK_BACK = Kernel(_walk_correction_gradients, _walk_rows, KEY)

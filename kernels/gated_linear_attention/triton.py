@@ -327,7 +327,7 @@ def _chunk_key_gradients(
             through += kk * da * beta
         if HAS_GATE:
             later, earlier = i[:, None] >= i[None, :], i[:, None] < i[None, :]
-            dg = mask_gradient(through, C, PREC) + tl.sum(x_total, 0)
+            dg = mask_gradient(through, C) + tl.sum(x_total, 0)
             dg += tl.sum(tl.where(later, tl.sum(x_into, 1)[:, None], 0.0), 0)
             dg += tl.sum(tl.where(earlier, tl.sum(x_out, 1)[:, None], 0.0), 0)
             tl.store(dg_ptr + (tile.to(tl.int64) * TOKENS + t0 + i) * H + h, dg, mask=t0 + i < end)
@@ -337,11 +337,12 @@ def _chunk_key_gradients(
     store_tile(dk_ptr, dk, t0, end, h, H, K, k0, C, BK)
 
 
-def tiles(args: dict[str, Any], most_k: int = 64, most_v: int = 64) -> list[Row]:
-    """Rows for a kernel that tiles both widths: the largest useful tile first, then smaller or wider teams."""
-    most_k = min(most_k, 32) if args["CHANNEL"] else most_k
+def tiles(args: dict[str, Any], most_k: int = 64, most_v: int = 64, warps: int = 4) -> list[Row]:
+    """Rows for a kernel that tiles both widths; the first spills nothing in bfloat16 (kernels/aot/table.json)."""
+    if args["CHANNEL"] or args["k_ptr" if "k_ptr" in args else "q_ptr"].dtype == torch.float32:
+        most_k, most_v = min(most_k, 32), min(most_v, 32)
     bk, bv = min(pow2(args["K"]), most_k), min(pow2(args["V"]), most_v)
-    options = [row(BK=bk, BV=bv, warps=4), row(BK=bk, BV=bv, warps=8), row(BK=bk, BV=max(16, bv // 2), warps=4)]
+    options = [row(BK=bk, BV=bv, warps=warps), row(BK=bk, BV=bv, warps=12 - warps), row(BK=bk, BV=max(16, bv // 2))]
     return list(dict.fromkeys(options))
 
 
@@ -350,7 +351,7 @@ _WALK = Kernel(_walk_states, tiles, KEY)
 _WALK_BACK = Kernel(_walk_state_gradients, tiles, KEY)
 OUTPUTS = Kernel(_chunk_outputs, tiles, KEY)
 _VALUES = Kernel(_chunk_value_gradients, tiles, KEY)
-KEYS = Kernel(_chunk_key_gradients, lambda args: tiles(args, 32, 32), (*KEY, "DELTA"))
+KEYS = Kernel(_chunk_key_gradients, lambda args: tiles(args, 32, 32, warps=8), (*KEY, "DELTA"))
 
 
 class Packed:
@@ -439,7 +440,7 @@ def key_gradients(
     """Launch `_chunk_key_gradients`: dq, dk, dg [T, H(, K)] (summed over tiles) and, for the delta rule, dbeta."""
     qp, kp = call.tokens[0], call.tokens[1]
     dq, dk = torch.empty_like(qp), torch.empty_like(kp)
-    smallest = min(r.meta[0][1] for r in KEYS.rows({**call.chunk}))
+    smallest = min(dict(r.meta)["BK"] for r in KEYS.rows({**call.chunk, "k_ptr": kp}))
     partial = (-(-call.width_k // smallest), call.total, call.heads)
     channel = call.chunk["CHANNEL"]
     dg = torch.zeros_like(dq, dtype=torch.float32) if channel else dq.new_zeros(partial, dtype=torch.float32)

@@ -96,11 +96,12 @@ function drawCourse(place, section, shown, label) {
 
 function drawDots(place, section, shown, label, key) {
   const unit = section.unit;
-  const known = shown.filter((s) => s[key]);
+  // the same rows in every such chart, so that they can be read across
+  const known = shown.filter((s) => s.final);
   const longest = Math.max(4, ...known.map((s) => cut(s.label, 22).length));
   const step = 40;
   const box = canvas(place, Math.max(1, known.length) * step + 62, { left: longest * 7.2 + 12, right: 16, top: 10, bottom: 44 }, label);
-  const values = known.flatMap((s) => [...s[key].seeds.map((pair) => pair[1]), s[key].low, s[key].high, s[key].mean]);
+  const values = known.filter((s) => s[key]).flatMap((s) => [...s[key].seeds.map((pair) => pair[1]), s[key].low, s[key].high, s[key].mean]);
   const [low, high] = extent(values.filter((v) => v !== null).map((v) => v * unit.factor));
   const x = linear(low, high, box.left, box.right);
   const at = (value) => x(value * unit.factor);
@@ -114,6 +115,10 @@ function drawDots(place, section, shown, label, key) {
     const group = svg("g", {});
     group.append(svg("rect", { x: 0, y: y - step / 2, width: box.width, height: step, fill: "transparent" }));
     group.append(svg("text", { class: "name", x: box.left - 12, y: y + 4, "text-anchor": "end", style: `--c:${s.colour}` }, cut(s.label, 22)));
+    if (!found) {
+      group.append(svg("text", { x: box.left + 4, y: y + 4 }, "not defined"));
+      return box.root.append(group);
+    }
     for (const [, value] of found.seeds) group.append(svg("circle", { cx: at(value), cy: y + 11, r: 2.6, style: `fill:${s.colour};opacity:0.5` }));
     if (found.low !== null) {
       group.append(svg("line", { x1: at(found.low), x2: at(found.high), y1: y, y2: y, style: `stroke:${s.colour}`, "stroke-width": 3, "stroke-linecap": "round" }));
@@ -165,20 +170,26 @@ function drawCost(place, section, shown, label, key) {
   // the front is that of all strategies, so it does not move when some are hidden
   const front = section.strategies.filter((s) => s.fronts.includes(key) && s.final && s.cost[key] !== null).sort((a, b) => a.cost[key] - b.cost[key]);
   const steps = front.map((s, i) => (i ? `H${x(s)}V${at(s.final.mean)}` : `M${x(s)} ${at(s.final.mean)}`)).join("");
-  if (front.length > 1 && front.every((s) => known.includes(s))) box.root.append(svg("path", { class: "faint", d: steps }));
-  const placed = spread(known.map((s) => at(s.final.mean) - 11), 14, box.top, box.bottom);
+  const hasFront = front.length > 1 && front.every((s) => known.includes(s));
+  if (hasFront) box.root.append(svg("path", { class: "faint", d: steps }));
+  const texts = known.map((s) => cut(s.label, 22));
+  const lines = [];
+  front.slice(1).forEach((s, i) => {
+    const [left, right, from, to] = [x(front[i]), x(s), at(front[i].final.mean), at(s.final.mean)];
+    if (hasFront) lines.push([left, from, right, from + 1], [right, Math.min(from, to), right + 1, Math.max(from, to)]);
+  });
+  const placed = beside(known.map((s, i) => ({ x: x(s), y: at(s.final.mean), width: texts[i].length * 6.7 })), box, 14, 8, lines);
   known.forEach((s, i) => {
     const found = s.final;
     const group = svg("g", {});
     if (found.low !== null) group.append(svg("line", { x1: x(s), x2: x(s), y1: at(found.low), y2: at(found.high), style: `stroke:${s.colour};opacity:0.8`, "stroke-width": 2 }));
     const look = s.label === "joint" ? `fill:var(--panel);stroke:${s.colour};stroke-width:2` : `fill:${s.colour}`;
     group.append(svg("circle", { cx: x(s), cy: at(found.mean), r: 6, style: look }));
-    const side = x(s) > box.left + (box.right - box.left) * 0.2 ? -1 : 1;
-    group.append(svg("text", { class: "name", x: x(s) + 8 * side, y: placed[i] + 4, "text-anchor": side < 0 ? "end" : "start", style: `--c:${s.colour}` }, cut(s.label, 22)));
+    group.append(svg("text", { class: "name", x: placed[i].left, y: placed[i].middle + 4, style: `--c:${s.colour}` }, texts[i]));
     const amount = `${Number((s.cost[key] / size).toPrecision(3))} ${names[power]}`;
-    const lines = [[s.colour, `final ${unit.name.toLowerCase()}`, withInterval(unit, found.mean, found.low, found.high)], [null, cost.label, amount]];
-    if (s.fronts.includes(key)) lines.push([null, "on the front", ""]);
-    group.onpointermove = (event) => showTip(event, s.label, lines);
+    const notes = [[s.colour, `final ${unit.name.toLowerCase()}`, withInterval(unit, found.mean, found.low, found.high)], [null, cost.label, amount]];
+    if (s.fronts.includes(key)) notes.push([null, "on the front", ""]);
+    group.onpointermove = (event) => showTip(event, s.label, notes);
     group.onpointerleave = hideTip;
     box.root.append(group);
   });

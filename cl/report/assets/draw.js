@@ -108,6 +108,36 @@ function linesX(box, scale, values) {
   }
 }
 
+let numClips = 0;
+
+// the value of a `clip-path` that keeps a line inside the box
+function clip(box) {
+  const id = `clip-${numClips++}`;
+  const size = { x: box.left, y: box.top - 4, width: box.right - box.left, height: box.bottom - box.top + 4 };
+  box.root.append(svg("clipPath", { id }, svg("rect", size)));
+  return `url(#${id})`;
+}
+
+// Texts beside points: of eight places each takes the first that covers least, in the order of the points.
+// The same rule as `cl.report.style.beside`. points: {x, y, width}; returns the left end and middle height of each text.
+function beside(points, box, height, gap, obstacles) {
+  const taken = [...points.map((p) => [p.x - gap, p.y - gap, p.x + gap, p.y + gap]), ...obstacles];
+  const overlap = (a, b) => Math.max(0, Math.min(a[2], b[2]) - Math.max(a[0], b[0])) * Math.max(0, Math.min(a[3], b[3]) - Math.max(a[1], b[1]));
+  return points.map((p) => {
+    let best = null;
+    for (const [dx, dy] of [[-1, -1], [1, 1], [1, 0], [-1, 0], [1, -1], [-1, 1], [0, -1.6], [0, 1.6]]) {
+      const left = p.x + dx * gap - (dx < 0 ? p.width : dx ? 0 : p.width / 2);
+      const middle = p.y + dy * (gap + height * 0.25);
+      const frame = [left, middle - height / 2, left + p.width, middle + height / 2];
+      const outside = overlap(frame, frame) - overlap(frame, [box.left, box.top - height, box.right, box.bottom]);
+      const cost = outside * 4 + taken.reduce((sum, other) => sum + overlap(frame, other), 0);
+      if (!best || cost < best.cost - 1e-9) best = { left, middle, frame, cost };
+    }
+    taken.push(best.frame);
+    return best;
+  });
+}
+
 // a line through the defined points; a gap where one is missing
 function path(xs, ys, scaleX, scaleY) {
   let out = "";

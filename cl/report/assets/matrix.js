@@ -18,11 +18,14 @@ function unpack(section, matrix) {
   return { values, names, domains, seen, x, row };
 }
 
-// one range for all strategies of a section, so that colours can be compared
+// one range for all strategies of a section, so that colours can be compared; what was not trained on may leave it
 function colourRange(section) {
   if (section.measure === "accuracy") return [0, 1];
-  const all = section.strategies.flatMap((s) => unpack(section, s.matrices[0]).values.flat());
-  return extent(all, 0);
+  const found = section.strategies.flatMap((s) => {
+    const table = unpack(section, s.matrices[0]);
+    return table.values.flatMap((row, i) => row.filter((_, j) => table.seen(i, j)));
+  });
+  return extent(found, 0);
 }
 
 function cellColour(section, range, value) {
@@ -59,7 +62,7 @@ function drawHeatmap(place, section, strategy, matrix, label, hover) {
         const style = rgb ? `fill:rgb(${rgb});opacity:${seen ? 1 : 0.28}` : "fill:var(--soft)";
         box.root.append(svg("rect", { x: box.left + j * w + gap / 2, y: box.top + i * h + gap / 2, width: w - gap, height: h - gap, rx: w > 20 ? 2 : 0, style }));
         if (printed && value !== null && w > 30) {
-          const colour = seen ? (isDark(rgb) ? "#ffffff" : "#1f2328") : "var(--muted)";
+          const colour = seen ? (isDark(rgb) ? "#ffffff" : "#1f2328") : "var(--ink);opacity:0.75";
           box.root.append(svg("text", { x: box.left + (j + 0.5) * w, y: box.top + (i + 0.5) * h + 4, "text-anchor": "middle", style: `fill:${colour}` }, writer(section.unit)(value)));
         }
       })
@@ -120,15 +123,15 @@ function stair(table, box, w, h) {
 function nameHeatmap(box, table, section, named, turned) {
   const [w, h] = [(box.right - box.left) / table.domains.length, (box.bottom - box.top) / table.names.length];
   const small = "font-size:11px";
-  const everyRow = named ? 1 : Math.ceil(table.names.length / 10);
+  const marks = (count) => new Set(ticks(1, (count - 1) * section.step + 1, 8, true).map((k) => Math.round((k - 1) / section.step)));
+  const [rows, columns] = [marks(table.names.length), marks(table.domains.length)];
   table.names.forEach((name, i) => {
-    if (i % everyRow) return;
+    if (!named && !rows.has(i)) return;
     const text = named ? cut(name, 18) : String(table.x(i));
     box.root.append(svg("text", { x: box.left - 7, y: box.top + (i + 0.5) * h + 4, "text-anchor": "end", style: small }, text));
   });
-  const everyColumn = named ? 1 : Math.ceil(table.domains.length / 10);
   table.domains.forEach((name, j) => {
-    if (j % everyColumn) return;
+    if (!named && !columns.has(j)) return;
     const [x, y] = [box.left + (j + 0.5) * w, box.bottom + 14];
     const text = named ? cut(name, 16) : String(j * section.step + 1);
     const place = turned ? { "text-anchor": "end", transform: `rotate(-38 ${x + 4} ${y})`, x: x + 4, y } : { "text-anchor": "middle", x, y };
@@ -156,7 +159,7 @@ function drawCurves(place, section, strategy, index, label) {
   const count = table.domains.length;
   const direct = count <= 12;
   const longest = Math.max(...table.domains.map((name) => cut(name, 16).length));
-  const box = canvas(place, 380, { left: 46, right: direct ? longest * 7 + 22 : 14, top: 26, bottom: 40 }, label);
+  const box = canvas(place, 396, { left: 46, right: direct ? longest * 7 + 22 : 14, top: 42, bottom: 40 }, label);
   const drawnAt = (i, j) => table.seen(i, j) || section.measure === "loss";
   const withBands = index === 0 && section.step === 1;
   const bands = withBands ? strategy.bands.map((band, j) => band && band.map((end) => end.map((v, i) => (drawnAt(i, j) ? v : null)))) : [];
@@ -169,7 +172,10 @@ function drawCurves(place, section, strategy, index, label) {
   const greys = behind ? behind.domains.map((_, j) => behind.values.map((row, i) => (behind.seen(i, j) ? row[j] : null))) : [];
   const level = joint ? joint.average.mean[0] : null;
   const average = naive && !behind ? naive.average : null;
-  const every = [...lines.flat(), ...bands.flat(2), ...greys.flat(), ...(average ? average.mean : []), level];
+  // what a loss was before training may be far off, and would leave no room for what is forgotten
+  const trained = lines.flatMap((line, j) => line.filter((_, i) => table.seen(i, j)));
+  const ranges = bands.flatMap((band, j) => (band ? band.flatMap((end) => end.filter((_, i) => table.seen(i, j))) : []));
+  const every = [...trained, ...ranges, ...greys.flat(), ...(average ? average.mean : []), level];
   const [low, high] = extent(every.filter((v) => v !== null).map((v) => v * unit.factor));
   const x = linear(from === last ? from - 0.5 : from, from === last ? last + 0.5 : last, box.left + 10, box.right - (direct ? 0 : 6));
   const y = linear(low, high, box.bottom - 4, box.top);
@@ -181,14 +187,15 @@ function drawCurves(place, section, strategy, index, label) {
   if (level !== null) box.root.append(svg("path", { d: `M${x(from)} ${at(level)}H${x(last)}`, style: "stroke:var(--joint);fill:none", "stroke-dasharray": DASH.dashed }));
   const xs = table.values.map((_, i) => table.x(i));
   const ends = [];
+  const inside = clip(box);
   const drawn = lines.map((line, j) => {
     const colour = orderColour(j, count);
     const group = svg("g", {});
     const ready = line.map((value, i) => (table.seen(i, j) ? value : null));
-    if (bands[j]) group.append(svg("path", { d: area(xs, ...bands[j].map((b) => b.map((v, i) => (table.seen(i, j) ? v : null))), x, at), style: `fill:${colour};opacity:0.15` }));
+    if (bands[j] && bands[j][0].some((v) => v !== null)) group.append(svg("path", { d: area(xs, ...bands[j].map((b) => b.map((v, i) => (table.seen(i, j) ? v : null))), x, at), style: `fill:${colour};opacity:0.15` }));
     if (section.measure === "loss") {
       const before = line.map((value, i) => (i && table.seen(i - 1, j) ? null : value));
-      group.append(svg("path", { d: path(xs, before, x, at), style: `stroke:${colour};fill:none;opacity:0.4` }));
+      group.append(svg("path", { d: path(xs, before, x, at), style: `stroke:${colour};fill:none;opacity:0.4`, "clip-path": inside }));
     }
     group.append(svg("path", { d: path(xs, ready, x, at), style: `stroke:${colour};fill:none`, "stroke-width": direct ? 2 : 1 }));
     if (last <= 20) ready.forEach((v, i) => v !== null && group.append(svg("circle", { cx: x(xs[i]), cy: at(v), r: 2.8, style: `fill:${colour}` })));
@@ -200,8 +207,8 @@ function drawCurves(place, section, strategy, index, label) {
   nameEnds(box, ends);
   const references = [naive ? "grey: naive" : "", joint ? "dashed: joint" : "", direct ? "" : "dark to light: first to last domain"];
   const note = references.filter(Boolean).join(" · ");
-  box.root.append(svg("text", { x: box.right, y: 11, "text-anchor": "end" }, box.width > 430 ? note : ""));
-  const highlight = (j) => drawn.forEach((group, k) => (group.style.opacity = j < 0 || k === j ? 1 : 0.12));
+  box.root.append(svg("text", { x: 0, y: 28 }, note));
+  const highlight = (j) => drawn.forEach((group, k) => (group.style.opacity = j < 0 || k === j ? 1 : 0.18));
   box.root.onpointermove = (event) => {
     const [px, py] = within(box, event);
     const i = nearest(xs.map(x), px);

@@ -97,7 +97,8 @@ class SectionPage {
     const name = `${this.strategy.label}, ${this.strategy.matrices[this.matrix].name}. `;
     const label = (chart) => name + place(chart).dataset.label;
     const canvasOf = (chart) => place(chart).querySelector(".canvas");
-    const highlight = drawCurves(canvasOf("curves"), this.section, this.strategy, this.matrix, label("curves"));
+    let highlight = () => {};
+    if (place("curves")) highlight = drawCurves(canvasOf("curves"), this.section, this.strategy, this.matrix, label("curves"));
     drawHeatmap(canvasOf("heatmap"), this.section, this.strategy, this.strategy.matrices[this.matrix], label("heatmap"), highlight);
   }
 }

@@ -1,0 +1,177 @@
+"""Re-run a published result and say whether it holds.
+
+Usage: cl reproduce [NAME ...] [data.root=DIR] [seeds=3] [jobs=N] [out=DIR] [format=table|markdown]
+
+  cl reproduce                                     the claims, with protocol and source, nothing run
+  cl reproduce split_mnist_er_200 data.root=DATA   one of them
+  cl reproduce all data.root=DATA                  every claim that is not marked expensive
+
+Each claim is a config in configs/experiment/ whose `claim` block holds what is expected, how far off it may be, where
+the number comes from and how long it takes. Exit code 1 when a claim does not hold.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from cl.cli import listing
+from cl.cli.compare import Plan, run_all
+from cl.cli.compose import composed, seeded
+from cl.cli.execute import RESULT
+from cl.core import UserError
+from cl.result import Result
+
+OPTIONS = {"seeds": "3", "jobs": "", "out": "runs/reproduce", "format": "table"}
+HEAD = ("claim", "what", "expected", "ours", "seeds", "verdict", "source")
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A published or measured number, and how to check ours against it.
+
+    Args:
+        metric: key of `Result.metrics`; written in percent.
+        expected, tolerance: ours holds when its mean over seeds is no further off.
+        above, below: bounds instead of a tolerance.
+        minus: name of another claim; the metric is then the difference to it, paired by seed.
+        published: the number in the source, which `expected` may differ from for a stated reason.
+        is_expensive: left out of `all`.
+    """
+
+    name: str
+    line: str
+    metric: str = "final"
+    expected: float = math.nan
+    tolerance: float = math.nan
+    above: float = -math.inf
+    below: float = math.inf
+    minus: str = ""
+    published: float | None = None
+    source: str = ""
+    minutes: float = 1.0
+    is_expensive: bool = False
+
+    @property
+    def wanted(self) -> str:
+        """The expectation in words."""
+        what = f"minus {self.minus} " if self.minus else ""
+        what = f"{self.metric} " * (self.metric != "final") + what
+        if not math.isnan(self.expected):
+            return f"{what}{self.expected:g} ± {self.tolerance:g}"
+        bounds = [f"> {self.above:g}"] * math.isfinite(self.above) + [f"< {self.below:g}"] * math.isfinite(self.below)
+        return what + ", ".join(bounds)
+
+    def holds(self, value: float) -> bool:
+        if not math.isnan(self.expected):
+            return abs(value - self.expected) <= self.tolerance
+        return self.above < value < self.below
+
+
+def main(words: list[str]) -> int:
+    """Check the claims named, or list them all."""
+    options, names, others = dict(OPTIONS), [], []
+    for word in words:
+        name, _, value = word.partition("=")
+        if name in options and value:
+            options[name] = value
+        elif "=" in word:
+            others.append(word)
+        else:
+            names.append(word)
+    known = {entry.name: read_claims(entry.name, entry.line) for entry in listing.experiments()}
+    known = {name: claims for name, claims in known.items() if claims}
+    for name in names:
+        if name not in (*known, "all"):
+            raise UserError(f"{name!r} is no claim; the claims are all, {', '.join(known)}")
+    if "all" in names:
+        names = [name for name, claims in known.items() if not claims[0].is_expensive]
+    claims = [claim for name in names or known for claim in known[name]]
+    console = Console()
+    results: dict[str, list[Result]] = {}
+    if names:
+        needed = {claim.name for claim in claims} | {claim.minus for claim in claims if claim.minus}
+        results = run_claims(sorted(needed), options, others, console)
+    rows = [judged(claim, results) for claim in claims]
+    if options["format"] == "markdown":
+        print(markdown(rows))
+    else:
+        console.print(_table(rows))
+    return int(any(row[5] == "FAILS" for row in rows))
+
+
+def read_claims(name: str, line: str) -> list[Claim]:
+    """Claims of one experiment, the main one first; none when its config makes none."""
+    import yaml
+
+    content = yaml.safe_load((listing.ROOT / "configs" / "experiment" / f"{name}.yaml").read_text()) or {}
+    block = dict(content.get("claim") or {})
+    further = block.pop("also", [])
+    common = {key: block[key] for key in ("source", "minutes", "is_expensive") if key in block}
+    return [Claim(name, line, **(common | each)) for each in ([block, *further] if block else [])]
+
+
+def run_claims(
+    names: Sequence[str], options: Mapping[str, str], words: Sequence[str], console: Console
+) -> dict[str, list[Result]]:
+    """Results of each experiment, by name; what is done already is not repeated."""
+    if not options["seeds"].isdigit() or int(options["seeds"]) < 1:
+        raise UserError(f"seeds is {options['seeds']!r}; it must be a number of at least 1")
+    if options["jobs"] and not options["jobs"].isdigit():
+        raise UserError(f"jobs is {options['jobs']!r}; it must be a number of at least 1")
+    seeds, out = range(int(options["seeds"])), Path(options["out"])
+    configs = {name: composed("run", [f"+experiment={name}", *words]) for name in names}
+    runs: dict[Path, dict[str, Any]] = {
+        out / name / f"seed-{seed}": seeded(config, seed) for name, config in configs.items() for seed in seeds
+    }
+    run_all(Plan(out, runs, "naive", int(options["jobs"] or 2), "reproduce"), console)
+    found = {name: [out / name / f"seed-{seed}" / RESULT for seed in seeds] for name in names}
+    return {name: [Result.load(path) for path in paths if path.is_file()] for name, paths in found.items()}
+
+
+def judged(claim: Claim, results: Mapping[str, Sequence[Result]]) -> tuple[str, ...]:
+    """A line of the table; the verdict is empty for a claim that was not run."""
+    values = _values(claim, results)
+    head = (claim.name, claim.line, claim.wanted)
+    if not values:
+        return (*head, "", "", "" if not results else "not done", claim.source)
+    mean = sum(values) / len(values)
+    spread = math.sqrt(sum((value - mean) ** 2 for value in values) / max(1, len(values) - 1))
+    verdict = "holds" if claim.holds(mean) else "FAILS"
+    return (*head, f"{mean:.2f} ± {spread:.2f}", str(len(values)), verdict, claim.source)
+
+
+def _values(claim: Claim, results: Mapping[str, Sequence[Result]]) -> list[float]:
+    """The metric of each finished seed, in percent."""
+
+    def by_seed(name: str) -> dict[int, float]:
+        done = [result for result in results.get(name, ()) if result.status == "done"]
+        return {result.seed: 100 * float(result.metrics[claim.metric] or math.nan) for result in done}
+
+    ours = by_seed(claim.name)
+    if claim.minus:
+        theirs = by_seed(claim.minus)
+        ours = {seed: value - theirs[seed] for seed, value in ours.items() if seed in theirs}
+    return list(ours.values())
+
+
+def markdown(rows: Sequence[Sequence[str]]) -> str:
+    """The table of docs/reproduction.md."""
+    lines = [HEAD, ["---"] * len(HEAD), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _table(rows: Sequence[Sequence[str]]) -> Table:
+    table = Table(box=None, pad_edge=False)
+    for name in HEAD[:-1]:
+        table.add_column(name, overflow="fold")
+    colours = {"holds": "[green]holds[/]", "FAILS": "[bold red]FAILS[/]"}
+    for row in rows:
+        table.add_row(*row[:5], colours.get(row[5], row[5]))
+    return table

@@ -1,0 +1,110 @@
+"""Find plug-ins and their configs by listing folders: whatever is there is tested, nothing has to be registered."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Plugin:
+    """One file of a plug-in folder.
+
+    Args:
+        name: the file's name, which is the plug-in's.
+        package: import name of the folder, such as "strategies".
+    """
+
+    name: str
+    package: str
+
+    def __str__(self) -> str:
+        return self.name
+
+    @property
+    def class_name(self) -> str:
+        """CamelCase of the file name."""
+        return camel_case(self.name)
+
+    def module(self) -> ModuleType:
+        return import_module(f"{self.package}.{self.name}")
+
+    def load(self) -> type:
+        """The class that the file is named after.
+
+        Raises:
+            AttributeError: the file defines no such class.
+        """
+        loaded: type = getattr(self.module(), self.class_name)
+        return loaded
+
+
+def camel_case(name: str) -> str:
+    """The class name that belongs to a file name.
+
+    Example:
+        >>> camel_case("class_balanced")
+        'ClassBalanced'
+    """
+    return "".join(word.capitalize() for word in name.split("_"))
+
+
+def discover(package: str) -> list[Plugin]:
+    """The plug-ins of an importable folder, by name; files that begin with an underscore are helpers.
+
+    Example:
+        >>> [plugin.class_name for plugin in discover("strategies") if plugin.name == "replay"]
+        ['Replay']
+    """
+    folder = Path(next(iter(import_module(package).__path__)))
+    return [Plugin(path.stem, package) for path in sorted(folder.glob("*.py")) if not path.stem.startswith("_")]
+
+
+@dataclass(frozen=True)
+class Config:
+    """One YAML file of a config group.
+
+    Args:
+        group: such as "strategy".
+        name: path below the group's folder, without ending; what is written on the command line.
+        node: its content.
+    """
+
+    group: str
+    name: str
+    node: dict[str, Any]
+
+    def __str__(self) -> str:
+        return self.name
+
+    @property
+    def module(self) -> str:
+        """Import name of the file that `_target_` names."""
+        return str(self.node["_target_"]).rpartition(".")[0]
+
+    def target(self) -> Any:
+        """What `_target_` names.
+
+        Raises:
+            AttributeError: the module has no such name.
+        """
+        return getattr(import_module(self.module), self.node["_target_"].rpartition(".")[2])
+
+
+def configs(group: str) -> list[Config]:
+    """Every config of a group, by name.
+
+    Example:
+        >>> [config.node["_target_"] for config in configs("strategy") if config.name == "naive"]
+        ['strategies.naive.Naive']
+    """
+    import yaml
+
+    folder = Path(next(iter(import_module("configs").__path__))) / group
+    return [
+        Config(group, path.relative_to(folder).with_suffix("").as_posix(), yaml.safe_load(path.read_text()) or {})
+        for path in sorted(folder.rglob("*.yaml"))
+    ]

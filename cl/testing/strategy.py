@@ -1,0 +1,234 @@
+"""The contract of a strategy, as a test class to inherit:
+
+    class TestMine(StrategyContract):
+        strategy = Mine
+"""
+
+from __future__ import annotations
+
+import inspect
+import io
+import sys
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from cl.core import Setting, Stream, UserError
+from cl.hooks import Strategy, overrides
+from cl.state import tensor_bytes
+from cl.testing.companion import Companion
+from cl.testing.probe import BATCH_SIZE, Record, buffers_of, equal, train
+from cl.testing.toy import ToyNet, toy_stream
+
+STOPS = {"inside an experience": 49, "at the end of an experience": 35}
+"""Where runs are interrupted: the toy experiences have 36 steps."""
+ACTS_BEFORE_DATA = ("plan", "wrap", "make_optimizer", "step", "on_run_start")
+"""Whoever overrides one of these may differ from naive training from the first step on."""
+SEEDS = (0, 1)
+Metrics = dict[str, float | None]
+
+
+class StrategyContract:
+    """What every strategy must keep. Each test names the promise; `Strategy.contract` holds its parameters.
+
+    Class attributes:
+        strategy: the class under test; built with `contract.toy` and, where a test asks for it, `contract.zero`.
+        backbone: network of the toy runs. Replace it by a subclass of `ToyNet`, which counts the rows that pass.
+    """
+
+    strategy: type[Strategy]
+    backbone: Callable[..., nn.Module] = ToyNet
+
+    def make(self, **arguments: Any) -> Strategy:
+        """The strategy for the toy stream."""
+        return self.strategy(**{**self.strategy.contract.toy, **arguments})
+
+    def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
+        """One test per setting the strategy declares."""
+        if "setting" in metafunc.fixturenames:
+            metafunc.parametrize("setting", sorted(self.strategy.settings), ids=str)
+
+    def run(self, setting: Setting) -> Record:
+        """A plain run of the strategy, made once for all tests that look at it."""
+        return _plain_run(type(self), setting)
+
+    def train(self, setting: Setting | Stream, strategies: Sequence[Strategy] | None = None, **options: Any) -> Record:
+        """A toy run of the strategy, or of the strategies given."""
+        made = [self.make()] if strategies is None else strategies
+        return train(setting, made, backbone=type(self).backbone, **options)
+
+    # what it says of itself
+
+    def test_docstring_says_what_it_is_and_where_it_comes_from(self) -> None:
+        module_doc = sys.modules[self.strategy.__module__].__doc__ or ""
+        text = module_doc + (inspect.getdoc(self.strategy) or "")
+        assert "Source:" in text, "the docstring of the module or the class must have a line `Source: ...`"
+
+    def test_contract_is_complete(self) -> None:
+        contract = self.strategy.contract
+        assert self.strategy.settings, "declare at least one setting"
+        assert contract.zero is not None or contract.why_not_zero, "give contract.zero, or why_not_zero"
+        assert contract.forgets_less_by is not None or contract.why_not_better, (
+            "give contract.forgets_less_by, or why_not_better"
+        )
+
+    def test_refuses_other_settings(self) -> None:
+        for setting in sorted(set(Setting) - self.strategy.settings):
+            with pytest.raises(UserError, match=setting):
+                self.train(setting)
+
+    # what it must not change
+
+    def test_zero_strength_is_naive(self, setting: Setting) -> None:
+        zero = self.strategy.contract.zero
+        if zero is None:
+            pytest.skip(self.strategy.contract.why_not_zero)
+        run, naive = self.train(setting, [self.make(**zero)]), naive_run(setting, type(self).backbone)
+        assert run.losses == naive.losses
+        assert equal(run.weights, naive.weights), f"arguments {dict(zero)} must leave training as it is, bit for bit"
+        assert run.result.R == naive.result.R
+
+    def test_first_step_is_naive(self, setting: Setting) -> None:
+        acting = [hook for hook in ACTS_BEFORE_DATA if overrides(self.make(), hook)]
+        if acting:
+            pytest.skip(f"overrides {', '.join(acting)}, which act before there is a past")
+        run, naive = self.run(setting), naive_run(setting, type(self).backbone)
+        assert run.losses[0] == naive.losses[0]
+        assert equal(run.after_first_step, naive.after_first_step), "with nothing stored, the first step must be naive"
+
+    def test_leaves_modes_hooks_and_requires_grad_as_found(self, setting: Setting) -> None:
+        run = self.run(setting)
+        changed = {name: (old, run.after[name]) for name, old in run.before.items() if run.after[name] != old}
+        assert not changed, f"found before the run and after it: {changed}"
+
+    # what it draws, keeps and spends
+
+    def test_same_seed_same_run(self, setting: Setting) -> None:
+        run = self.run(setting)
+        with torch.random.fork_rng():
+            torch.manual_seed(12345)
+            again = self.train(setting)
+        assert again.losses == run.losses, "the run must depend on its seed only"
+        assert equal(again.weights, run.weights)
+        assert again.result.R == run.result.R
+
+    def test_global_random_state_is_untouched(self, setting: Setting) -> None:
+        assert not self.run(setting).drew, (
+            "draw from `state.seeds.named(self.name)`; a global generator is shared with every other strategy"
+        )
+
+    def test_gradients_and_weights_are_finite(self, setting: Setting) -> None:
+        # gradients are checked at every step by the probe of the run
+        for name, tensor in self.run(setting).weights.items():
+            assert tensor.isfinite().all(), f"{name} is not finite after the run"
+
+    def test_buffers_stay_within_capacity_and_detached(self, setting: Setting) -> None:
+        run = self.run(setting)
+        strategy = run.trainer.strategies[1]
+        for i, buffer in enumerate(buffers_of(strategy)):
+            assert run.largest[i] <= buffer.capacity, f"a buffer of {buffer.capacity} rows held {run.largest[i]}"
+        for tensor in tree_leaves(strategy.state_dict()):
+            assert not isinstance(tensor, Tensor) or not tensor.requires_grad, "stored tensors must be detached"
+
+    def test_declared_cost_is_counted_cost(self, setting: Setting) -> None:
+        """Rows are counted by the toy network itself: its calls, and the gradients that come back to its outputs."""
+        run = self.run(setting)
+        for step, (declared, counted) in enumerate(zip(run.declared, run.counted, strict=True)):
+            rows = (counted.forwards, counted.backwards)
+            assert (declared.forwards, declared.backwards) == rows, f"extra rows (forward, backward) of step {step}"
+        spent = run.trainer.state.spent
+        assert (spent.forwards, spent.backwards) == (run.tally.forwards, run.tally.backwards), (
+            "rows in result.json against rows the network saw: send them through `state.forward`, or `state.count` them"
+        )
+
+    def test_declared_bytes_cover_what_is_kept(self, setting: Setting) -> None:
+        run = self.run(setting)
+        strategy = run.trainer.strategies[1]
+        kept = tensor_bytes(strategy.state_dict())
+        assert strategy.cost(run.trainer.state, BATCH_SIZE).buffer_bytes >= kept, f"state_dict() holds {kept} bytes"
+
+    # how it goes on
+
+    def test_state_survives_a_safe_load(self, setting: Setting) -> None:
+        saved = self.run(setting).trainer.strategies[1].state_dict()
+        file = io.BytesIO()
+        torch.save(saved, file)
+        file.seek(0)
+        fresh = self.make()
+        fresh.load_state_dict(torch.load(file, weights_only=True))
+        assert equal(fresh.state_dict(), saved)
+
+    @pytest.mark.parametrize("stop", STOPS)
+    def test_resumes_exactly(self, setting: Setting, stop: str, tmp_path: Path) -> None:
+        self._resumes_exactly(self.run(setting), setting, lambda: [self.make()], stop, tmp_path)
+
+    def test_resumes_exactly_among_others(self, setting: Setting, tmp_path: Path) -> None:
+        """With rows of others before and after its own in the batch."""
+
+        def all_three() -> list[Strategy]:
+            return [Companion("companion_before"), self.make(), Companion("companion_after")]
+
+        whole = self.train(setting, all_three())
+        self._resumes_exactly(whole, setting, all_three, "inside an experience", tmp_path)
+
+    def _resumes_exactly(
+        self, whole: Record, setting: Setting, make: Callable[[], list[Strategy]], stop: str, folder: Path
+    ) -> None:
+        """Two halves, with a checkpoint file between them, against one uninterrupted run."""
+        first = self.train(setting, make(), run_dir=folder, stop_at=STOPS[stop])
+        assert first.result.status == "interrupted"
+        second = self.train(setting, make(), run_dir=folder, resume=True)
+        assert second.result.status == "done"
+        assert first.losses + second.losses == whole.losses, "the losses after resuming differ"
+        assert second.result.R == whole.result.R
+        assert equal(second.weights, whole.weights)
+        states = [[s.state_dict() for s in record.trainer.strategies] for record in (second, whole)]
+        assert equal(*states), "the weights agree, but the state of a strategy does not"
+
+    # where it works, and what it is good for
+
+    def test_works_under_gradient_accumulation(self, setting: Setting) -> None:
+        run = self.train(setting, batch_size=BATCH_SIZE // 2, accumulation=2, epochs=2)
+        assert run.result.status == "done"
+        assert all(tensor.isfinite().all() for tensor in run.weights.values())
+
+    def test_works_under_bfloat16(self, setting: Setting) -> None:
+        run = self.train(setting, precision="bf16", epochs=2)
+        assert run.result.status == "done"
+        assert all(tensor.dtype == torch.float32 for tensor in run.weights.values()), "weights stay float32"
+        assert all(tensor.isfinite().all() for tensor in run.weights.values())
+
+    def test_forgets_less_than_naive(self) -> None:
+        contract = self.strategy.contract
+        if contract.forgets_less_by is None:
+            pytest.skip(contract.why_not_better)
+        pairs = {(s, seed): self._with_and_without(s, seed) for s in sorted(self.strategy.settings) for seed in SEEDS}
+        less = {key: naive["forgetting_first"] - ours["forgetting_first"] for key, (ours, naive) in pairs.items()}
+        assert fmean(less.values()) >= contract.forgets_less_by, f"less forgetting than naive: {less}"
+        is_loss = {Setting.CONTINUAL_PRETRAINING: -1}
+        better = {key: (ours["final"] - naive["final"]) * is_loss.get(key[0], 1) for key, (ours, naive) in pairs.items()}
+        assert fmean(better.values()) >= 0, f"it forgets less because it learns less; final minus naive's: {better}"
+
+    def _with_and_without(self, setting: Setting, seed: int) -> tuple[Metrics, Metrics]:
+        backbone = type(self).backbone
+        # seed 0 is the plain run, which is there already
+        run = self.run(setting) if seed == 0 else self.train(toy_stream(setting, seed), seed=seed)
+        return run.result.metrics, naive_run(setting, backbone, seed).result.metrics
+
+
+@cache
+def naive_run(setting: Setting, backbone: Callable[..., nn.Module] = ToyNet, seed: int = 0) -> Record:
+    """Training without any strategy."""
+    return train(toy_stream(setting, seed), [], backbone=backbone, seed=seed)
+
+
+@cache
+def _plain_run(contract: type[StrategyContract], setting: Setting) -> Record:
+    return contract().train(setting)

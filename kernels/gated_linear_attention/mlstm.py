@@ -1,0 +1,132 @@
+"""Published layers that are gated linear attention with prepared gates: RetNet's constants, mLSTM's two variants."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from kernels.common.checks import require_cu_seqlens, require_shape, state_dtype
+from kernels.common.varlen import per_sequence
+
+
+class MLSTMState(NamedTuple):
+    """State of the mLSTM, all relative to exp(m): matrix [B, H, K, V], normaliser [B, H, K], log scale m [B, H]."""
+
+    matrix: Tensor
+    normaliser: Tensor
+    log_scale: Tensor
+
+
+def retention_decay(num_heads: int, *, device: torch.device | None = None) -> Tensor:
+    """RetNet's constant log decay per head, log(1 - 2 ** (-5 - h)).
+
+    Example:
+        >>> [round(x, 4) for x in retention_decay(3).exp().tolist()]
+        [0.9688, 0.9844, 0.9922]
+    """
+    heads = torch.arange(num_heads, dtype=torch.float64, device=device)
+    return torch.log1p(-torch.exp2(-5.0 - heads)).float()
+
+
+def mlstm(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    i_gate: Tensor,
+    f_gate: Tensor,
+    *,
+    variant: str = "exponential",
+    scale: float | None = None,
+    initial_state: MLSTMState | None = None,
+    cu_seqlens: Tensor | None = None,
+    chunk: int | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, MLSTMState]:
+    """The matrix LSTM of xLSTM: C_t = f_t C_{t-1} + i_t k_t v_t^T, n_t = f_t n_{t-1} + i_t k_t, f_t = sigmoid.
+
+    exponential: i_t = exp(i_gate), h_t = C_t^T q_t / max(|n_t^T q_t|, 1); the running maximum m of the log gates keeps
+    all finite and drops out of the result. sigmoid: i_t = sigmoid(i_gate), h_t = C_t^T q_t, no normaliser.
+
+    Args:
+        q: queries [B, T, H, K]; k: keys, same shape; v: values [B, T, H, V].
+        i_gate: input gate before its activation [B, T, H]; f_gate: forget gate likewise.
+        variant: "exponential" or "sigmoid".
+        scale: factor of q; None takes K ** -0.5.
+        initial_state: as returned; None starts empty.
+        cu_seqlens, chunk, backend: as in `gated_linear_attention`, which does the work.
+
+    Returns:
+        h [B, T, H, V] in the dtype of v, and the state (with variant "sigmoid": normaliser and log scale are zero).
+
+    Raises:
+        ValueError: shapes disagree, or an unknown variant.
+
+    Cost: `gated_linear_attention` with one more column of values.
+    Source: xLSTM and Tiled Flash Linear Attention. Differences: the maximum starts at the first gate, not at 0, when
+        there is no initial state; the result does not depend on it.
+
+    Example:
+        >>> x = torch.ones(1, 2, 1, 1)
+        >>> h, state = mlstm(x, x, x, torch.zeros(1, 2, 1), torch.zeros(1, 2, 1))
+        >>> h.flatten().tolist()
+        [1.0, 1.0]
+    """
+    from kernels.gated_linear_attention import gated_linear_attention
+
+    for name, gate in (("i_gate", i_gate), ("f_gate", f_gate)):
+        require_shape("mlstm", name, gate, tuple(q.shape[:3]), "[B, T, H]")
+    require_cu_seqlens("mlstm", cu_seqlens, q.shape[0])
+    dtype = state_dtype(v.dtype)
+    log_f = logsigmoid(f_gate.to(dtype))
+    rest = {"scale": scale, "cu_seqlens": cu_seqlens, "chunk": chunk, "backend": backend}
+    if variant == "sigmoid":
+        start = None if initial_state is None else initial_state.matrix
+        gated = (k * i_gate.to(dtype).sigmoid()[..., None]).to(k.dtype)
+        h, matrix = gated_linear_attention(q, gated, v, log_f, initial_state=start, **rest)
+        return h, MLSTMState(matrix, matrix.new_zeros(matrix.shape[:3]), matrix.new_zeros(matrix.shape[:2]))
+    if variant != "exponential":
+        raise ValueError(f"mlstm: unknown variant {variant!r}; use exponential or sigmoid")
+    log_i = i_gate.to(dtype)
+    m0 = None if initial_state is None else initial_state.log_scale
+    # any m gives the same h, so no gradient has to go through it; only consistency counts
+    with torch.no_grad():
+        if cu_seqlens is None:
+            m, last = _running_maximum(log_f, log_i, m0)
+        else:
+            m, last = per_sequence(_running_maximum, [log_f, log_i], m0, cu_seqlens)
+        before = _shifted(m, m0, cu_seqlens)
+    start = None
+    if initial_state is not None:
+        start = torch.cat([initial_state.matrix, initial_state.normaliser[..., None]], dim=-1)
+    keys = (k.to(dtype) * (log_i - m).exp()[..., None]).to(k.dtype)
+    values = torch.cat([v, torch.ones_like(v[..., :1])], dim=-1)
+    both, final = gated_linear_attention(q, keys, values, log_f + before - m, initial_state=start, **rest)
+    out, normaliser = both[..., :-1].to(dtype), both[..., -1:].to(dtype)
+    h = out / torch.maximum(normaliser.abs(), (-m).exp()[..., None])
+    return h.to(v.dtype), MLSTMState(final[..., :-1], final[..., -1], last)
+
+
+def _running_maximum(log_f: Tensor, log_i: Tensor, m0: Tensor | None) -> tuple[Tensor, Tensor]:
+    """m_t = max(m_{t-1} + log_f_t, log_i_t) for all t, and the last [B, H]; an empty sequence keeps m0."""
+    total = log_f.double().cumsum(1)
+    m = (log_i - total).cummax(1).values if log_f.shape[1] else total
+    if m0 is not None:
+        m = torch.maximum(m, m0[:, None].double())
+    m = (m + total).to(log_f.dtype)
+    if log_f.shape[1]:
+        return m, m[:, -1]
+    return m, log_f.new_zeros(log_f.shape[0], log_f.shape[2]) if m0 is None else m0.to(log_f.dtype)
+
+
+def _shifted(m: Tensor, m0: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
+    """m of the token before; at the first token m0, or m itself where there is no state to rescale."""
+    before = torch.cat([m[:, :1], m[:, :-1]], dim=1)
+    if cu_seqlens is None:
+        if m0 is not None:
+            before[:, 0] = m0
+        return before
+    first = cu_seqlens[:-1].long()
+    alive = cu_seqlens.diff() > 0
+    before[0, first[alive]] = m[0, first[alive]] if m0 is None else m0[alive].to(m.dtype)
+    return before

@@ -1,0 +1,194 @@
+"""Every wrong request: one clear sentence that names the value and what is allowed, exit code 2, nothing left behind."""
+
+from __future__ import annotations
+
+import errno
+import gzip
+import os
+from pathlib import Path
+
+import pytest
+
+from cl.cli.main import main
+
+RUN = ("run", "tracking=none", "debug=tiny")
+COMPARE = ("compare", "tracking=none", "debug=tiny")
+
+CASES = {
+    "no such command": (("rum",), "'rum' is no command; the commands are run, compare"),
+    "a word that is no setting": ((*COMPARE, "replay"), "'replay' is no setting; settings are written name=value"),
+    "unknown stream": ((*RUN, "stream=permuted_mnits"), "permuted_mnits"),
+    "unknown strategy": ((*RUN, "strategy=reply"), "reply"),
+    "unknown backbone": ((*RUN, "backbone=transformer9"), "transformer9"),
+    "unknown schedule": ((*RUN, "schedule=square"), "square"),
+    "unknown experiment": ((*RUN, "+experiment=nothing"), "nothing"),
+    "unknown top-level key": ((*RUN, "sed=1"), "sed"),
+    "unknown option of a strategy": (
+        (*RUN, "strategy=replay", "strategy.replay.capasity=5"),
+        "strategy.replay has no option 'capasity'; its options are capacity",
+    ),
+    "option of a strategy that is not selected": (
+        (*RUN, "strategy.derpp.alpha=0.5"),
+        "strategy.derpp was not selected",
+    ),
+    "unknown option of the trainer": (
+        (*RUN, "trainer.epoch=5"),
+        "trainer has no option 'epoch'; its options are epochs",
+    ),
+    "steps that are no number": (
+        (*RUN, "trainer.max_steps=many"),
+        "trainer.max_steps is 'many'; it must be an integer",
+    ),
+    "negative batch size": ((*RUN, "trainer.batch_size=-1"), "trainer.batch_size is -1"),
+    "two budgets": ((*RUN, "trainer.epochs=1"), "a budget is exactly one of epochs, max_steps, max_tokens"),
+    "unknown precision": (
+        (*RUN, "trainer.precision=fp64"),
+        "trainer.precision is 'fp64'; it must be one of fp32, bf16",
+    ),
+    "absent device": ((*RUN, "trainer.device=tpu9"), "trainer.device is 'tpu9'"),
+    "clip at zero": ((*RUN, "trainer.clip_norm=0"), "trainer.clip_norm is 0; it must be positive"),
+    "negative seed": ((*RUN, "seed=-1"), "seed is -1; it must be an integer of at least 0"),
+    "seed in words": ((*RUN, "seed=one"), "seed is 'one'; it must be an integer"),
+    "learning rate in words": ((*RUN, "optimizer.lr=fast"), "optimizer cannot be made from lr='fast'"),
+    "unknown option of the optimizer": ((*RUN, "optimizer.momentun=0.9"), "optimizer has no option 'momentun'"),
+    "setting that the stream does not offer": (
+        (*RUN, "stream.setting=class_incremental"),
+        "stream.setting is 'class_incremental'; it must be one of domain_incremental",
+    ),
+    "no experiences": ((*RUN, "stream.num_experiences=0"), "stream.num_experiences is 0"),
+    "classes that do not divide": ((*RUN, "stream=split_digits", "stream.num_experiences=11"), "11"),
+    "no data root": ((*RUN, "stream=permuted_mnist", "data.root=null"), "data set mnist needs data.root"),
+    "data root that is no folder": ((*RUN, "stream=permuted_mnist", "data.root=/nowhere"), "'/nowhere', which is not"),
+    "data root without the files": ((*RUN, "stream=split_mnist", "data.root=."), "train-images-idx3-ubyte"),
+    "empty buffer": ((*RUN, "strategy=replay", "strategy.replay.capacity=0"), "capacity"),
+    "unknown buffer policy": (
+        (*RUN, "strategy=replay", "strategy.replay.policy=random"),
+        "'random'",
+    ),
+    "target that is no strategy": (
+        (*RUN, "+strategy.mine._target_=os.system"),
+        "strategy.mine._target_ is 'os.system', which makes no strategy; it must be a subclass of cl.hooks.Strategy",
+    ),
+    "target that does not exist": ((*RUN, "+strategy.mine._target_=nowhere.Mine"), "'nowhere.Mine' cannot be imported"),
+    "limit of zero experiences": ((*RUN, "limit_experiences=0"), "limit_experiences is 0"),
+    "store that does not answer": (("run", "debug=tiny", "tracking.uri=http://127.0.0.1:9"), "does not answer"),
+    "store of unknown kind": (("run", "debug=tiny", "tracking.uri=ftp://x"), "ftp"),
+    "comparison of nothing": ((*COMPARE, "strategies=[]"), "strategies is empty"),
+    "comparison of twice the same": ((*COMPARE, "strategies=naive,naive"), "names a composition twice: naive"),
+    "comparison without seeds": ((*COMPARE, "seeds=0"), "seeds is 0; it must be a number of seeds of at least 1"),
+    "comparison without workers": ((*COMPARE, "jobs=0.5"), "jobs is 0.5; it must be an integer of at least 1"),
+    "option for a strategy that is not compared": (
+        (*COMPARE, "strategies=naive,replay", "strategy.ewc.strength=1"),
+        "is for ewc, which is not compared; strategies are naive, replay",
+    ),
+    "a single run's option in a comparison": ((*COMPARE, "seed=1"), "`cl compare` takes strategies=... and seeds=..."),
+    "unknown reference": ((*COMPARE, "strategies=naive,replay", "reference=ewc"), "reference is 'ewc'; it must be one"),
+    "unknown launcher": ((*COMPARE, "strategies=naive", "launcher=pbs"), "launcher is 'pbs'; it must be local, joblib"),
+    "resume without a folder": (("resume",), "takes one run folder, got 0"),
+    "resume of a folder that is no run": (("resume", "."), "is not a run folder: it has no config.yaml"),
+    "report on nothing": (("report", "."), "there is no result.json under"),
+    "report on no folder": (("report", "absent"), "absent is not a folder"),
+    "unknown list": (("list", "optimisers"), "'optimisers' is no list; the lists are streams, strategies"),
+    "step beyond the run": (("explain", "debug=tiny", "at=1000"), "at is '1000'; it must be a step from 0 to"),
+    "unknown claim": (("reproduce", "cold_fusion"), "'cold_fusion' is no claim; the claims are all"),
+    "port that is no port": (("ui", "port=99999"), "port is '99999'; it must be a number from 1 to 65535"),
+    "no store to show": (("ui",), "there is no store at"),
+    "unknown option of doctor": (("doctor", "uri=x"), "'uri=x' is no option of `cl doctor`"),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_one_sentence_and_exit_code_2(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words, expected = CASES[name]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("CL_DATA_ROOT", raising=False)
+    assert main(words) == 2
+    said = capsys.readouterr().err.strip()
+    assert expected in said
+    assert said.startswith("cl: ") and len(said.splitlines()) == 1, said
+    assert "Traceback" not in said
+    assert not list(tmp_path.rglob("result.json")), "a refused run left a result behind"
+    assert not list(tmp_path.rglob("*.pt"))
+
+
+def finished_run(folder: Path) -> Path:
+    run_dir = folder / "run"
+    assert main(("run", "tracking=none", "debug=tiny", "limit_experiences=1", f"hydra.run.dir={run_dir}")) == 0
+    return run_dir
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return finished_run(tmp_path)
+
+
+def test_a_folder_that_holds_a_run_is_not_overwritten(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = (run_dir / "result.json").read_text()
+    assert main(("run", "tracking=none", "debug=tiny", f"hydra.run.dir={run_dir}")) == 2
+    assert "already holds a run; go on with `cl resume" in capsys.readouterr().err
+    assert (run_dir / "result.json").read_text() == before
+
+
+def test_a_checkpoint_of_another_config_is_refused(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config, result = run_dir / "config.yaml", run_dir / "result.json"
+    config.write_text(config.read_text().replace("lr: 0.1", "lr: 0.2"))
+    result.write_text(result.read_text().replace('"done"', '"interrupted"'))
+    assert main(("resume", str(run_dir))) == 2
+    assert "belongs to a run with other settings" in capsys.readouterr().err
+    assert len(list(run_dir.glob("checkpoints/*.pt"))) == 2
+
+
+def test_a_config_from_disk_cannot_call_anything_else(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (run_dir / "result.json").unlink()
+    config = run_dir / "config.yaml"
+    config.write_text(config.read_text().replace("torch.optim.SGD", "os.system"))
+    assert main(("resume", str(run_dir))) == 2
+    assert "'os.system', which makes no optimizer" in capsys.readouterr().err
+
+
+def test_a_result_that_is_no_result_is_named(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (run_dir / "result.json").write_text("{")
+    assert main(("resume", str(run_dir))) in (1, 2)
+    assert "result.json is not a result file" in capsys.readouterr().err
+
+
+def test_a_folder_that_cannot_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("")
+    assert main((*RUN, "hydra.run.dir=file/run")) == 2
+    assert "file/run" in capsys.readouterr().err
+
+
+def test_damaged_images_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    raw = tmp_path / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for kind in ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1"):
+        (raw / f"{kind}-ubyte.gz").write_bytes(gzip.compress(b"\x00\x00\x08\x03" + b"\x00\x00\x00\x05" * 3 + b"ab"))
+    assert main((*RUN, "stream=permuted_mnist", f"data.root={tmp_path}")) == 2
+    assert "is damaged: its header announces" in capsys.readouterr().err
+
+
+def test_a_full_disk_stops_the_run_and_keeps_what_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    written = []
+
+    def fsync(descriptor: int) -> None:
+        written.append(descriptor)
+        if len(written) > 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    assert main((*RUN, "hydra.run.dir=run")) == 1
+    assert "No space left on device" in capsys.readouterr().err
+    assert len(list((tmp_path / "run" / "checkpoints").glob("*.pt"))) == 2
+    assert not list((tmp_path / "run" / "checkpoints").glob("*.tmp"))

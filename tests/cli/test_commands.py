@@ -1,0 +1,151 @@
+"""The commands as a person uses them, through the real entry point."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cl.cli.main import COMMANDS, main
+from cl.result import Result
+
+TINY = ("tracking=none", "debug=tiny")
+
+
+@pytest.fixture(autouse=True)
+def _in_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def cl(*words: str, **named: object) -> subprocess.CompletedProcess[str]:
+    """Run the command in a process of its own."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, "-m", "cl", *words], capture_output=True, text=True, env=environment, **named
+    )
+
+
+def test_help_names_every_command_and_imports_nothing_heavy() -> None:
+    code = "import sys; from cl.cli.main import main; main(['--help']); print(sorted({'torch', 'hydra'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert all(command in done.stdout for command in COMMANDS)
+    assert done.stdout.rstrip().endswith("[]")
+
+
+def test_list_imports_nothing_heavy() -> None:
+    code = (
+        "import sys; from cl.cli.main import main; main(['list']); print(sorted({'torch', 'hydra'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "permuted_mnist" in done.stdout and "replay" in done.stdout and "linear_scan" in done.stdout
+    assert done.stdout.rstrip().endswith("[]")
+
+
+@pytest.mark.parametrize("command", [name for name in COMMANDS if name != "run"])
+def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main((command, "--help")) == 0
+    assert f"Usage: cl {command}" in capsys.readouterr().out
+
+
+def test_run_leaves_the_documented_folder(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(("run", *TINY, "strategy=replay", "strategy.replay.capacity=50", "hydra.run.dir=out", "seed=3")) == 0
+    assert sorted(path.name for path in Path("out").iterdir()) == [
+        "checkpoints",
+        "config.yaml",
+        "metrics.jsonl",
+        "result.json",
+        "run.log",
+    ]
+    result = json.loads(Path("out/result.json").read_text())
+    expected = {"schema", "stream", "strategy", "backbone", "setting", "seed", "experiences", "measure", "R", "R_init"}
+    expected |= {"metrics", "cost", "env", "status", "mlflow_run_id"}
+    assert expected <= set(result)
+    assert (result["stream"], result["strategy"], result["backbone"]) == ("permuted_digits", ["replay"], "mlp")
+    assert (result["seed"], result["status"], result["schema"]) == (3, "done", 1)
+    assert [len(row) for row in result["R"]] == [3, 3, 3]
+    costs = "train_samples_per_s eval_samples_per_s forwards backwards updates buffer_bytes peak_memory_bytes"
+    assert {*costs.split(), "train_s", "eval_s", "wall_s"} <= set(result["cost"])
+    assert result["cost"]["updates"] == 60
+    assert result["cost"]["buffer_bytes"] > 50 * 64
+    assert "run folder: out" in capsys.readouterr().out
+
+
+def test_composition_keeps_the_order_of_the_command_line() -> None:
+    assert main(("run", *TINY, "limit_experiences=1", "strategy=[replay,naive]", "hydra.run.dir=out")) == 0
+    assert Result.load(Path("out/result.json")).strategy == ["replay", "naive"]
+
+
+def test_a_finished_run_is_not_trained_again(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(("run", *TINY, "limit_experiences=1", "hydra.run.dir=out")) == 0
+    before = Path("out/result.json").read_bytes()
+    assert main(("resume", "out")) == 0
+    assert "this run is done" in capsys.readouterr().out
+    assert Path("out/result.json").read_bytes() == before
+
+
+def test_hydra_flags_work(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(("run", *TINY, "--cfg", "job", "strategy=replay")) == 0
+    assert "_target_: strategies.replay.Replay" in capsys.readouterr().out
+
+
+def test_hydra_sweep(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("run", "-m", *TINY, "limit_experiences=1", "strategy=naive,replay", "seed=0,1", "hydra.sweep.dir=sweep")
+    assert main(words) == 0
+    results = [Result.load(path) for path in sorted(Path("sweep").glob("*/result.json"))]
+    assert sorted((result.label, result.seed) for result in results) == [
+        ("naive", 0),
+        ("naive", 1),
+        ("replay", 0),
+        ("replay", 1),
+    ]
+
+
+def test_explain_counts_what_it_declares(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(("explain", "debug=tiny", "strategy=replay", "strategy.replay.replay_batch_size=16")) == 0
+    said = capsys.readouterr().out
+    assert "step 20, experience 'permutation 01'" in said
+    rows = [line.split() for line in said.splitlines()]
+    assert ["replay", "replay", "16", "1"] in rows
+    assert ["forwards", "80", "80"] in rows
+    assert ["backwards", "80", "80"] in rows
+    assert not list(Path().iterdir())
+
+
+def test_doctor_finds_this_machine_healthy(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(("doctor",)) == 0
+    said = capsys.readouterr().out
+    assert "torch" in said and "data digits" in said and "mlflow store" in said
+
+
+def test_reproduce_lists_the_claims_without_running(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(("reproduce", "format=markdown")) == 0
+    said = capsys.readouterr().out
+    assert "| split_mnist_er_200 |" in said and "79.7 ± 2.5" in said and "holds" not in said
+
+
+def test_third_party_strategy_by_name_of_its_class() -> None:
+    Path("my_ideas.py").write_text(
+        '"""Mine."""\n'
+        "from cl.hooks import Strategy\n\n\n"
+        "class Mine(Strategy):\n"
+        '    """Shrinks the weights a little after every step."""\n\n'
+        "    def __init__(self, rate: float = 0.1) -> None:\n"
+        "        self.rate = rate\n\n"
+        "    def on_step_end(self, state, batch, output):\n"
+        "        for p in state.parameters().values():\n"
+        "            p.data.mul_(1 - self.rate)\n"
+    )
+    run = (*TINY, "limit_experiences=1")
+    done = cl("run", *run, "strategy=my_ideas.Mine", "strategy.my_ideas.rate=0.5", "hydra.run.dir=a")
+    assert done.returncode == 0, done.stderr
+    assert Result.load(Path("a/result.json")).strategy == ["my_ideas"]
+    assert "rate: 0.5" in Path("a/config.yaml").read_text()
+    done = cl("run", *run, "+strategy.mine._target_=my_ideas.Mine", "+strategy.mine.rate=0.5", "hydra.run.dir=b")
+    assert done.returncode == 0, done.stderr
+    first, second = (Result.load(Path(name) / "result.json") for name in "ab")
+    assert second.strategy == ["naive", "mine"]
+    assert first.R == second.R

@@ -1,0 +1,104 @@
+"""`cl compare`: paired seeds, in parallel, resumable, and not ended by the death of one run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from cl.cli.compare import split_words
+from cl.cli.main import main
+from cl.result import Result
+
+TINY = ("tracking=none", "debug=tiny", "limit_experiences=2", "out=out", "jobs=2")
+
+MORTAL = '''"""A strategy whose process dies once."""
+import os
+import signal
+from pathlib import Path
+
+from cl.hooks import Strategy
+
+
+class Mortal(Strategy):
+    """Kills its process at step 25 of seed 1, the first time."""
+
+    def on_step_end(self, state, batch, output):
+        mark = Path("died")
+        if state.seeds.root == 1 and state.step == 25 and not mark.exists():
+            mark.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+'''
+
+
+@pytest.fixture(autouse=True)
+def _in_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def results() -> dict[str, Result]:
+    paths = Path("out").glob("*/seed-*/result.json")
+    return {f"{path.parent.parent.name}/{path.parent.name}": Result.load(path) for path in paths}
+
+
+def test_compares_on_the_same_seeds_and_reports(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("compare", *TINY, "strategies=naive,[naive,replay]", "seeds=0,2", "strategy.replay.capacity=50")
+    assert main(words) == 0
+    said = capsys.readouterr().out
+    assert sorted(results()) == ["naive+replay/seed-0", "naive+replay/seed-2", "naive/seed-0", "naive/seed-2"]
+    assert all(result.status == "done" for result in results().values())
+    assert Path("out/report/report.html").stat().st_size > 10_000
+    assert "naive+replay" in said and "report: out/report/report.html" in said
+    # the first row of R is measured after the same training, so the pairing is visible in the numbers
+    assert results()["naive/seed-0"].R_init == results()["naive+replay/seed-0"].R_init
+
+    before = {path: path.stat().st_mtime_ns for path in Path("out").glob("*/seed-*/result.json")}
+    assert main(words) == 0
+    assert "4 of 4 runs are done already" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+def test_one_death_is_reported_and_the_next_call_goes_on(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("mortal.py").write_text(MORTAL)
+    words = ("compare", *TINY, "strategies=naive,mortal.Mortal", "seeds=2", "trainer.checkpoint_every=10")
+    assert main(words) == 1
+    said = capsys.readouterr().out
+    assert "mortal/seed-1: killed by signal 9" in said
+    assert "1 of 4 runs did not finish; the same command goes on with them" in said
+    finished = results()
+    assert finished.pop("mortal/seed-1").status == "interrupted"
+    assert {result.status for result in finished.values()} == {"done"}
+
+    assert main(words) == 0
+    assert "3 of 4 runs are done already" in capsys.readouterr().out
+    after = results()["mortal/seed-1"]
+    assert after.status == "done"
+    # a strategy that does nothing but die once trains like naive, through its death
+    assert after.R == results()["naive/seed-1"].R
+
+
+def test_other_settings_in_the_same_folder_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(("compare", *TINY, "strategies=naive", "seeds=1")) == 0
+    assert main(("compare", *TINY, "strategies=naive", "seeds=1", "optimizer.lr=0.5")) == 2
+    assert "holds a run with other settings; choose another folder with out=FOLDER" in capsys.readouterr().err
+
+
+def test_through_hydras_launcher(capfd: pytest.CaptureFixture[str]) -> None:
+    words = ("compare", *TINY, "strategies=naive,replay", "seeds=2", "launcher=joblib", "strategy.replay.capacity=50")
+    assert main(words) == 0, capfd.readouterr().out
+    assert sorted(results()) == ["naive/seed-0", "naive/seed-1", "replay/seed-0", "replay/seed-1"]
+    assert "replay" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("word", "written"),
+    [
+        ("strategies=naive", "strategies=[naive]"),
+        ("strategies=naive,[derpp,ewc]", "strategies=[naive,[derpp,ewc]]"),
+        ("strategies=[naive,derpp]", "strategies=[naive,derpp]"),
+        ("seeds=5", "seeds=5"),
+        ("seeds=1,2", "seeds=[1,2]"),
+    ],
+)
+def test_lists_are_written_as_people_write_them(word: str, written: str) -> None:
+    assert split_words([word]) == ([written], [])

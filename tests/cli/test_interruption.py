@@ -1,0 +1,119 @@
+"""kill -9, Ctrl-C and SIGTERM at any step, then `cl resume`: the same result, bit for bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from cl.cli.main import main
+from cl.result import Result
+
+# a process that sends itself a signal at a given step, through the real entry point
+SUICIDE = """
+import os, sys
+import torch
+torch.set_num_threads(1)
+from cl.cli.main import main
+from cl.ledger import Ledger
+
+number, at, words = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3:]
+watch = Ledger.watch
+
+def watch_and_die(self, state, terms, lr):
+    watch(self, state, terms, lr)
+    if state.step == at:
+        os.kill(os.getpid(), number)
+
+Ledger.watch = watch_and_die
+sys.exit(main(words))
+"""
+
+RUN = ("run", "tracking=none", "debug=tiny", "strategy=[derpp,ewc]", "trainer.checkpoint_every=7", "optimizer=adam")
+
+
+def killed_at(step: int, number: int, folder: str) -> subprocess.CompletedProcess[str]:
+    words = [sys.executable, "-c", SUICIDE, str(number), str(step), *RUN, f"hydra.run.dir={folder}"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(words, capture_output=True, text=True, env=environment)
+
+
+def final_state(folder: str) -> dict:
+    path = max(Path(folder).glob("checkpoints/*.pt"))
+    return torch.load(path, weights_only=True)
+
+
+def assert_same(first: object, second: object) -> None:
+    if isinstance(first, torch.Tensor):
+        assert torch.equal(first, second)
+    elif isinstance(first, dict):
+        assert first.keys() == second.keys()
+        for key in first:
+            assert_same(first[key], second[key])
+    elif isinstance(first, list | tuple):
+        assert len(first) == len(second)
+        for one, other in zip(first, second, strict=True):
+            assert_same(one, other)
+    else:
+        assert first == second
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    torch.set_num_threads(1)
+    assert main((*RUN, f"hydra.run.dir={folder}")) == 0
+    return folder
+
+
+@pytest.mark.parametrize(("number", "step"), [(signal.SIGKILL, 31), (signal.SIGINT, 5), (signal.SIGTERM, 45)])
+def test_resumes_exactly(
+    number: int,
+    step: int,
+    uninterrupted: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = killed_at(step, number, "run")
+    interrupted = Result.load(Path("run/result.json"))
+    assert interrupted.status == "interrupted"
+    if number == signal.SIGKILL:
+        assert done.returncode == -signal.SIGKILL
+    else:
+        assert done.returncode == 1, done.stderr
+        assert "interrupted; go on with `cl resume run`" in done.stdout
+    assert main(("resume", "run")) == 0
+    capsys.readouterr()
+    whole, resumed = Result.load(uninterrupted / "result.json"), Result.load(Path("run/result.json"))
+    assert resumed.status == "done"
+    assert (whole.R, whole.R_init, whole.metrics) == (resumed.R, resumed.R_init, resumed.metrics)
+    for name in ("forwards", "backwards", "updates", "buffer_bytes"):
+        assert whole.cost[name] == resumed.cost[name]
+    expected, found = final_state(str(uninterrupted)), final_state("run")
+    for key in ("position", "state", "strategies"):
+        assert_same(expected[key], found[key])
+    points = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()[1:]]
+    named = [(point["name"], point["step"]) for point in points]
+    assert len(set(named)) == len(named), "a point was logged twice"
+
+
+def test_a_truncated_checkpoint_falls_back_to_the_one_before(
+    uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    killed_at(31, signal.SIGKILL, "run")
+    newest = max(Path("run/checkpoints").glob("*.pt"))
+    newest.write_bytes(newest.read_bytes()[:1000])
+    assert main(("resume", "run")) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"note: checkpoint {newest} cannot be read" in said
+    assert "trying the one before it" in said
+    assert Result.load(Path("run/result.json")).R == Result.load(uninterrupted / "result.json").R

@@ -1,0 +1,33 @@
+"""The tables in docs/ are those that `cl list` makes, and what they say of settings is true."""
+
+from pathlib import Path
+
+import pytest
+
+from cl.cli import listing
+from cl.testing import configs, discover
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.parametrize("name", ["strategies", "streams", "backbones"])
+def test_docs_table_is_what_the_generator_writes(name):
+    table = listing.markdown(list(listing.LISTS[name]()))
+    path = ROOT / "docs" / f"{name}.md"
+    assert path.is_file(), f"docs/{name}.md is missing; `make docs` writes it"
+    assert table in path.read_text(), f"docs/{name}.md is not up to date; run `make docs`"
+
+
+@pytest.mark.parametrize(("name", "group"), [("strategies", "strategy"), ("streams", "stream"), ("backbones", "backbone")])
+def test_list_is_complete(name, group):
+    entries = {entry.name: entry for entry in listing.LISTS[name]()}
+    assert set(entries) == {config.name for config in configs(group)}
+    without = [entry.name for entry in entries.values() if not entry.line]
+    assert not without, f"no first docstring line: {without}"
+
+
+def test_listed_settings_are_those_of_the_class():
+    """The list is read without importing; a strategy that inherits its settings must not be listed wrongly."""
+    listed = {entry.name: set(entry.settings) for entry in listing.strategies()}
+    declared = {plugin.name: set(map(str, plugin.load().settings)) for plugin in discover("strategies")}
+    assert listed == declared

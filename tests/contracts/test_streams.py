@@ -1,0 +1,37 @@
+"""Every config in configs/stream/ builds a stream that keeps the contract.
+
+Streams over embedded data run always; those over a data root where it is there, and marked slow.
+"""
+
+import inspect
+import os
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from cl.testing import Config, StreamContract, configs
+from cl.testing.plugins import camel_case
+
+ROOT = Path(__file__).resolve().parents[2]
+DATA_ROOT = os.environ.get("CL_DATA_ROOT") or str(ROOT.parent / "shared" / "data")
+
+
+def contract_of(config: Config) -> type[StreamContract]:
+    """A test class for one config, built with the config's own arguments."""
+    values = {"seed": 0, "data": {"root": DATA_ROOT, "download": False}, "stream": config.node}
+    arguments = OmegaConf.to_container(OmegaConf.create(values), resolve=True)["stream"]
+    del arguments["_target_"]
+    make = config.target()
+    # drawing rows shows that the seed arrives, also where the classes come in a fixed order
+    seeded_by = {"train_rows": 50} if "train_rows" in inspect.signature(make).parameters else {}
+    members = {"make": staticmethod(make), "arguments": arguments, "seeded_by": seeded_by}
+    if "root" in config.node:
+        members["pytestmark"] = pytest.mark.slow
+    return type(f"Test{camel_case(config.name.replace('/', '_'))}", (StreamContract,), members)
+
+
+for found in configs("stream"):
+    contract = contract_of(found)
+    globals()[contract.__name__] = contract
+del contract

@@ -1,0 +1,195 @@
+"""One table of ops and the properties each must have; the test files only choose sizes.
+
+Every comparison is a relative Frobenius error without an absolute escape: where the truth is zero, so must we be.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kernels.delta_rule import delta_rule
+from kernels.gated_linear_attention import gated_linear_attention, retention_decay
+from kernels.linear_scan import linear_scan
+
+Inputs = dict[str, Tensor]
+TOLERANCE = {
+    ("chunked", torch.float64): 1e-10,
+    ("chunked", torch.float32): 1e-5,
+    ("triton", torch.float32): 1e-5,
+    ("triton", torch.float16): 2e-3,
+    ("triton", torch.bfloat16): 1e-2,
+}
+# cosine between keys, and how slowly the state decays: the fourth breaks an inverse by squaring
+DISTRIBUTIONS = {"random": (0.0, 2.0), "cos 0.5": (0.5, 2.0), "cos 0.5 slow": (0.5, 6.0), "cos 0.9 slow": (0.9, 6.0)}
+
+
+@dataclass(frozen=True)
+class OpCase:
+    """An op and how to draw its inputs; `tokens` are the inputs with a time axis (dimension 1)."""
+
+    name: str
+    op: Callable[..., tuple[Tensor, Tensor]]
+    draw: Callable[[torch.Generator, int, int, int, str], tuple[Inputs, Tensor]]
+
+    @property
+    def is_matrix(self) -> bool:
+        return "scan" not in self.name
+
+
+def _keys(gen: torch.Generator, shape: tuple[int, ...], cosine: float) -> Tensor:
+    """Unit vectors with the given cosine between any two, in expectation."""
+    common = torch.randn(shape[0], 1, *shape[2:], generator=gen, dtype=torch.float64)
+    own = torch.randn(shape, generator=gen, dtype=torch.float64)
+    unit = torch.nn.functional.normalize
+    return unit(cosine**0.5 * unit(common, dim=-1) + (1 - cosine) ** 0.5 * unit(own, dim=-1), dim=-1)
+
+
+def _draw_scan(is_complex: bool) -> Callable[..., tuple[Inputs, Tensor]]:
+    def draw(gen: torch.Generator, batch: int, length: int, sequences: int, kind: str) -> tuple[Inputs, Tensor]:
+        dtype = torch.complex128 if is_complex else torch.float64
+        _, slow = DISTRIBUTIONS[kind]
+        shape = (batch, length, 2, 3)
+        a = torch.sigmoid(torch.randn(shape, generator=gen, dtype=torch.float64) + slow).to(dtype)
+        if is_complex:
+            a = a * torch.exp(3j * torch.randn(shape, generator=gen, dtype=torch.float64))
+        u = torch.randn(shape, generator=gen, dtype=dtype)
+        return {"a": a, "u": u}, torch.randn(sequences, 2, 3, generator=gen, dtype=dtype)
+
+    return draw
+
+
+def _draw_matrix(gate: str, delta: bool) -> Callable[..., tuple[Inputs, Tensor]]:
+    def draw(gen: torch.Generator, batch: int, length: int, sequences: int, kind: str) -> tuple[Inputs, Tensor]:
+        cosine, slow = DISTRIBUTIONS[kind]
+        heads, k_width, v_width = 2, 5, 7
+        rand = {"generator": gen, "dtype": torch.float64}
+        q = torch.randn(batch, length, heads, k_width, **rand)
+        inputs = {"q": q, "k": _keys(gen, (batch, length, heads, k_width), cosine)}
+        inputs["v"] = torch.randn(batch, length, heads, v_width, **rand)
+        if delta:
+            beta = torch.rand(batch, length, heads, **rand)
+            inputs["beta"] = beta if slow < 4 else 0.9 + 0.1 * beta
+        size = {"scalar": (batch, length, heads), "channel": q.shape}
+        if gate in size:
+            inputs["g"] = torch.nn.functional.logsigmoid(torch.randn(size[gate], **rand) + slow)
+        elif gate == "retention":
+            inputs["g"] = retention_decay(heads).double()
+        return inputs, torch.randn(sequences, heads, k_width, v_width, **rand)
+
+    return draw
+
+
+CASES = {
+    case.name: case
+    for case in (
+        OpCase("scan_real", linear_scan, _draw_scan(False)),
+        OpCase("scan_complex", linear_scan, _draw_scan(True)),
+        OpCase("linear_attention", gated_linear_attention, _draw_matrix("none", False)),
+        OpCase("retention", gated_linear_attention, _draw_matrix("retention", False)),
+        OpCase("gla_scalar", gated_linear_attention, _draw_matrix("scalar", False)),
+        OpCase("gla_channel", gated_linear_attention, _draw_matrix("channel", False)),
+        OpCase("deltanet", delta_rule, _draw_matrix("none", True)),
+        OpCase("gated_deltanet", delta_rule, _draw_matrix("scalar", True)),
+        OpCase("kda", delta_rule, _draw_matrix("channel", True)),
+    )
+}
+OFFSETS = [0, 0, 1, 18, 35, 50, 50]
+
+
+def draw(case: OpCase, length: int, kind: str = "random", cu: list[int] | None = None, seed: int = 0) -> Inputs:
+    """Inputs in float64, the initial state among them."""
+    gen = torch.Generator().manual_seed(seed)
+    batch, sequences = (2, 2) if cu is None else (1, len(cu) - 1)
+    inputs, state = case.draw(gen, batch, length, sequences, kind)
+    return {**inputs, "initial_state": state}
+
+
+def cast(inputs: Inputs, dtype: torch.dtype) -> Inputs:
+    """Tokens in `dtype` (complex alike); gates, step sizes and states keep at least float32."""
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    complex_of = {torch.float64: torch.complex128}.get(dtype, torch.complex64)
+
+    def one(name: str, x: Tensor) -> Tensor:
+        if x.is_complex():
+            return x.to(complex_of)
+        return x.to(wide if name in ("g", "beta", "initial_state") else dtype)
+
+    return {name: one(name, x) for name, x in inputs.items()}
+
+
+def tensors_of(case: OpCase, inputs: Inputs, **options: Any) -> list[Tensor]:
+    """Output, last state and the gradient of every input, for fixed random cotangents."""
+    leaves = {name: x.detach().clone().requires_grad_() for name, x in inputs.items()}
+    out, final = case.op(**leaves, **options)
+    gen = torch.Generator().manual_seed(99)
+    cotangents = [torch.randn(x.shape, generator=gen, dtype=torch.float64).to(x.dtype) for x in (out, final)]
+    grads = torch.autograd.grad([out, final], list(leaves.values()), cotangents)
+    return [out.detach(), final.detach(), *grads]
+
+
+def error(found: Tensor, truth: Tensor) -> float:
+    """Relative Frobenius error; infinite where the truth is zero and we are not, or anything is not finite."""
+    wide = torch.complex128 if truth.is_complex() else torch.float64
+    difference = float((found.to(wide) - truth.to(wide)).norm())
+    scale = float(truth.to(wide).norm())
+    if scale == 0 or not difference < float("inf"):
+        return 0.0 if difference == 0 else float("inf")
+    return difference / scale
+
+
+def truth_of(case: OpCase, inputs: Inputs, **options: Any) -> list[Tensor]:
+    """The token loop in float64 on the same (rounded) numbers."""
+    return tensors_of(case, cast(inputs, torch.float64), **options, backend="reference")
+
+
+def assert_close(case: OpCase, inputs: Inputs, found: list[Tensor], truth: list[Tensor], tolerance: float) -> None:
+    """Every output and gradient within the tolerance; names the worst."""
+    names = ["output", "final_state", *(f"d{name}" for name in inputs)]
+    errors = {name: error(x, y) for name, x, y in zip(names, found, truth, strict=True)}
+    bad = {name: e for name, e in errors.items() if not e <= tolerance}
+    assert not bad, f"{case.name}: relative errors above {tolerance:g}: {bad}"
+
+
+def assert_agrees(case: OpCase, inputs: Inputs, backend: str, dtype: torch.dtype, **options: Any) -> None:
+    """The backend in this dtype against the float64 token loop, forward and every gradient."""
+    given = cast(inputs, dtype)
+    reference_options = {k: v for k, v in options.items() if k != "chunk"}
+    truth = truth_of(case, given, **reference_options)
+    found = tensors_of(case, given, **options, backend=backend)
+    assert_close(case, given, found, truth, TOLERANCE[backend, dtype])
+
+
+def split(case: OpCase, inputs: Inputs, cut: int) -> tuple[Inputs, Inputs]:
+    """Inputs before and after a cut in time (constant gates stay whole)."""
+    first, second = {}, {}
+    for name, x in inputs.items():
+        if name == "initial_state":
+            continue
+        timeless = name == "g" and x.dim() == 1
+        first[name], second[name] = (x, x) if timeless else (x[:, :cut], x[:, cut:])
+    return first, second
+
+
+def carried(case: OpCase, cut: int) -> OpCase:
+    """The same op run as two calls with the state handed over."""
+
+    def op(*, initial_state: Tensor, backend: str, chunk: int | None = None, **tokens: Tensor) -> tuple[Tensor, Tensor]:
+        first, second = split(case, tokens, cut)
+        options: dict[str, Any] = {"backend": backend, "chunk": chunk}
+        out1, middle = case.op(**first, initial_state=initial_state, **options)
+        out2, final = case.op(**second, initial_state=middle, **options)
+        return torch.cat([out1, out2], dim=1), final
+
+    return OpCase(f"{case.name} cut at {cut}", op, case.draw)
+
+
+def in_halo(x: Tensor) -> Tensor:
+    """The same contiguous values inside a buffer of NaN: a read outside shows up."""
+    margin = 64
+    buffer = torch.full((x.numel() + 2 * margin,), float("nan"), dtype=x.dtype)
+    inner = buffer[margin : margin + x.numel()].view(x.shape)
+    inner.copy_(x)
+    return inner

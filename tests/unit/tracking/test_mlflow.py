@@ -1,0 +1,291 @@
+"""What arrives in MLflow, read back through its own client; losing the store; replaying a run."""
+
+import json
+import logging
+import shutil
+import socket
+import subprocess
+import sys
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+import cl
+from cl.core import UserError
+from cl.tracking import Journal, Memory, MLflowTracker, chart_url, default_uri, experiment_links, points, sync
+from cl.tracking.store import sqlite_path, view_tag
+
+pytest.importorskip("mlflow")
+
+
+@pytest.fixture
+def client(store):
+    from mlflow import MlflowClient
+
+    return MlflowClient(store)
+
+
+@pytest.fixture
+def run_dir(tmp_path):
+    (tmp_path / "config.yaml").write_text("seed: 7\n")
+    return tmp_path
+
+
+def stored(client, run_id):
+    """Every point of a run, a repeated one twice."""
+    names = client.get_run(run_id).data.metrics
+    return sorted((n, m.step, round(m.value, 9)) for n in names for m in client.get_metric_history(run_id, n))
+
+
+def curves(found):
+    return sorted((p.name, p.step, round(p.value, 9)) for p in found)
+
+
+def only_run(client, experiment):
+    (run,) = client.search_runs([client.get_experiment_by_name(experiment).experiment_id])
+    return run
+
+
+def test_round_trip(store, client, make_result, tell, run_dir):
+    tracker = MLflowTracker(store, experiment="round", run_dir=run_dir, suite="demo", every_steps=4)
+    memory, result = Memory(every_steps=4), make_result()
+    tell([memory, tracker], result)
+    run = client.get_run(result.mlflow_run_id)
+
+    assert tracker.run_id == result.mlflow_run_id
+    assert tracker.experiment_id == run.info.experiment_id
+    assert stored(client, run.info.run_id) == curves(memory.points)
+    assert (run.info.run_name, run.info.status) == ("derpp+refresh-s7", "FINISHED")
+    tags = {name: value for name, value in run.data.tags.items() if name.startswith("cl.")}
+    assert len(tags.pop("cl.config_hash")) == 12
+    assert tags.pop("cl.version")
+    assert tags == {
+        "cl.strategy": "derpp+refresh",
+        "cl.stream": "permuted_digits",
+        "cl.backbone": "mlp",
+        "cl.setting": "domain_incremental",
+        "cl.suite": "demo",
+        "cl.status": "done",
+    }
+    assert not any(name.startswith("mlflow.parent") for name in run.data.tags)
+    assert run.data.params["seed"] == "7"
+    assert run.data.params["optimizer.lr"] == "0.1"
+    assert len(run.data.params["long"]) == 500
+    assert {view_tag(), view_tag("demo")} <= set(client.get_experiment(run.info.experiment_id).tags)
+    assert run.inputs.dataset_inputs[0].dataset.name == "permuted_digits"
+
+
+def test_links_to_what_is_in_the_store(store, client, make_result, tell):
+    tell([MLflowTracker(store, suite="first")], make_result(stream="stream_a"))
+    number = client.get_experiment_by_name("stream_a").experiment_id
+    links = {name: link for name, link in experiment_links(store, "http://h").items() if name.startswith("stream_a")}
+    assert links == {
+        "stream_a": chart_url("http://h", number),
+        "stream_a, first": chart_url("http://h", number, "first"),
+    }
+
+
+def test_artifacts(store, client, make_result, tell, run_dir):
+    (run_dir / "figures").mkdir()
+    (run_dir / "figures" / "R.png").write_bytes(b"png")
+    tracker = MLflowTracker(store, experiment="artifacts", run_dir=run_dir)
+    result = make_result()
+    tell([tracker], result)
+    (run_dir / "report.md").write_text("# drawn after the run\n")
+    tracker.upload()
+    names = {file.path for file in client.list_artifacts(result.mlflow_run_id)}
+    assert names == {"config.yaml", "figures", "tables", "report.md"}
+    table = client.download_artifacts(result.mlflow_run_id, "tables/accuracy_matrix.json")
+    with open(table) as file:
+        assert len(json.load(file)["data"]) == 8
+
+
+def test_hundreds_of_params_and_thousands_of_points(store, client, make_result):
+    memory, tracker, result = Memory(1), MLflowTracker(store, experiment="many", every_steps=1), make_result()
+    from types import SimpleNamespace
+
+    for observer in (memory, tracker):
+        observer.on_start(result, {f"p{i}": i for i in range(250)} | {"nested": {"a": {"b": 1}}, "odd@[key]": 1})
+        observer.on_experience_start(SimpleNamespace(step=0), 700)
+        for _ in range(700):
+            observer.on_step(None, {"loss": 1.0}, 0.1)
+        observer.flush()
+    assert not tracker.is_silent
+    params = client.get_run(tracker.run_id).data.params
+    assert len(params) == 253
+    assert params["nested.a.b"] == params["odd__key_"] == "1"
+    assert stored(client, tracker.run_id) == curves(memory.points)
+
+
+def test_resume_does_not_double(store, client, make_result, tell, run_dir):
+    memory = Memory(every_steps=4)
+    tell([memory], make_result())
+    first = make_result()
+    observers = [
+        Journal(run_dir, every_steps=4),
+        MLflowTracker(store, experiment="resume", run_dir=run_dir, every_steps=4),
+    ]
+    # the store is ahead of the checkpoint for steps 12 to 18, and behind it for none
+    tell(observers, first, stop_at=19)
+    for observer in observers:
+        observer.flush()
+    second = make_result(R=[first.R[0]], mlflow_run_id=first.mlflow_run_id)
+    again = [Journal(run_dir, every_steps=4), MLflowTracker(store, experiment="resume", run_dir=run_dir, every_steps=4)]
+    tell(again, second, first=1, steps_done=2)
+    assert stored(client, first.mlflow_run_id) == curves(memory.points)
+    assert only_run(client, "resume").info.status == "FINISHED"
+
+
+def test_resume_brings_what_was_not_flushed(store, client, make_result, tell, run_dir):
+    memory = Memory(every_steps=4)
+    tell([memory], make_result())
+    first = make_result()
+    journal = Journal(run_dir, every_steps=4)
+    tell([journal, MLflowTracker(store, experiment="lag", run_dir=run_dir, every_steps=4)], first, stop_at=19)
+    journal.on_checkpoint(None, "")  # then killed: points 12 and 16 never reached the store
+    second = make_result(R=[first.R[0]], mlflow_run_id=first.mlflow_run_id)
+    tracker = MLflowTracker(store, experiment="lag", run_dir=run_dir, every_steps=4)
+    tell([tracker, Journal(run_dir, every_steps=4)], second, first=1, steps_done=6)
+    assert stored(client, first.mlflow_run_id) == curves(memory.points)
+
+
+def test_failed_and_interrupted_runs_say_so(store, client, make_result, tell):
+    for status, expected in (("failed", "FAILED"), ("interrupted", "KILLED")):
+        tell([MLflowTracker(store, experiment=status)], make_result(error="no memory"), last=1, status=status)
+        run = only_run(client, status)
+        assert (run.info.status, run.data.tags["cl.status"]) == (expected, status)
+        assert run.data.tags["mlflow.note.content"] == "no memory"
+        assert not any(name.startswith("final/") for name in run.data.metrics)
+
+
+def test_server_that_is_not_there(make_result, tell, run_dir, caplog, monkeypatch):
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    with closing(socket.socket()) as probe:
+        probe.bind(("127.0.0.1", 0))
+        uri = f"http://127.0.0.1:{probe.getsockname()[1]}"
+    memory, result = Memory(), make_result()
+    with caplog.at_level(logging.WARNING):
+        tell([MLflowTracker(uri, run_dir=run_dir), memory], result)
+    (warning,) = [record.getMessage() for record in caplog.records]
+    assert warning.startswith(f"MLflow at {uri} was lost (")
+    assert "Connection refused" in warning
+    assert f"`cl report {run_dir} sync={uri}`" in warning
+    assert result.mlflow_run_id is None
+    assert curves(p for p in memory.points if "train/" not in p.name) == curves(points(result))
+
+
+def test_server_lost_midway_then_synced(store, client, make_result, tell, run_dir, caplog, monkeypatch):
+    from mlflow import MlflowClient
+
+    memory, result = Memory(every_steps=4), make_result()
+    tracker = MLflowTracker(store, experiment="midway", run_dir=run_dir, every_steps=4)
+    real, calls = MlflowClient.log_batch, []
+
+    def breaks(self, run_id, metrics=(), params=(), tags=()):
+        calls.append(len(metrics))
+        if len([n for n in calls if n]) > 1:
+            raise ConnectionResetError(104, "Connection reset by peer")
+        return real(self, run_id, metrics=metrics, params=params, tags=tags)
+
+    with monkeypatch.context() as broken, caplog.at_level(logging.WARNING):
+        broken.setattr(MlflowClient, "log_batch", breaks)
+        tell([tracker, Journal(run_dir, every_steps=4), memory], result)
+    assert len(caplog.records) == 1
+    assert "Connection reset by peer" in caplog.text
+    assert tracker.is_silent
+    run = client.get_run(result.mlflow_run_id)
+    assert run.info.status == "RUNNING"
+    assert {step for name, step, _ in stored(client, run.info.run_id) if "train/" not in name} == {1}
+
+    result.save(run_dir / "result.json")
+    for _ in range(2):
+        assert sync(run_dir, store) == run.info.run_id
+        assert stored(client, run.info.run_id) == curves(memory.points)
+    assert only_run(client, "midway").info.status == "FINISHED"
+
+
+def test_sync_creates_the_run_once(store, client, make_result, tell, run_dir):
+    memory, result = Memory(every_steps=4), make_result()
+    tell([Journal(run_dir, experiment="sync", suite="s", every_steps=4), memory], result)
+    result.save(run_dir / "result.json")
+    ids = {sync(run_dir, store), sync(run_dir, store)}
+    # also when the id in result.json is gone, or belongs to a store that was deleted
+    result.mlflow_run_id = "0" * 32
+    result.save(run_dir / "result.json")
+    ids.add(sync(run_dir, store))
+    assert ids == {only_run(client, "sync").info.run_id}
+    assert stored(client, ids.pop()) == curves(memory.points)
+    run = only_run(client, "sync")
+    assert (run.data.tags["cl.suite"], run.data.params["seed"], run.info.status) == ("s", "7", "FINISHED")
+
+
+def test_sync_writes_the_id_into_the_result(store, make_result, tell, run_dir):
+    from cl.result import Result
+
+    result = make_result()
+    tell([], result)
+    result.save(run_dir / "result.json")
+    run_id = sync(run_dir, store, experiment="id")
+    assert Result.load(run_dir / "result.json").mlflow_run_id == run_id
+
+
+def test_sync_of_a_killed_run_needs_the_journal_only(store, client, make_result, tell, run_dir):
+    journal = Journal(run_dir, experiment="killed", every_steps=4)
+    tell([journal], make_result(), stop_at=19)
+    sync(run_dir, store)
+    run = only_run(client, "killed")
+    assert run.info.status == "KILLED"
+    assert run.data.metrics["accuracy/task_00"] == 0.9
+
+
+def test_sync_of_nothing_is_a_bad_request(store, tmp_path):
+    with pytest.raises(UserError, match="is no run folder"):
+        sync(tmp_path, store)
+    (tmp_path / "result.json").write_text("{}")
+    with pytest.raises(UserError, match="schema"):
+        sync(tmp_path, store)
+
+
+WRITER = """
+import sys
+from types import SimpleNamespace
+from cl.result import Result
+from cl.tracking import MLflowTracker, prepare_store
+uri, seed = sys.argv[1], int(sys.argv[2])
+prepare_store(uri)
+names = ["a", "b"]
+result = Result("s", ["naive"], "mlp", "domain_incremental", seed, names, names, [0, 1], "accuracy")
+tracker = MLflowTracker(uri, experiment="both", every_steps=1)
+tracker.on_start(result, {"seed": seed})
+tracker.on_experience_start(SimpleNamespace(step=0), 40)
+for _ in range(40):
+    tracker.on_step(None, {"loss": 1.0}, 0.1)
+    tracker.flush()
+result.R.append([0.5, 0.5])
+tracker.on_evaluation(None, result)
+result.status = "done"
+tracker.on_end(result)
+sys.exit(tracker.is_silent)
+"""
+
+
+def test_two_processes_fill_one_store(store, tmp_path):
+    from mlflow import MlflowClient
+
+    # a store of its own, so that both processes meet an experiment that does not exist
+    uri = default_uri(tmp_path)
+    shutil.copy(sqlite_path(store), sqlite_path(uri))
+    root = Path(cl.__file__).parents[1]
+    writers = [
+        subprocess.Popen([sys.executable, "-c", WRITER, uri, str(seed)], stderr=subprocess.PIPE, text=True, cwd=root)
+        for seed in (0, 1)
+    ]
+    said = [writer.communicate()[1] for writer in writers]
+    assert [writer.returncode for writer in writers] == [0, 0], said
+    assert [text for text in said if text] == []
+    client = MlflowClient(uri)
+    runs = client.search_runs([client.get_experiment_by_name("both").experiment_id])
+    assert {run.info.run_name for run in runs} == {"naive-s0", "naive-s1"}
+    assert [len(client.get_metric_history(run.info.run_id, "train/loss")) for run in runs] == [40, 40]

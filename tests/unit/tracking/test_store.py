@@ -1,0 +1,153 @@
+"""Addresses, signs of life and links; only `prepare_store` needs mlflow."""
+
+import json
+import os
+import socket
+import sqlite3
+import subprocess
+import sys
+from contextlib import closing
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+import cl
+from cl.core import UserError
+from cl.tracking import absolute_uri, chart_url, check_store, default_uri, prepare_store
+from cl.tracking import check as check_module
+from cl.tracking import store as store_module
+from cl.tracking.store import artifact_location, grouped_view, view_tag
+
+
+@pytest.fixture(autouse=True)
+def no_proxy(monkeypatch):
+    for name in ("http_proxy", "HTTP_PROXY", "https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def closed_port():
+    with closing(socket.socket()) as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def test_default_store_is_absolute(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert default_uri() == f"sqlite:///{tmp_path}/mlruns.db"
+    assert absolute_uri("sqlite:///mine/x.db") == f"sqlite:///{tmp_path}/mine/x.db"
+    assert absolute_uri("http://host:1") == "http://host:1"
+    assert artifact_location(default_uri()) == f"{tmp_path}/mlartifacts"
+    assert artifact_location("http://host:1") is None
+
+
+@pytest.mark.parametrize(
+    ("uri", "says"),
+    [
+        ("foo://x", "no known kind"),
+        ("", "no known kind"),
+        ("./mlruns", "no known kind"),
+        ("file:///tmp/mlruns", "no known kind"),
+        ("sqlite:///", "names no file"),
+        ("sqlite:///{folder}", "is a folder"),
+        ("sqlite:///{folder}/text.db", "not a database"),
+        ("sqlite:///{folder}/text.db/below.db", "no folder that can be written"),
+        ("http://127.0.0.1:{port}", "GET http://127.0.0.1:{port}/health failed"),
+        ("postgresql://me:secret@127.0.0.1:{port}/runs", "connecting to 127.0.0.1:{port} failed"),
+    ],
+)
+def test_bad_addresses_get_one_sentence(tmp_path, closed_port, uri, says):
+    (tmp_path / "text.db").write_text("no database\n" * 100)
+    uri, says = (text.format(folder=tmp_path, port=closed_port) for text in (uri, says))
+    with pytest.raises(UserError) as caught:
+        check_store(uri)
+    sentence = str(caught.value)
+    assert says in sentence
+    assert uri.replace("secret", "***") in sentence
+    assert "secret" not in sentence
+    assert "\n" not in sentence
+
+
+def test_a_server_that_hangs_is_given_up(monkeypatch):
+    monkeypatch.setattr(check_module, "ANSWER_WITHIN_S", 0.2)
+    with closing(socket.socket()) as deaf:
+        deaf.bind(("127.0.0.1", 0))
+        deaf.listen()
+        with pytest.raises(UserError, match=r"(no answer within 0.2 s|timed out)"):
+            check_store(f"http://127.0.0.1:{deaf.getsockname()[1]}")
+
+
+def test_checking_creates_nothing(tmp_path):
+    check_store(default_uri(tmp_path / "new"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_prepared_store_is_found_again_without_mlflow(store):
+    check_store(store)
+    script = (
+        "import sys\nfrom cl.tracking import prepare_store\n"
+        f"prepare_store({store!r})\nassert 'mlflow' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=Path(cl.__file__).parents[1])
+
+
+def test_preparing_leaves_no_draft(store):
+    folder = store_module.sqlite_path(store).parent
+    assert [path.name for path in folder.iterdir() if path.name.startswith(".")] == []
+
+
+def test_prepare_is_quick_when_the_tables_exist(store, monkeypatch):
+    monkeypatch.setattr(store_module, "quiet", lambda: pytest.fail("it went on to create tables"))
+    prepare_store(store)
+    prepare_store("http://127.0.0.1:1")
+
+
+def test_a_store_that_cannot_be_made_is_a_bad_request(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be created"):
+        prepare_store(f"sqlite:///{tmp_path}/file/x.db")
+
+
+@pytest.mark.parametrize("has_hard_links", [True, False])
+def test_another_process_may_be_faster(tmp_path, monkeypatch, has_hard_links):
+    """The tables of the one that came first stay, and no draft is left."""
+    sqlalchemy_store = pytest.importorskip("mlflow.store.tracking.sqlalchemy_store")
+
+    class SlowStore:
+        def __init__(self, uri, artifacts):
+            store_module.sqlite_path(uri).write_text("mine")
+            (tmp_path / "mlruns.db").write_text("theirs")
+            self.engine = SimpleNamespace(dispose=lambda: None)
+
+    monkeypatch.setattr(sqlalchemy_store, "SqlAlchemyStore", SlowStore)
+    if not has_hard_links:
+        monkeypatch.setattr(os, "link", lambda *paths: os.stat("/no such file"))
+    prepare_store(default_uri(tmp_path))
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"mlruns.db": "theirs"}
+
+
+def test_default_experiment_keeps_its_artifacts_beside_the_store(store):
+    with closing(sqlite3.connect(store_module.sqlite_path(store))) as connection:
+        (location,) = connection.execute("select artifact_location from experiments where name = 'Default'").fetchone()
+    assert location.startswith((artifact_location(store), f"file://{artifact_location(store)}"))
+
+
+def test_link_opens_the_grouped_charts():
+    url = chart_url("http://127.0.0.1:5000/", "3")
+    assert url == (
+        "http://127.0.0.1:5000/#/experiments/3/runs"
+        "?workflowType=machine_learning&compareRunsMode=CHART&viewStateShareKey=cl-by-strategy"
+    )
+    assert view_tag() == "mlflow.sharedViewState.cl-by-strategy"
+    state = json.loads(json.loads(grouped_view())["state"])
+    assert state["groupBy"]["groupByKeys"] == [{"mode": "tag", "groupByData": "cl.strategy"}]
+    assert "searchFilter" not in state
+
+
+def test_link_to_one_comparison():
+    key = "cl-by-strategy-split_digits_1a2b"
+    assert chart_url("http://h", "3", suite="split_digits/1a2b").endswith(f"viewStateShareKey={key}")
+    assert view_tag("split_digits/1a2b") == f"mlflow.sharedViewState.{key}"
+    state = json.loads(json.loads(grouped_view("split_digits/1a2b"))["state"])
+    assert state["searchFilter"] == 'tags.`cl.suite` = "split_digits/1a2b"'
