@@ -5,12 +5,18 @@ from __future__ import annotations
 import os
 import tempfile
 import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from cl.core import UserError
+from cl.hooks import Strategy
+from cl.ledger import Ledger
+from cl.state import TrainState
 
 FORMAT = "cl-lab checkpoint 1"
 KEPT = 2
@@ -80,3 +86,30 @@ def load_latest(folder: Path, fingerprint: str, device: torch.device | None = No
 
 def _newest_first(folder: Path) -> list[Path]:
     return sorted(folder.glob("step-*.pt"), reverse=True)
+
+
+def capture(
+    state: TrainState, scaler: torch.amp.GradScaler, strategies: Sequence[Strategy], ledger: Ledger
+) -> dict[str, Any]:
+    """Everything that the rest of a run depends on, except its position in the stream."""
+    return {
+        "state": state.state_dict(),
+        "scaler": scaler.state_dict(),
+        "strategies": [strategy.state_dict() for strategy in strategies],
+        "ledger": ledger.state_dict(),
+    }
+
+
+def apply(
+    saved: Mapping[str, Any],
+    state: TrainState,
+    scaler: torch.amp.GradScaler,
+    strategies: Sequence[Strategy],
+    ledger: Ledger,
+) -> None:
+    """Put back what `capture` took, strategies' tensors on the run's device."""
+    state.load_state_dict(saved["state"])
+    scaler.load_state_dict(saved["scaler"])
+    for strategy, content in zip(strategies, saved["strategies"], strict=True):
+        strategy.load_state_dict(tree_map_only(Tensor, lambda tensor: tensor.to(state.device), content))
+    ledger.load_state_dict(saved["ledger"])

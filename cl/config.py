@@ -77,6 +77,11 @@ class TrainerConfig:
     def budget(self) -> Budget:
         return Budget(self.epochs, self.max_steps, self.max_tokens, self.batch_size, self.accumulation)
 
+    def next_pause(self, steps_done: int, num_steps: int) -> int:
+        """The step of an experience at which the loop next measures or saves; its last one at the latest."""
+        periods = [period for period in (self.eval_every, self.checkpoint_every) if period]
+        return min([num_steps, *((steps_done // period + 1) * period for period in periods)])
+
     def torch_device(self) -> torch.device:
         if self.device == "auto":
             return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -89,3 +94,8 @@ class TrainerConfig:
                 f"({str(error).splitlines()[0]}); use auto or cpu"
             ) from None
         return device
+
+
+def is_due(period: int, steps_done: int) -> bool:
+    """Whether something done every `period` steps is to be done now; a period of 0 means never."""
+    return period > 0 and steps_done % period == 0

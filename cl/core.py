@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from functools import lru_cache
 from typing import Any, Literal, Protocol
 
 import torch
@@ -60,6 +61,12 @@ class Part:
         return self.stop - self.start
 
 
+@lru_cache(maxsize=64)
+def _all_current(num_rows: int) -> tuple[Part, ...]:
+    """One current part; the same object for every batch of a size, since each step makes several."""
+    return (Part(0, num_rows),)
+
+
 @dataclass(slots=True)
 class Batch:
     """Rows on their way through a strategy into a backbone.
@@ -84,7 +91,7 @@ class Batch:
 
     def __post_init__(self) -> None:
         if not self.parts:
-            self.parts = (Part(0, self.inputs.shape[0]),)
+            self.parts = _all_current(self.inputs.shape[0])
 
     def __len__(self) -> int:
         return self.inputs.shape[0]

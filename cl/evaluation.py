@@ -9,8 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from cl.config import TrainerConfig
 from cl.core import Batch, EvalSet, Output
-from cl.hooks import Strategy
+from cl.hooks import Strategy, overrides
+from cl.ledger import Ledger
 from cl.state import TrainState
 
 
@@ -63,18 +65,42 @@ def measure(
     return total.item() / count, num_rows
 
 
-def measure_all(
-    state: TrainState,
-    strategies: Sequence[Strategy],
-    columns: Sequence[int],
-    batch_size: int,
-    max_rows: int | None = None,
-) -> tuple[list[float | None], int]:
-    """A row of R: the measure on each eval set in `columns`, None elsewhere; and the number of rows it took."""
-    row: list[float | None] = [None] * len(state.stream.eval_sets)
-    rows_measured = 0
-    with evaluating(state.model):
-        for j in columns:
-            row[j], num_rows = measure(state, strategies, state.stream.eval_sets[j], batch_size, max_rows)
-            rows_measured += num_rows
-    return row, rows_measured
+class Evaluator:
+    """Fills the rows of R: which domains are measured when, charged and told.
+
+    Args:
+        strategies: of the run; the list is shared with the trainer.
+    """
+
+    def __init__(
+        self, state: TrainState, config: TrainerConfig, ledger: Ledger, strategies: Sequence[Strategy]
+    ) -> None:
+        self.state, self.config, self.ledger, self.strategies = state, config, ledger, strategies
+
+    def row(self) -> list[float | None]:
+        """The measure on every domain, or on those trained so far; None elsewhere."""
+        every = range(len(self.state.stream.eval_sets))
+        return self._measured(every if self.config.evaluate == "all" else self._seen(), self.config.eval_rows)
+
+    def within(self) -> None:
+        """Measure the domains trained so far, inside an experience."""
+        self.ledger.flush(self.state)
+        row = self._measured(self._seen(), self.config.within_eval_rows or self.config.eval_rows)
+        stage = len(self.ledger.result.R)
+        self.ledger.result.within += [[stage, self.state.step, j, v] for j, v in enumerate(row) if v is not None]
+        self.ledger.tell("on_within", self.state, row)
+
+    def _seen(self) -> Sequence[int]:
+        experience, trained = self.state.experience, self.ledger.result.trained
+        seen = set(trained[: experience.id + 1]) if experience else set()
+        return range(len(self.state.stream.eval_sets)) if -1 in seen else sorted(seen)
+
+    def _measured(self, columns: Sequence[int], max_rows: int | None) -> list[float | None]:
+        row: list[float | None] = [None] * len(self.state.stream.eval_sets)
+        predictors = [strategy for strategy in self.strategies if overrides(strategy, "eval_forward")]
+        with self.ledger.charged("eval_s"), evaluating(self.state.model):
+            for j in columns:
+                eval_set = self.state.stream.eval_sets[j]
+                row[j], num_rows = measure(self.state, predictors, eval_set, self.config.eval_batch_size, max_rows)
+                self.ledger.clock["eval_rows"] += num_rows
+        return row

@@ -7,7 +7,7 @@ the data order needs to be saved.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from cl.core import Batch, Data, Experience, Setting, StreamInfo, UserError
@@ -85,7 +85,10 @@ def steps_from(state: TrainState, experience: Experience, data: Data, budget: Bu
                 return
 
 
-def _grouped(batches: Iterator[Batch], size: int) -> Iterator[list[Batch]]:
+def _grouped(batches: Iterator[Batch], size: int) -> Iterator[Sequence[Batch]]:
+    if size == 1:
+        yield from ((batch,) for batch in batches)
+        return
     group: list[Batch] = []
     for batch in batches:
         group.append(batch)

@@ -5,8 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+from torch.optim import Optimizer
+
 Schedule = Callable[[int, int], float]
 """(step from 0, steps in the span) -> factor in [0, 1] of the optimizer's own rate."""
+
+
+def set_learning_rate(optimizer: Optimizer, factor: float) -> float:
+    """Scale every group's own rate, kept as `initial_lr`; returns the rate of the first group."""
+    for group in optimizer.param_groups:
+        group["lr"] = group.setdefault("initial_lr", group["lr"]) * factor
+    rate: float = optimizer.param_groups[0]["lr"]
+    return rate
 
 
 def _warmed(step: int, total: int, warmup_frac: float) -> tuple[float, float]:

@@ -117,17 +117,33 @@ def cross_entropy(output: Output, batch: Batch, parts: Sequence[Part] | None = N
 
     A weight of 0 skips the part, so that rows without a label loss cost nothing here.
     """
-    parts = batch.parts if parts is None else parts
     terms = []
-    for part in parts:
+    for part in batch.parts if parts is None else parts:
         if part.weight == 0:
             continue
-        logits, targets = output.logits, batch.targets
-        if len(part) != len(batch):
-            logits, targets = logits[part.rows], targets[part.rows]
-        term = F.cross_entropy(logits.flatten(0, -2).float(), targets.flatten())
+        is_all = len(part) == len(batch)
+        term = _mean_cross_entropy(
+            output.logits if is_all else output.logits[part.rows], batch.targets if is_all else batch.targets[part.rows]
+        )
         terms.append(term if part.weight == 1 else part.weight * term)
+    if len(terms) == 1:
+        return terms[0]
     return sum(terms[1:], start=terms[0]) if terms else output.logits.sum() * 0.0
+
+
+def _mean_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    if logits.dim() > 2:
+        logits, targets = logits.flatten(0, -2), targets.flatten()
+    return F.cross_entropy(logits.float(), targets)
+
+
+def current_rows(done: list[tuple[Batch, Output]]) -> tuple[Batch, Output]:
+    """The stream's own rows of a step's micro-batches, and their logits, detached."""
+    rows = [batch.current() for batch, _ in done]
+    logits = [output.logits[: batch.num_current].detach() for batch, output in done]
+    if len(done) == 1:
+        return rows[0], Output(logits[0])
+    return Batch.cat(rows), Output(torch.cat(logits))
 
 
 def tensor_bytes(*values: Any) -> int:

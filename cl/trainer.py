@@ -8,7 +8,6 @@ The hooks are in `cl.hooks`; which rows come next is in `cl.loader`; what is wri
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,22 +15,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils._pytree import tree_map_only
 
 from cl import checkpoint
-from cl.config import PRECISIONS, TrainerConfig
+from cl.config import TrainerConfig, is_due
 from cl.core import Batch, Experience, Output, Stream, StreamInfo
-from cl.evaluation import measure_all
-from cl.hooks import Strategy, check_all, overrides
+from cl.evaluation import Evaluator
+from cl.hooks import Strategy, overrides
 from cl.ledger import Ledger, new_result
 from cl.loader import check_rows, steps_from, tokens_per_row
 from cl.observe import Observer
 from cl.result import Result
-from cl.schedules import Schedule, constant
-from cl.seeding import Seeds
-from cl.state import TrainState, cross_entropy
+from cl.schedules import Schedule, constant, set_learning_rate
+from cl.setup import prepare
+from cl.state import cross_entropy, current_rows
 
-STEP_HOOKS = ("on_batch", "penalty", "on_gradients", "step", "on_step_end", "eval_forward", "make_optimizer")
+STEP_HOOKS = ("on_batch", "penalty", "on_gradients", "step", "on_step_end", "make_optimizer")
 
 
 class Trainer:
@@ -71,29 +69,18 @@ class Trainer:
         self.optimizer, self.schedule = optimizer, schedule
         self.run_dir, self.settings, self.fingerprint = run_dir, dict(settings or {}), fingerprint
         self._stop_requested = False
+        self.strategies: list[Strategy] = []
         self.compose(strategies)
-        check_all(self.strategies, stream)
-        for strategy in self.strategies:
-            stream = strategy.plan(stream)
-
-        device, seeds = self.config.torch_device(), Seeds(seed)
-        with seeds.as_global("init"):
-            model = backbone(stream.info)
-            for strategy in self.strategies:
-                model = strategy.wrap(model, stream.info)
-        model.to(device)
-        dtype = PRECISIONS[self.config.precision]
-        autocast = nullcontext if dtype is None else partial(torch.autocast, device.type, dtype)
-        self.state = TrainState(model, self._make_optimizer(model), stream, seeds, device, autocast)
-        rows = [experience.num_samples for experience in stream.experiences]
-        self.state.total_steps = sum(self.config.budget.steps(n, tokens_per_row(stream.info)) for n in rows)
+        self.state = prepare(stream, backbone, self.strategies, self._make_optimizer, self.config, seed)
+        device = self.state.device
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.config.precision == "fp16")
         reported = {"strategy": [strategy.name for strategy in self.strategies]} | dict(names or {})
         self.ledger = Ledger(new_result(self.state, seed, reported), observers, run_dir, device)
+        self.evaluator = Evaluator(self.state, self.config, self.ledger, self.strategies)
 
     def compose(self, strategies: Sequence[Strategy]) -> None:
         """Set who is called, and in which order; the loop skips hooks that a strategy does not override."""
-        self.strategies = list(strategies)
+        self.strategies[:] = strategies
         self._hooked = {hook: [s for s in self.strategies if overrides(s, hook)] for hook in STEP_HOOKS}
 
     def request_stop(self) -> None:
@@ -135,12 +122,13 @@ class Trainer:
         for strategy in self.strategies:
             strategy.on_run_start(self.state)
         if self.config.evaluate == "all":
-            self.ledger.result.R_init = self._measure(self._columns())
+            self.ledger.result.R_init = self.evaluator.row()
         self._save_checkpoint(next_experience=0, steps_done=0)
 
     def _learn(self, experience: Experience, steps_done: int) -> bool:
         """Train on one experience and measure; False when asked to stop before its end."""
         state, config, ledger = self.state, self.config, self.ledger
+        state.data = None  # the rows of one experience at a time
         with ledger.charged("train_s"):
             state.experience, state.data = experience, experience.load()
         check_rows(state.data, experience)
@@ -151,7 +139,7 @@ class Trainer:
         state.model.train()
         steps = steps_from(state, experience, state.data, config.budget, steps_done)
         while steps_done < num_steps:
-            pause = self._next_pause(steps_done, num_steps)
+            pause = config.next_pause(steps_done, num_steps)
             with ledger.charged("train_s"):
                 while steps_done < pause and not self._stop_requested:
                     state.epoch, batches = next(steps)
@@ -160,9 +148,9 @@ class Trainer:
             if steps_done == 0:  # asked to stop before the first step: the last checkpoint is where the run stands
                 return False
             if steps_done < num_steps:
-                if _is_due(config.eval_every, steps_done):
-                    self._measure_within()
-                if self._stop_requested or _is_due(config.checkpoint_every, steps_done):
+                if is_due(config.eval_every, steps_done):
+                    self.evaluator.within()
+                if self._stop_requested or is_due(config.checkpoint_every, steps_done):
                     self._save_checkpoint(experience.id, steps_done)
                 if self._stop_requested:
                     return False
@@ -170,7 +158,7 @@ class Trainer:
         with ledger.charged("train_s"):
             for strategy in self.strategies:
                 strategy.on_experience_end(state)
-        ledger.result.R.append(self._measure(self._columns()))
+        ledger.result.R.append(self.evaluator.row())
         self._save_checkpoint(experience.id + 1, 0)
         ledger.tell("on_evaluation", state, ledger.result)
         return not self._stop_requested or experience is state.stream.experiences[-1]
@@ -192,19 +180,10 @@ class Trainer:
         num_rows = sum(map(len, batches))
         done: list[tuple[Batch, Output]] = []
         means: dict[str, Tensor] = {}
-        for state.micro_step, batch in enumerate(batches):
-            share = len(batch) / num_rows
-            state.tokens += batch.targets.numel()
-            for strategy in hooked["on_batch"]:
-                batch = strategy.on_batch(state, batch)
-            output = state.forward(batch)
-            terms = {"cross_entropy": cross_entropy(output, batch) if output.loss is None else output.loss}
-            for strategy in hooked["penalty"]:
-                penalty = strategy.penalty(state, batch, output)
-                if penalty is not None:
-                    terms[strategy.name] = penalty
+        for state.micro_step, rows in enumerate(batches):
+            batch, output, terms = self._forward(rows)
             if len(batches) > 1:
-                terms = {name: term * share for name, term in terms.items()}
+                terms = {name: term * (len(rows) / num_rows) for name, term in terms.items()}
             first, *others = terms.values()
             self.scaler.scale(sum(others, start=first)).backward()
             for name, term in terms.items():
@@ -213,11 +192,25 @@ class Trainer:
         self.ledger.watch(state, means, lr)
         self._update(done[-1][0])
         state.step += 1
-        self.ledger.clock["train_rows"] += sum(batch.num_current for batch, _ in done)
+        self.ledger.clock["train_rows"] += num_rows
         if hooked["on_step_end"]:
-            rows, output = _current_rows(done)
+            batch, output = current_rows(done)
             for strategy in hooked["on_step_end"]:
-                strategy.on_step_end(state, rows, output)
+                strategy.on_step_end(state, batch, output)
+
+    def _forward(self, batch: Batch) -> tuple[Batch, Output, dict[str, Tensor]]:
+        """A micro-batch as the strategies want it, its output, and the terms of its loss."""
+        state, hooked = self.state, self._hooked
+        state.tokens += batch.targets.numel()
+        for strategy in hooked["on_batch"]:
+            batch = strategy.on_batch(state, batch)
+        output = state.forward(batch)
+        terms = {"cross_entropy": cross_entropy(output, batch) if output.loss is None else output.loss}
+        for strategy in hooked["penalty"]:
+            penalty = strategy.penalty(state, batch, output)
+            if penalty is not None:
+                terms[strategy.name] = penalty
+        return batch, output, terms
 
     def _update(self, batch: Batch) -> None:
         state, hooked, clip_norm = self.state, self._hooked, self.config.clip_norm
@@ -242,65 +235,24 @@ class Trainer:
     def _set_learning_rate(self, step: int, num_steps: int) -> float:
         if self.config.schedule_span == "run":
             step, num_steps = self.state.step, self.state.total_steps
-        factor = self.schedule(step, num_steps)
-        for group in self.state.optimizer.param_groups:
-            group["lr"] = group.setdefault("initial_lr", group["lr"]) * factor
-        return self.state.optimizer.param_groups[0]["lr"]
+        return set_learning_rate(self.state.optimizer, self.schedule(step, num_steps))
 
     def _experiences(self, start: int) -> Iterable[Experience]:
         return (self.state.stream.experiences[k] for k in range(start, len(self.state.stream.experiences)))
 
-    def _next_pause(self, steps_done: int, num_steps: int) -> int:
-        """The step at which the loop next measures or saves."""
-        periods = [period for period in (self.config.eval_every, self.config.checkpoint_every) if period]
-        return min([num_steps, *((steps_done // period + 1) * period for period in periods)])
-
-    # measuring and saving
-
-    def _columns(self) -> list[int]:
-        """Domains to measure now: all of them, or those trained so far."""
-        everything = list(range(len(self.state.stream.eval_sets)))
-        return everything if self.config.evaluate == "all" else self._columns_seen()
-
-    def _columns_seen(self) -> list[int]:
-        experience, trained = self.state.experience, self.ledger.result.trained
-        seen = set(trained[: experience.id + 1]) if experience else set()
-        return list(range(len(self.state.stream.eval_sets))) if -1 in seen else sorted(seen)
-
-    def _measure(self, columns: Sequence[int], max_rows: int | None = None) -> list[float | None]:
-        max_rows = max_rows or self.config.eval_rows
-        with self.ledger.charged("eval_s"):
-            row, num_rows = measure_all(
-                self.state, self._hooked["eval_forward"], columns, self.config.eval_batch_size, max_rows
-            )
-        self.ledger.clock["eval_rows"] += num_rows
-        return row
-
-    def _measure_within(self) -> None:
-        self.ledger.flush(self.state)
-        row = self._measure(self._columns_seen(), self.config.within_eval_rows)
-        stage = len(self.ledger.result.R)
-        self.ledger.result.within += [[stage, self.state.step, j, v] for j, v in enumerate(row) if v is not None]
-        self.ledger.tell("on_within", self.state, row)
-
-    def _buffer_bytes(self) -> int:
-        return sum(s.cost(self.state, self.config.batch_size).buffer_bytes for s in self.strategies)
+    # saving
 
     def _save_result(self) -> None:
-        self.ledger.save(self.state, self._buffer_bytes())
+        kept = (strategy.cost(self.state, self.config.batch_size).buffer_bytes for strategy in self.strategies)
+        self.ledger.save(self.state, sum(kept))
 
     def _save_checkpoint(self, next_experience: int, steps_done: int) -> None:
         self.ledger.flush(self.state)
         self._save_result()
         if self.run_dir is None:
             return
-        payload = {
-            "position": [next_experience, steps_done],
-            "state": self.state.state_dict(),
-            "scaler": self.scaler.state_dict(),
-            "strategies": [strategy.state_dict() for strategy in self.strategies],
-            "ledger": self.ledger.state_dict(),
-        }
+        parts = checkpoint.capture(self.state, self.scaler, self.strategies, self.ledger)
+        payload = parts | {"position": [next_experience, steps_done]}
         path = checkpoint.save(self.run_dir / "checkpoints", self.state.step, payload, self.fingerprint)
         self.ledger.last_checkpoint = path
         self.ledger.tell("on_checkpoint", self.state, str(path))
@@ -310,23 +262,6 @@ class Trainer:
         if self.run_dir is None:
             raise ValueError("a run without run_dir keeps no checkpoint to resume from")
         self.ledger.last_checkpoint, saved = checkpoint.load_latest(self.run_dir / "checkpoints", self.fingerprint)
-        self.state.load_state_dict(saved["state"])
-        self.scaler.load_state_dict(saved["scaler"])
-        for strategy, content in zip(self.strategies, saved["strategies"], strict=True):
-            strategy.load_state_dict(tree_map_only(Tensor, lambda tensor: tensor.to(self.state.device), content))
-        self.ledger.load_state_dict(saved["ledger"])
+        checkpoint.apply(saved, self.state, self.scaler, self.strategies, self.ledger)
         start, steps_done = saved["position"]
         return start, steps_done
-
-
-def _is_due(period: int, steps_done: int) -> bool:
-    return period > 0 and steps_done % period == 0
-
-
-def _current_rows(done: list[tuple[Batch, Output]]) -> tuple[Batch, Output]:
-    """The stream's own rows of a step's micro-batches, and their logits, detached."""
-    rows = [batch.current() for batch, _ in done]
-    logits = [output.logits[: batch.num_current].detach() for batch, output in done]
-    if len(done) == 1:
-        return rows[0], Output(logits[0])
-    return Batch.cat(rows), Output(torch.cat(logits))

@@ -35,7 +35,7 @@ class Images:
     eval_targets: Tensor
     num_classes: int
     largest: int = 255
-    transform: Callable[[Tensor], Tensor] | None = None
+    transform: Callable[[Tensor], Tensor] = Tensor.float
     augment: Callable[[Tensor, torch.Generator], Tensor] | None = None
 
     @property

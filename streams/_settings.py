@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any, TypeGuard
 
 from torch import Tensor
 
@@ -35,6 +36,11 @@ def require_flag(name: str, value: object) -> None:
 def require_fraction(name: str, value: object) -> None:
     if not isinstance(value, int | float) or not 0 < value < 1:
         raise UserError(f"{name} is {value!r}; it must be a number between 0 and 1")
+
+
+def is_list(value: object, length: int) -> TypeGuard[Sequence[Any]]:
+    """Whether a value is a list of that length; a string is not."""
+    return isinstance(value, Sequence) and not isinstance(value, str) and len(value) == length
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from cl.seeding import derive_seed
 from streams._images import Images
 from streams._options import image_stream
 from streams._remap import remap
-from streams._settings import Piece, assemble, require_flag, require_integer, require_setting
+from streams._settings import Piece, assemble, is_list, require_flag, require_integer, require_setting
 
 
 @image_stream
@@ -73,13 +73,11 @@ def _degrees(angles: str | Sequence[float], angle_range: float, count: int, seed
         return [_uniform(derive_seed(seed, "rotation", k)) * angle_range for k in range(count)]
     if angles == "even":
         return [k * angle_range / count for k in range(count)]
-    is_list = isinstance(angles, Sequence) and not isinstance(angles, str)
-    if not is_list or len(angles) != count or not all(isinstance(a, int | float) and math.isfinite(a) for a in angles):
-        shown = list(angles) if is_list else angles
-        raise UserError(
-            f"stream.angles is {shown!r}; it must be random, even, or a list of stream.num_experiences={count} numbers"
-        )
-    return [float(angle) for angle in angles]
+    if is_list(angles, count) and all(isinstance(angle, int | float) and math.isfinite(angle) for angle in angles):
+        return [float(angle) for angle in angles]
+    raise UserError(
+        f"stream.angles is {angles!r}; it must be random, even, or a list of stream.num_experiences={count} numbers"
+    )
 
 
 def _uniform(seed: int) -> float:
@@ -105,5 +103,6 @@ def rotation(height: int, width: int, angle: float) -> Tensor:
 def _view(images: Images, angle: float, is_train: bool) -> tuple[Tensor, Tensor]:
     inputs, targets = images.part(is_train)
     if angle:
-        inputs = remap(inputs, rotation(*images.shape[1:], angle))
+        _, height, width = images.shape
+        inputs = remap(inputs, rotation(height, width, angle))
     return inputs, targets

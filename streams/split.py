@@ -20,7 +20,7 @@ from cl.core import Setting, Stream, UserError
 from cl.seeding import derive_seed
 from streams._images import Images
 from streams._options import image_stream
-from streams._settings import Piece, assemble, require_integer, require_setting
+from streams._settings import Piece, assemble, is_list, require_integer, require_setting
 
 SETTINGS = (Setting.CLASS_INCREMENTAL, Setting.TASK_INCREMENTAL, Setting.DOMAIN_INCREMENTAL)
 
@@ -68,14 +68,12 @@ def _class_order(wanted: str | Sequence[int], num_classes: int, seed: int) -> li
     if wanted == "shuffled":
         generator = torch.Generator().manual_seed(derive_seed(seed, "class order"))
         return torch.randperm(num_classes, generator=generator).tolist()
-    is_list = isinstance(wanted, Sequence) and not isinstance(wanted, str)
-    if not is_list or len(wanted) != num_classes or any(c not in wanted for c in range(num_classes)):
-        shown = list(wanted) if is_list else wanted
-        raise UserError(
-            f"stream.class_order is {shown!r}; it must be fixed, shuffled, or a list that names every class from 0 to "
-            f"{num_classes - 1} once"
-        )
-    return list(wanted)
+    if is_list(wanted, num_classes) and all(c in wanted for c in range(num_classes)):
+        return list(wanted)
+    raise UserError(
+        f"stream.class_order is {wanted!r}; it must be fixed, shuffled, or a list that names every class from 0 to "
+        f"{num_classes - 1} once"
+    )
 
 
 def _sizes(num_experiences: int, wanted: Sequence[int] | None, num_classes: int) -> list[int]:

@@ -30,7 +30,7 @@ class MultiHead(nn.Module):
     def forward(self, hidden_BF: Tensor, task_id_B: Tensor | None = None) -> Tensor:
         if task_id_B is None:
             raise ValueError("a multi-head backbone needs rows with a task_id; this batch has none")
-        tasks = task_id_B.unique().tolist()
+        tasks = torch.unique(task_id_B).tolist()
         if tasks[0] < 0 or tasks[-1] >= len(self.heads):
             raise ValueError(f"rows ask for the heads {tasks}; this backbone has 0 to {len(self.heads) - 1}")
         if len(tasks) == 1:

@@ -19,7 +19,7 @@ from cl.report.style import UNITS, Look, Unit, looks
 from cl.result import Result
 
 MAX_BANDS = 12
-"""Forgetting curves per strategy that get an interval; more would cover each other (and cost a bootstrap each)."""
+"""Domains up to which every forgetting curve gets an interval, at the cost of a bootstrap per point."""
 
 NOT_CONTINUAL = "joint"
 """Sees all data at once, so it bounds the others and takes no part in the trade of performance against cost."""

@@ -180,7 +180,7 @@ def _charts(view: SectionView, thinned: bool) -> str:
 def _figure(kind: str, title: str, label: str, style: str = "", key: str = "") -> str:
     return (
         f'<figure class="chart {style}" data-chart="{kind}" data-key="{key}" data-label="{escape(label)}">'
-        f'<figcaption>{escape(title)}</figcaption><div class="canvas"></div></figure>'
+        f'<figcaption>{escape(title)} <span class="whose"></span></figcaption><div class="canvas"></div></figure>'
     )
 
 

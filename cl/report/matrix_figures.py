@@ -20,7 +20,7 @@ from cl.report.axes import (
     order_colours,
     whole_ticks,
 )
-from cl.report.curves import MAX_BANDS, Band, Matrix, SectionView, StrategyView
+from cl.report.curves import Band, Matrix, SectionView, StrategyView
 from cl.report.style import short
 
 if TYPE_CHECKING:
@@ -32,6 +32,9 @@ MAX_PRINTED = 12
 
 MAX_NAMED = 40
 """Names up to which every row or column of a heatmap is labelled."""
+
+MAX_DRAWN_BANDS = 6
+"""Domains up to which intervals are drawn around the curves; more would cover each other."""
 
 UNSEEN_ALPHA = 0.28
 
@@ -138,7 +141,7 @@ def draw_domain(axes: Axes, view: SectionView, matrix: Matrix, j: int, curve: Ba
     marker: Any = {"marker": "o", "markersize": 2.8} if view.num_experiences <= 20 else {}
     axes.plot(x[after], y[after], color=colour, lw=0.9 if many else 1.6, alpha=0.8 if many else 1, **marker)
     low, high = (np.array(ends) * view.unit.factor for ends in (curve.low, curve.high))
-    if len(view.section.domains) <= MAX_BANDS and not np.isnan(low[after]).all():
+    if len(view.section.domains) <= MAX_DRAWN_BANDS and not np.isnan(low[after]).all():
         axes.fill_between(x[after], low[after], high[after], color=colour, alpha=0.16, lw=0)
 
 

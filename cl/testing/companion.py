@@ -16,7 +16,8 @@ class Companion(Strategy):
     """A strategy to compose others with: it adds rows, a penalty, an edit of the gradient, and keeps state.
 
     Made to upset whoever assumes to be alone: its rows precede or follow theirs in the batch, and its penalty depends
-    on the weights at the end of the last experience.
+    on the weights at the end of the last experience. It draws at the start of every experience, so that a run that
+    enters one twice is found out.
     """
 
     settings = frozenset(Setting)
@@ -25,6 +26,10 @@ class Companion(Strategy):
         self.name = name
         self.stored: dict[str, Tensor] = {}
         self.centre: dict[str, Tensor] = {}
+        self.strength = 0.0
+
+    def on_experience_start(self, state: TrainState) -> None:
+        self.strength = 0.002 * torch.rand((), generator=state.seeds.named(self.name)).item()
 
     def on_batch(self, state: TrainState, batch: Batch) -> Batch:
         if not self.stored:
@@ -38,7 +43,7 @@ class Companion(Strategy):
         if not self.centre:
             return None
         terms = [(p - self.centre[name]).square().sum() for name, p in state.parameters().items()]
-        return 0.001 * torch.stack(terms).sum()
+        return self.strength * torch.stack(terms).sum()
 
     def on_gradients(self, state: TrainState) -> None:
         for p in state.parameters().values():
@@ -58,7 +63,8 @@ class Companion(Strategy):
         return Cost(rows, rows, tensor_bytes(self.stored, self.centre))
 
     def state_dict(self) -> dict[str, Any]:
-        return {"stored": self.stored, "centre": self.centre}
+        return {"stored": self.stored, "centre": self.centre, "strength": self.strength}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.stored, self.centre = dict(state["stored"]), dict(state["centre"])
+        self.strength = state["strength"]

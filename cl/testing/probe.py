@@ -108,6 +108,7 @@ def train(
 
 
 def weights_of(model: nn.Module) -> dict[str, Tensor]:
+    """A copy of everything in the model's `state_dict`."""
     return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
 
 

@@ -62,14 +62,22 @@ def default_uri(folder: str | Path = ".") -> str:
 def absolute_uri(uri: str) -> str:
     """The same store from any working directory; only SQLite addresses depend on it."""
     path = sqlite_path(uri)
-    return uri if path is None else f"{uri.split('///', 1)[0]}///{path.resolve()}"
+    if path is None:
+        return uri
+    _, mark, options = uri.partition("?")
+    return f"{uri.split('///', 1)[0]}///{path.resolve()}{mark}{options}"
+
+
+def patient_uri(uri: str) -> str:
+    """The same store, waiting a minute instead of five seconds while another process writes to its file."""
+    return uri if sqlite_path(uri) is None or "?" in uri else f"{uri}?timeout=60"
 
 
 def sqlite_path(uri: str) -> Path | None:
     """File of a SQLite address; None for other stores."""
     if urlsplit(uri).scheme.split("+")[0] != "sqlite" or "///" not in uri:
         return None
-    return Path(uri.split("///", 1)[1])
+    return Path(uri.split("///", 1)[1].split("?", 1)[0])
 
 
 def artifact_location(uri: str) -> str | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -13,7 +13,7 @@ from cl import __version__
 from cl.result import Result
 from cl.tracking.base import Stamped
 from cl.tracking.points import config_hash, matrix_table
-from cl.tracking.store import artifact_location, grouped_view, quiet, view_tag
+from cl.tracking.store import artifact_location, grouped_view, patient_uri, quiet, view_tag
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -62,7 +62,7 @@ class StoredRun:
         quiet()
         from mlflow import MlflowClient
 
-        client = MlflowClient(tracking_uri=uri)
+        client = MlflowClient(tracking_uri=patient_uri(uri))
         experiment_id = _experiment_id(client, experiment or result.stream, artifact_location(uri), suite)
         found = _find(client, experiment_id, result.mlflow_run_id, journal)
         if found is not None:
@@ -129,7 +129,7 @@ class StoredRun:
             self.client.log_batch(self.id, params=chunk)
         of_stream = {name: value for name, value in values.items() if name.split(".")[0] == "stream"}
         dataset = Dataset(result.stream, config_hash(of_stream), source_type="local", source=result.stream)
-        self.client.log_inputs(self.id, [DatasetInput(dataset)])
+        _beside_others(self.client.log_inputs, self.id, [DatasetInput(dataset)])
 
 
 def _experiment_id(client: MlflowClient, name: str, location: str | None, suite: str) -> str:
@@ -146,8 +146,18 @@ def _experiment_id(client: MlflowClient, name: str, location: str | None, suite:
                 raise
     for view in dict.fromkeys(("", suite)):
         if view_tag(view) not in experiment.tags:
-            client.set_experiment_tag(experiment.experiment_id, view_tag(view), grouped_view(view))
+            _beside_others(client.set_experiment_tag, experiment.experiment_id, view_tag(view), grouped_view(view))
     return experiment.experiment_id
+
+
+def _beside_others(write: Callable[..., Any], *details: Any) -> None:
+    """Write a row that runs share: when two insert it at once, MLflow refuses the later, which then finds it there."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        write(*details)
+    except MlflowException:
+        write(*details)
 
 
 def _find(client: MlflowClient, experiment_id: str, run_id: str | None, journal: str) -> Any:

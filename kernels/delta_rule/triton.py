@@ -267,7 +267,8 @@ def _walk_rows(args: dict[str, Any]) -> list[Row]:
     """The walk needs all of K on chip, so a wide K gets a narrow tile of V."""
     bk = pow2(args["K"])
     bv = min(pow2(args["V"]), 32 if bk <= 64 else 16)
-    return [row(BK=bk, BV=bv, warps=w, stages=1) for w in (4, 8)]
+    crowded = bk > 64 and args["k_ptr"].dtype == torch.float32
+    return [row(BK=bk, BV=bv, warps=w, stages=1) for w in ((8, 4) if crowded else (4, 8))]
 
 
 _INVERSES = Kernel(_chunk_inverses, tiles, KEY)

@@ -346,12 +346,17 @@ def tiles(args: dict[str, Any], most_k: int = 64, most_v: int = 64, warps: int =
     return list(dict.fromkeys(options))
 
 
+def _key_rows(args: dict[str, Any]) -> list[Row]:
+    small = 16 if args["k_ptr"].dtype == torch.float32 else 32
+    return tiles(args, small, small, warps=8)
+
+
 KEY = ("K", "V", "C", "CHANNEL")
 _WALK = Kernel(_walk_states, tiles, KEY)
 _WALK_BACK = Kernel(_walk_state_gradients, tiles, KEY)
 OUTPUTS = Kernel(_chunk_outputs, tiles, KEY)
 _VALUES = Kernel(_chunk_value_gradients, tiles, KEY)
-KEYS = Kernel(_chunk_key_gradients, lambda args: tiles(args, 32, 32, warps=8), (*KEY, "DELTA"))
+KEYS = Kernel(_chunk_key_gradients, _key_rows, (*KEY, "DELTA"))
 
 
 class Packed:

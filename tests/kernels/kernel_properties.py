@@ -193,3 +193,25 @@ def in_halo(x: Tensor) -> Tensor:
     inner = buffer[margin : margin + x.numel()].view(x.shape)
     inner.copy_(x)
     return inner
+
+
+def edge_inputs(case: OpCase, edge: str) -> Inputs | None:
+    """Inputs at the edge of what the op allows; None where the op has no such input."""
+    inputs = draw(case, 50)
+    gate = inputs.get("g")
+    if edge in ("no decay", "wiped", "some wiped"):
+        if gate is None or gate.dim() == 1:
+            return None
+        wiped = torch.rand(gate.shape, generator=torch.Generator().manual_seed(1)) < 0.1
+        inputs["g"] = {"no decay": gate * 0, "wiped": gate * 0 - 30, "some wiped": gate - 30.0 * wiped}[edge]
+    elif edge == "zero key":
+        inputs["k"][:, 5:9] = 0
+    elif edge == "repeated key":
+        inputs["k"][:] = inputs["k"][:, :1]
+    elif edge == "large value":
+        inputs["v"] *= 1e4
+    elif "beta" not in inputs:
+        return None
+    else:
+        inputs["beta"][:, 0::3], inputs["beta"][:, 1::3], inputs["beta"][:, 2::3] = 0, 1, 2
+    return inputs

@@ -108,31 +108,10 @@ def test_nothing_uninitialised_and_bit_equal(case, nan_scratch):
 @pytest.mark.parametrize("edge", ["no decay", "wiped", "some wiped", "zero key", "repeated key", "large value", "beta"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["fp64", "fp32"])
 def test_extremes(case, edge, dtype):
-    inputs = edge_inputs(case, edge)
+    inputs = props.edge_inputs(case, edge)
     if inputs is None:
         pytest.skip("the op has no such input")
     props.assert_agrees(case, inputs, "chunked", dtype, chunk=16)
-
-
-def edge_inputs(case, edge):
-    inputs = props.draw(case, 50)
-    gate = inputs.get("g")
-    if edge in ("no decay", "wiped", "some wiped"):
-        if gate is None or gate.dim() == 1:
-            return None
-        wiped = torch.rand(gate.shape, generator=torch.Generator().manual_seed(1)) < 0.1
-        inputs["g"] = {"no decay": gate * 0, "wiped": gate * 0 - 30, "some wiped": gate - 30.0 * wiped}[edge]
-    elif edge == "zero key":
-        inputs["k"][:, 5:9] = 0
-    elif edge == "repeated key":
-        inputs["k"][:] = inputs["k"][:, :1]
-    elif edge == "large value":
-        inputs["v"] *= 1e4
-    elif "beta" not in inputs:
-        return None
-    else:
-        inputs["beta"][:, 0::3], inputs["beta"][:, 1::3], inputs["beta"][:, 2::3] = 0, 1, 2
-    return inputs
 
 
 def test_scan_reset_forgets():

@@ -77,9 +77,15 @@ function extent(values, pad = 0.06) {
   return [low - margin, high + margin];
 }
 
+// paper is narrower than the window that the page is printed from
+function widthOf(place) {
+  if (printing) return place.closest(".wide") ? 680 : 330;
+  return Math.max(place.clientWidth, 260);
+}
+
 // an empty drawing of the width of its place, with the inner box that the data gets
 function canvas(place, height, margin, label) {
-  const width = Math.max(place.clientWidth, 260);
+  const width = widthOf(place);
   const root = svg("svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": label });
   place.replaceChildren(root);
   return { root, width, height, left: margin.left, right: width - margin.right, top: margin.top, bottom: height - margin.bottom };

@@ -46,7 +46,7 @@ function drawHeatmap(place, section, strategy, matrix, label, hover) {
   const named = Math.max(numRows, numColumns) <= 40;
   const printed = Math.max(numRows - 1, numColumns) <= 12;
   const nameWidth = named ? Math.max(...table.names.map((name) => cut(name, 18).length)) * 6.6 + 14 : 40;
-  const width = Math.max(place.clientWidth, 260) - nameWidth - 8;
+  const width = widthOf(place) - nameWidth - 8;
   const columnName = Math.max(...table.domains.map((name) => cut(name, 16).length)) * 6.4;
   const turned = named && columnName > width / numColumns;
   const margin = { left: nameWidth, right: 8, top: 22, bottom: turned ? columnName * 0.7 + 34 : 42 };
@@ -188,11 +188,17 @@ function drawCurves(place, section, strategy, index, label) {
   const xs = table.values.map((_, i) => table.x(i));
   const ends = [];
   const inside = clip(box);
+  // many intervals would cover each other; then each shows when its line is pointed at
+  const bandOpacity = count > 6 ? 0 : 0.15;
   const drawn = lines.map((line, j) => {
     const colour = orderColour(j, count);
     const group = svg("g", {});
     const ready = line.map((value, i) => (table.seen(i, j) ? value : null));
-    if (bands[j] && bands[j][0].some((v) => v !== null)) group.append(svg("path", { d: area(xs, ...bands[j].map((b) => b.map((v, i) => (table.seen(i, j) ? v : null))), x, at), style: `fill:${colour};opacity:0.15` }));
+    if (bands[j] && bands[j][0].some((v) => v !== null)) {
+      const ends = bands[j].map((b) => b.map((v, i) => (table.seen(i, j) ? v : null)));
+      const band = svg("path", { class: "band", d: area(xs, ...ends, x, at), style: `fill:${colour};opacity:${bandOpacity}` });
+      group.append(band);
+    }
     if (section.measure === "loss") {
       const before = line.map((value, i) => (i && table.seen(i - 1, j) ? null : value));
       group.append(svg("path", { d: path(xs, before, x, at), style: `stroke:${colour};fill:none;opacity:0.4`, "clip-path": inside }));
@@ -208,7 +214,12 @@ function drawCurves(place, section, strategy, index, label) {
   const references = [naive ? "grey: naive" : "", joint ? "dashed: joint" : "", direct ? "" : "dark to light: first to last domain"];
   const note = references.filter(Boolean).join(" · ");
   box.root.append(svg("text", { x: 0, y: 28 }, note));
-  const highlight = (j) => drawn.forEach((group, k) => (group.style.opacity = j < 0 || k === j ? 1 : 0.18));
+  const highlight = (j) =>
+    drawn.forEach((group, k) => {
+      group.style.opacity = j < 0 || k === j ? 1 : 0.18;
+      const band = group.querySelector(".band");
+      if (band) band.style.opacity = k === j ? 0.2 : bandOpacity;
+    });
   box.root.onpointermove = (event) => {
     const [px, py] = within(box, event);
     const i = nearest(xs.map(x), px);

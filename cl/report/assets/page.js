@@ -94,8 +94,9 @@ class SectionPage {
 
   drawInside() {
     const place = (chart) => this.root.querySelector(`[data-chart=${chart}]`);
-    const name = `${this.strategy.label}, ${this.strategy.matrices[this.matrix].name}. `;
-    const label = (chart) => name + place(chart).dataset.label;
+    const name = `${this.strategy.label}, ${this.strategy.matrices[this.matrix].name}`;
+    const label = (chart) => `${name}. ${place(chart).dataset.label}`;
+    for (const chart of this.root.querySelectorAll(".inside .chart")) chart.querySelector(".whose").textContent = name;
     const canvasOf = (chart) => place(chart).querySelector(".canvas");
     let highlight = () => {};
     if (place("curves")) highlight = drawCurves(canvasOf("curves"), this.section, this.strategy, this.matrix, label("curves"));

@@ -2,17 +2,17 @@
 
 import json
 import logging
+import multiprocessing
 import shutil
 import socket
-import subprocess
 import sys
 from contextlib import closing
-from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-import cl
 from cl.core import UserError
+from cl.result import Result
 from cl.tracking import Journal, Memory, MLflowTracker, chart_url, default_uri, experiment_links, points, sync
 from cl.tracking.store import sqlite_path, view_tag
 
@@ -103,8 +103,6 @@ def test_artifacts(store, client, make_result, tell, run_dir):
 
 def test_hundreds_of_params_and_thousands_of_points(store, client, make_result):
     memory, tracker, result = Memory(1), MLflowTracker(store, experiment="many", every_steps=1), make_result()
-    from types import SimpleNamespace
-
     for observer in (memory, tracker):
         observer.on_start(result, {f"p{i}": i for i in range(250)} | {"nested": {"a": {"b": 1}}, "odd@[key]": 1})
         observer.on_experience_start(SimpleNamespace(step=0), 700)
@@ -222,8 +220,6 @@ def test_sync_creates_the_run_once(store, client, make_result, tell, run_dir):
 
 
 def test_sync_writes_the_id_into_the_result(store, make_result, tell, run_dir):
-    from cl.result import Result
-
     result = make_result()
     tell([], result)
     result.save(run_dir / "result.json")
@@ -248,44 +244,67 @@ def test_sync_of_nothing_is_a_bad_request(store, tmp_path):
         sync(tmp_path, store)
 
 
-WRITER = """
-import sys
-from types import SimpleNamespace
-from cl.result import Result
-from cl.tracking import MLflowTracker, prepare_store
-uri, seed = sys.argv[1], int(sys.argv[2])
-prepare_store(uri)
-names = ["a", "b"]
-result = Result("s", ["naive"], "mlp", "domain_incremental", seed, names, names, [0, 1], "accuracy")
-tracker = MLflowTracker(uri, experiment="both", every_steps=1)
-tracker.on_start(result, {"seed": seed})
-tracker.on_experience_start(SimpleNamespace(step=0), 40)
-for _ in range(40):
-    tracker.on_step(None, {"loss": 1.0}, 0.1)
-    tracker.flush()
-result.R.append([0.5, 0.5])
-tracker.on_evaluation(None, result)
-result.status = "done"
-tracker.on_end(result)
-sys.exit(tracker.is_silent)
-"""
+def test_rows_that_runs_share_are_written_again(store, client, make_result, tell, monkeypatch):
+    """Two runs that insert the same data set, or the same view, at once: MLflow refuses the later one."""
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+
+    refused = []
+
+    def refuses_once(name):
+        real = getattr(MlflowClient, name)
+
+        def write(self, *details, **named):
+            if name not in refused:
+                refused.append(name)
+                raise MlflowException("(sqlite3.IntegrityError) UNIQUE constraint failed")
+            return real(self, *details, **named)
+
+        monkeypatch.setattr(MlflowClient, name, write)
+
+    refuses_once("log_inputs")
+    refuses_once("set_experiment_tag")
+    tracker = MLflowTracker(store, experiment="beside")
+    tell([tracker], make_result())
+    assert sorted(refused) == ["log_inputs", "set_experiment_tag"]
+    assert not tracker.is_silent
+    assert only_run(client, "beside").inputs.dataset_inputs
 
 
-def test_two_processes_fill_one_store(store, tmp_path):
+def write_a_run(uri, seed, together):
+    """The job of one process."""
+    names = ["a", "b"]
+    result = Result("s", ["naive"], "mlp", "domain_incremental", seed, names, names, [0, 1], "accuracy")
+    tracker = MLflowTracker(uri, experiment="both", every_steps=1)
+    together.wait(60)
+    tracker.on_start(result, {"seed": seed})
+    tracker.on_experience_start(SimpleNamespace(step=0), 20)
+    for _ in range(20):
+        tracker.on_step(None, {"loss": 1.0}, 0.1)
+        tracker.flush()
+    result.R.append([0.5, 0.5])
+    tracker.on_evaluation(None, result)
+    result.status = "done"
+    tracker.on_end(result)
+    sys.exit(tracker.is_silent)
+
+
+@pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="starting processes takes too long")
+def test_processes_fill_one_store(store, tmp_path):
     from mlflow import MlflowClient
 
-    # a store of its own, so that both processes meet an experiment that does not exist
+    # a store of its own, so that they meet an experiment, a view and a data set that do not exist
     uri = default_uri(tmp_path)
     shutil.copy(sqlite_path(store), sqlite_path(uri))
-    root = Path(cl.__file__).parents[1]
-    writers = [
-        subprocess.Popen([sys.executable, "-c", WRITER, uri, str(seed)], stderr=subprocess.PIPE, text=True, cwd=root)
-        for seed in (0, 1)
-    ]
-    said = [writer.communicate()[1] for writer in writers]
-    assert [writer.returncode for writer in writers] == [0, 0], said
-    assert [text for text in said if text] == []
+    fork = multiprocessing.get_context("fork")
+    together = fork.Barrier(3)
+    writers = [fork.Process(target=write_a_run, args=(uri, seed, together)) for seed in range(3)]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join(120)
+    assert [writer.exitcode for writer in writers] == [0, 0, 0]
     client = MlflowClient(uri)
     runs = client.search_runs([client.get_experiment_by_name("both").experiment_id])
-    assert {run.info.run_name for run in runs} == {"naive-s0", "naive-s1"}
-    assert [len(client.get_metric_history(run.info.run_id, "train/loss")) for run in runs] == [40, 40]
+    assert {run.info.run_name for run in runs} == {"naive-s0", "naive-s1", "naive-s2"}
+    assert [len(client.get_metric_history(run.info.run_id, "train/loss")) for run in runs] == [20, 20, 20]

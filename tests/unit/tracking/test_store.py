@@ -17,7 +17,7 @@ from cl.core import UserError
 from cl.tracking import absolute_uri, chart_url, check_store, default_uri, prepare_store
 from cl.tracking import check as check_module
 from cl.tracking import store as store_module
-from cl.tracking.store import artifact_location, grouped_view, view_tag
+from cl.tracking.store import artifact_location, grouped_view, patient_uri, view_tag
 
 
 @pytest.fixture(autouse=True)
@@ -37,9 +37,20 @@ def test_default_store_is_absolute(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert default_uri() == f"sqlite:///{tmp_path}/mlruns.db"
     assert absolute_uri("sqlite:///mine/x.db") == f"sqlite:///{tmp_path}/mine/x.db"
+    assert absolute_uri("sqlite:///x.db?timeout=1") == f"sqlite:///{tmp_path}/x.db?timeout=1"
     assert absolute_uri("http://host:1") == "http://host:1"
     assert artifact_location(default_uri()) == f"{tmp_path}/mlartifacts"
     assert artifact_location("http://host:1") is None
+
+
+def test_a_busy_file_is_waited_for():
+    from sqlalchemy.dialects.sqlite.pysqlite import SQLiteDialect_pysqlite
+    from sqlalchemy.engine import make_url
+
+    path, options = SQLiteDialect_pysqlite().create_connect_args(make_url(patient_uri("sqlite:////x/y.db")))
+    assert (path, options["timeout"]) == (["/x/y.db"], 60.0)
+    assert patient_uri("sqlite:////x/y.db?timeout=1") == "sqlite:////x/y.db?timeout=1"
+    assert patient_uri("http://host:1") == "http://host:1"
 
 
 @pytest.mark.parametrize(

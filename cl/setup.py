@@ -1,0 +1,48 @@
+"""From what a run is made of to the state it starts in: check, plan, build, wrap."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from functools import partial
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from cl.config import PRECISIONS, TrainerConfig
+from cl.core import Stream, StreamInfo
+from cl.hooks import Strategy, check_all
+from cl.loader import tokens_per_row
+from cl.seeding import Seeds
+from cl.state import TrainState
+
+
+def prepare(
+    stream: Stream,
+    backbone: Callable[[StreamInfo], nn.Module],
+    strategies: Sequence[Strategy],
+    make_optimizer: Callable[[nn.Module], Optimizer],
+    config: TrainerConfig,
+    seed: int,
+) -> TrainState:
+    """The state before the first step, with a network drawn under the run's own seed.
+
+    Raises:
+        UserError: a strategy cannot work on this stream, or the device cannot be used.
+    """
+    check_all(strategies, stream)
+    for strategy in strategies:
+        stream = strategy.plan(stream)
+    device, seeds = config.torch_device(), Seeds(seed)
+    with seeds.as_global("init"):
+        model = backbone(stream.info)
+        for strategy in strategies:
+            model = strategy.wrap(model, stream.info)
+    model.to(device)
+    dtype = PRECISIONS[config.precision]
+    autocast = nullcontext if dtype is None else partial(torch.autocast, device.type, dtype)
+    state = TrainState(model, make_optimizer(model), stream, seeds, device, autocast)
+    row_tokens = tokens_per_row(stream.info)
+    state.total_steps = sum(config.budget.steps(each.num_samples, row_tokens) for each in stream.experiences)
+    return state

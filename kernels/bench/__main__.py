@@ -1,0 +1,159 @@
+"""python -m kernels.bench: verify every row against float64, then time it; prints a table, writes JSON and Markdown."""
+
+import argparse
+import json
+import platform
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kernels.bench.measure import TOLERANCE, Ceilings, ceilings, graph_s, launches, median_s, passes, worst_error
+from kernels.bench.peers import PEERS, peers_of
+from kernels.bench.shapes import PROBLEMS, Inputs, Problem, Shape, chunk_of, shapes
+from kernels.common import explain
+from kernels.common.dispatch import HAS_TRITON
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+COLUMNS = ["op", "B T H D", "dtype", "pass", "backend", "ms", "Mtok/s", "GB/s", "% roofline", "launches", "graph ms"]
+COLUMNS += ["max rel err", "loop ms", "x loop", "peer", "peer ms", "x peer"]
+L2_BYTES = 200 * 2**20
+
+
+def _arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m kernels.bench", description=__doc__)
+    parser.add_argument("--ops", default=",".join(PROBLEMS), help=f"comma list of {', '.join(PROBLEMS)}")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--dtypes", default=None, help="comma list of fp32, bf16, fp16 (CPU: fp32; GPU: bf16)")
+    parser.add_argument("--peers", default=",".join(PEERS), help="comma list, or none")
+    parser.add_argument("--repeats", type=int, default=None, help="times per row (CPU 7, GPU 50)")
+    parser.add_argument("--loop", action=argparse.BooleanOptionalAction, default=None, help="time the token loop too")
+    parser.add_argument("--smoke", action="store_true", help="tiny shapes: does the command work")
+    parser.add_argument("--json", type=Path, help="write all rows here")
+    parser.add_argument("--markdown", type=Path, help="write the table here")
+    parser.add_argument("--readme", type=Path, help="replace the generated table in this file")
+    arguments = parser.parse_args(argv)
+    for name, allowed in (("ops", PROBLEMS), ("dtypes", DTYPES), ("peers", {**PEERS, "none": None})):
+        for value in (getattr(arguments, name) or "").split(","):
+            if value and value not in allowed:
+                parser.error(f"unknown {name} {value!r}; use {', '.join(allowed)}")
+    return arguments
+
+
+def _row(
+    problem: Problem, shape: Shape, dtype: torch.dtype, device: torch.device, limits: Ceilings, options: argparse.Namespace
+) -> list[dict[str, Any]]:
+    torch.manual_seed(0)
+    first = problem.draw(shape, dtype, device)
+    how = explain(problem.op, **first)
+    label = {"op": problem.name, "B T H D": " ".join(map(str, shape)), "dtype": str(dtype).removeprefix("torch.")}
+    worst = worst_error(problem, first)
+    if not worst <= TOLERANCE[dtype]:
+        return [{**label, "pass": "REFUSED", "backend": how.backend, "max rel err": f"{worst:.1e}"}]
+    cuda = device.type == "cuda"
+    size = sum(x.numel() * x.element_size() for x in first.values())
+    copies = max(2, -(-L2_BYTES // size)) if cuda and not options.smoke else 1
+    sets: list[Inputs] = [{n: x.clone().requires_grad_() for n, x in first.items()} for _ in range(copies)]
+    out = problem.op(**first)[0]
+    repeats = options.repeats or (50 if cuda else 7)
+    with_loop = not cuda if options.loop is None else options.loop
+    rows = []
+    for backward in (False, True):
+        call = passes(problem.op, sets, torch.randn_like(out), backward)
+        seconds = median_s(call, device, repeats)
+        nbytes = problem.compulsory_bytes(first, out)[backward]
+        batch, length, heads, width = shape
+        flops = problem.flops(width, chunk_of(problem, dtype, device))[backward] * batch * length * heads
+        row: dict[str, Any] = {**label, "pass": "fwd+bwd" if backward else "fwd", "backend": how.backend}
+        row |= {
+            "ms": seconds * 1e3,
+            "Mtok/s": batch * length / seconds / 1e6,
+            "GB/s": nbytes / seconds / 1e9,
+            "% roofline": 100 * limits.floor_s(nbytes, flops) / seconds,
+            "launches": launches(call, device),
+            "max rel err": f"{worst:.1e}",
+        }
+        graphed = graph_s(call, device, repeats)
+        row["graph ms"] = None if graphed is None else graphed * 1e3
+        if with_loop:
+            loop = passes(lambda **x: problem.op(**x, backend="reference"), sets, torch.randn_like(out), backward)
+            row["loop ms"] = median_s(loop, device, 3) * 1e3
+            row["x loop"] = row["loop ms"] / row["ms"]
+        for name, peer in peers_of(problem.name, options.peers.split(",")).items() if cuda else ():
+            try:
+                peer_ms = median_s(passes(peer, sets, torch.randn_like(out), backward), device, repeats) * 1e3
+            except Exception as failure:  # a peer that fails on this card is a fact to report, not our failure
+                rows.append({**row, "peer": f"{name}: {type(failure).__name__}"})
+                continue
+            rows.append({**row, "peer": name, "peer ms": peer_ms, "x peer": peer_ms / row["ms"]})
+        if not rows or rows[-1]["pass"] != row["pass"]:
+            rows.append(row)
+    return rows
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "–"
+    return f"{value:.3g}" if isinstance(value, float) and value < 1000 else f"{value:.0f}" if isinstance(value, float) else str(value)
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Rows as Markdown, without the columns that are empty throughout."""
+    columns = [c for c in COLUMNS if any(row.get(c) is not None for row in rows)]
+    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    return "\n".join([*lines, *("| " + " | ".join(_cell(row.get(c)) for c in columns) + " |" for row in rows)])
+
+
+def _environment(device: torch.device, limits: Ceilings) -> dict[str, Any]:
+    cuda = device.type == "cuda"
+    triton = __import__("importlib.metadata").metadata.version("triton") if HAS_TRITON else None
+    return {
+        "date": datetime.now(UTC).date().isoformat(),
+        "device": torch.cuda.get_device_name() if cuda else f"{_cpu_name()}, {torch.get_num_threads()} threads",
+        "torch": torch.__version__,
+        "triton": triton,
+        "python": platform.python_version(),
+        "copy GB/s": round(limits.bandwidth / 1e9, 1),
+        "matmul TFLOP/s": round(limits.flops / 1e12, 2),
+    }
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if "model name" in line] if info.exists() else []
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the benchmark; exit code 1 if any row was refused for its error."""
+    options = _arguments(argv)
+    device = torch.device(options.device)
+    dtypes = [DTYPES[d] for d in (options.dtypes or ("bf16" if device.type == "cuda" else "fp32")).split(",")]
+    limits = ceilings(device, dtypes[0], options.smoke)
+    environment = _environment(device, limits)
+    print(", ".join(f"{k} {v}" for k, v in environment.items()), flush=True)
+    rows: list[dict[str, Any]] = []
+    for name in options.ops.split(","):
+        for dtype in dtypes:
+            for shape in shapes(PROBLEMS[name], device, options.smoke):
+                found = _row(PROBLEMS[name], shape, dtype, device, limits, options)
+                rows += found
+                for row in found:
+                    print("  ".join(f"{c} {_cell(row[c])}" for c in COLUMNS if row.get(c) is not None), flush=True)
+    text = "\n".join(["", ", ".join(f"{k} {v}" for k, v in environment.items()), "", table(rows), ""])
+    print(text)
+    if options.json:
+        options.json.write_text(json.dumps({"environment": environment, "rows": rows}, indent=1))
+    if options.markdown:
+        options.markdown.write_text(text)
+    if options.readme:
+        before, rest = options.readme.read_text().split(f"<!-- bench {device.type} -->")
+        options.readme.write_text(f"{before}<!-- bench {device.type} -->{text}<!-- end {device.type} -->"
+                                  + rest.split(f"<!-- end {device.type} -->")[1])
+    return int(any(row["pass"] == "REFUSED" for row in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,130 @@
+"""Measuring: the two ceilings of the machine, a correctness gate, and honest times (medians, cold caches, graphs)."""
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kernels.bench.shapes import Inputs, Problem
+
+# relative Frobenius error a row must keep before it is timed
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """What this machine can do: copy bandwidth in bytes/s and dense matmul rate in FLOP/s, both measured."""
+
+    bandwidth: float
+    flops: float
+
+    def floor_s(self, nbytes: int, flops: int) -> float:
+        """Time below which no implementation can go."""
+        return max(nbytes / self.bandwidth, flops / self.flops)
+
+
+def ceilings(device: torch.device, dtype: torch.dtype, smoke: bool) -> Ceilings:
+    """Measure both ceilings."""
+    elements = 2**20 if smoke else (2**24 if device.type == "cpu" else 2**29)
+    source = torch.ones(elements, device=device)
+    target = torch.empty_like(source)
+    copy_s = median_s(lambda: target.copy_(source), device, 5 if device.type == "cpu" else 20)
+    n = 256 if smoke else (1024 if device.type == "cpu" else 8192)
+    a = torch.randn(n, n, device=device).to(dtype)
+    matmul_s = median_s(lambda: a @ a, device, 5 if device.type == "cpu" else 20)
+    return Ceilings(2 * source.numel() * source.element_size() / copy_s, 2 * n**3 / matmul_s)
+
+
+def median_s(call: Callable[[], Any], device: torch.device, repeats: int) -> float:
+    """Median seconds of one call, after one to warm up."""
+    call()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
+        for start, end in events:
+            start.record()
+            call()
+            end.record()
+        torch.cuda.synchronize()
+        return statistics.median(start.elapsed_time(end) for start, end in events) / 1e3
+    times = []
+    for _ in range(repeats):
+        start_s = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start_s)
+    return statistics.median(times)
+
+
+def passes(op: Callable[..., Any], sets: list[Inputs], cotangent: Tensor, backward: bool) -> Callable[[], None]:
+    """One forward (and backward) per call, taking the next set of inputs each time so that none is in the L2 cache."""
+    turn = 0
+
+    def call() -> None:
+        nonlocal turn
+        inputs = sets[turn % len(sets)]
+        turn += 1
+        if backward:
+            out = op(**inputs)[0]
+            torch.autograd.grad(out, list(inputs.values()), cotangent)
+        else:
+            with torch.no_grad():
+                op(**inputs)
+
+    return call
+
+
+def graph_s(call: Callable[[], None], device: torch.device, repeats: int) -> float | None:
+    """Median seconds under CUDA-graph replay: eager minus this is launch overhead. None where not possible."""
+    if device.type != "cuda":
+        return None
+    try:
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            call()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            call()
+        return median_s(graph.replay, device, repeats)
+    except RuntimeError:
+        return None
+
+
+def launches(call: Callable[[], None], device: torch.device) -> int | None:
+    """Kernels on the device per call."""
+    if device.type != "cuda":
+        return None
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as seen:
+        call()
+        torch.cuda.synchronize()
+    return sum(event.count for event in seen.key_averages() if event.device_type == torch.autograd.DeviceType.CUDA)
+
+
+def worst_error(problem: Problem, inputs: Inputs, **options: Any) -> float:
+    """Largest relative Frobenius error over output, last state and every gradient, on a slice, against float64."""
+    cut = {name: x[:1, :130, :2] if problem.name != "linear_scan" else x[:1, :130, :64] for name, x in inputs.items()}
+
+    def run(leaves: Inputs, **how: Any) -> list[Tensor]:
+        given = {name: x.detach().clone().requires_grad_() for name, x in leaves.items()}
+        out, final = problem.op(**given, **how)
+        gen = torch.Generator().manual_seed(0)
+        cotangents = [torch.randn(x.shape, generator=gen).to(x) for x in (out, final)]
+        return [out, final, *torch.autograd.grad([out, final], list(given.values()), cotangents)]
+
+    truth = run({name: x.double().cpu() for name, x in cut.items()}, backend="reference")
+    found = run(cut, **options)
+    return max(error(x.detach(), y.detach()) for x, y in zip(found, truth, strict=True))
+
+
+def error(found: Tensor, truth: Tensor) -> float:
+    """Relative Frobenius error; infinite for anything not finite."""
+    difference = float((found.double().cpu() - truth).norm())
+    scale = float(truth.norm())
+    return difference / scale if scale and difference < float("inf") else (0.0 if difference == 0 else float("inf"))

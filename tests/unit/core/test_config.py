@@ -1,0 +1,43 @@
+"""A trainer config checks itself, in sentences that name the value and what is allowed."""
+
+import pytest
+
+from cl.config import TrainerConfig
+from cl.core import UserError
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"precision": "fp8"}, "trainer.precision is 'fp8'; it must be one of fp32, bf16, fp16"),
+        ({"evaluate": "some"}, "trainer.evaluate is 'some'"),
+        ({"schedule_span": "epoch"}, "trainer.schedule_span is 'epoch'"),
+        ({"eval_batch_size": 0}, "trainer.eval_batch_size is 0"),
+        ({"eval_every": -1}, "trainer.eval_every is -1"),
+        ({"eval_every": "often"}, "trainer.eval_every is 'often'"),
+        ({"checkpoint_every": 1.5}, "trainer.checkpoint_every is 1.5"),
+        ({"eval_rows": 0}, "trainer.eval_rows is 0"),
+        ({"within_eval_rows": -5}, "trainer.within_eval_rows is -5"),
+        ({"clip_norm": 0.0}, "trainer.clip_norm is 0.0"),
+        ({"clip_norm": "big"}, "trainer.clip_norm is 'big'"),
+        ({"epochs": 1, "max_tokens": 9}, "epochs and max_tokens"),
+        ({"batch_size": 0}, "trainer.batch_size is 0"),
+    ],
+)
+def test_what_is_wrong_is_named(arguments, words):
+    with pytest.raises(UserError, match=words):
+        TrainerConfig(**arguments)
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:99", "tpu", ""])
+def test_a_device_that_cannot_be_used_is_named(device):
+    with pytest.raises(UserError, match=f"trainer.device is {device!r}.*use auto or cpu"):
+        TrainerConfig(device=device).torch_device()
+
+
+def test_auto_finds_a_device():
+    assert TrainerConfig().torch_device().type in ("cpu", "cuda")
+
+
+def test_the_default_budget_is_one_epoch():
+    assert TrainerConfig().budget.steps(128) == 2

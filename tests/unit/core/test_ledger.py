@@ -1,0 +1,172 @@
+"""The books of a run: what is told to observers, what is written, and how a broken loss ends a run."""
+
+import json
+import re
+from functools import partial
+
+import pytest
+import torch
+
+from cl.config import TrainerConfig
+from cl.core import Setting
+from cl.hooks import Strategy
+from cl.ledger import NonFiniteLoss
+from cl.observe import Observer
+from cl.result import Result
+from cl.testing import ToyNet, toy_stream
+from cl.trainer import Trainer
+
+
+class Breaks(Strategy):
+    """A penalty that is not finite at one step."""
+
+    def __init__(self, at, value=float("nan")):
+        self.at, self.value = at, value
+
+    def penalty(self, state, batch, output):
+        return output.logits.new_tensor(self.value if state.step == self.at else 0.0)
+
+
+class Events(Observer):
+    """Names of the events, in order."""
+
+    def __init__(self):
+        self.seen = []
+        self.steps = []
+        self.rates = []
+
+    def on_start(self, result, settings):
+        self.seen.append("on_start")
+        self.settings = settings
+
+    def on_experience_start(self, state, num_steps):
+        self.seen.append(f"on_experience_start {num_steps}")
+
+    def on_step(self, state, losses, lr):
+        self.steps.append(losses)
+        self.rates.append(lr)
+        if self.seen[-1] != "on_step":
+            self.seen.append("on_step")
+
+    def on_within(self, state, values):
+        self.seen.append("on_within")
+
+    def on_evaluation(self, state, result):
+        self.seen.append(f"on_evaluation {len(result.R)}")
+
+    def on_checkpoint(self, state, path):
+        self.seen.append("on_checkpoint")
+
+    def on_end(self, result):
+        self.seen.append(f"on_end {result.status}")
+
+
+def trainer_of(strategies=(), run_dir=None, observers=(), lr=0.1, **config):
+    return Trainer(
+        toy_stream(Setting.DOMAIN_INCREMENTAL, num_experiences=2),
+        ToyNet,
+        strategies,
+        optimizer=partial(torch.optim.SGD, lr=lr),
+        config=TrainerConfig(**({"max_steps": 6, "batch_size": 16, "device": "cpu"} | config)),
+        run_dir=run_dir,
+        observers=observers,
+        settings={"seed": 0},
+    )
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, value):
+    trainer = trainer_of([Breaks(8, value)], tmp_path, checkpoint_every=3)
+    with pytest.raises(NonFiniteLoss) as caught:
+        trainer.run()
+    sentence = str(caught.value)
+    assert "at step 8 (experience 1, 'toy 1')" in sentence
+    assert re.search(r"cross_entropy = [\d.]+, test_ledger = (nan|-?inf)", sentence)
+    assert f"the last good checkpoint is {tmp_path}/checkpoints/step-000000006.pt" in sentence
+    result = Result.load(tmp_path / "result.json")
+    assert (result.status, result.error) == ("failed", sentence)
+    assert len(result.R) == 1, "what was measured before stays"
+
+
+def test_the_step_that_broke_is_not_taken(tmp_path):
+    broken = trainer_of([Breaks(8)], tmp_path)
+    with pytest.raises(NonFiniteLoss):
+        broken.run()
+    assert all(tensor.isfinite().all() for tensor in broken.state.model.state_dict().values())
+
+
+def test_without_a_folder_it_says_that_there_is_no_checkpoint():
+    with pytest.raises(NonFiniteLoss, match="there is no checkpoint"):
+        trainer_of([Breaks(0)]).run()
+
+
+def test_the_last_good_checkpoint_can_be_resumed(tmp_path):
+    with pytest.raises(NonFiniteLoss):
+        trainer_of([Breaks(8)], tmp_path, checkpoint_every=3).run()
+    assert trainer_of([Breaks(-1)], tmp_path, checkpoint_every=3).run(resume=True).status == "done"
+
+
+def test_any_other_error_of_a_hook_fails_the_run_with_its_words(tmp_path):
+    class Raises(Strategy):
+        def on_step_end(self, state, batch, output):
+            raise RuntimeError("out of luck")
+
+    events = Events()
+    with pytest.raises(RuntimeError, match="out of luck"):
+        trainer_of([Raises()], tmp_path, [events]).run()
+    result = Result.load(tmp_path / "result.json")
+    assert (result.status, result.error) == ("failed", "out of luck")
+    assert events.seen[-1] == "on_end failed"
+
+
+def test_observers_are_told_in_order(tmp_path):
+    events = Events()
+    trainer_of(run_dir=tmp_path, observers=[events], eval_every=4).run()
+    experience = ["on_step", "on_within", "on_step", "on_checkpoint"]
+    assert events.seen == [
+        "on_start",
+        "on_checkpoint",
+        "on_experience_start 6",
+        *experience,
+        "on_evaluation 1",
+        "on_experience_start 6",
+        *experience,
+        "on_evaluation 2",
+        "on_end done",
+    ]
+    assert events.settings == {"seed": 0}
+    assert len(events.steps) == 12
+
+
+def test_losses_are_told_as_terms_that_add_up():
+    events = Events()
+    trainer_of([Breaks(3, 0.5)], observers=[events]).run()
+    assert events.steps[3] == {
+        "loss": pytest.approx(events.steps[3]["cross_entropy"] + 0.5),
+        "cross_entropy": events.steps[3]["cross_entropy"],
+        "test_ledger": 0.5,
+    }
+
+
+def test_the_result_counts_work(tmp_path):
+    trainer_of(run_dir=tmp_path).run()
+    content = json.loads((tmp_path / "result.json").read_text())
+    cost = content["cost"]
+    assert (cost["forwards"], cost["backwards"], cost["updates"]) == (192, 192, 12)
+    assert cost["wall_s"] >= cost["train_s"] > 0
+    assert cost["eval_s"] > 0
+    assert cost["train_samples_per_s"] == pytest.approx(192 / cost["train_s"])
+    assert cost["eval_samples_per_s"] == pytest.approx(96 * 2 * 3 / cost["eval_s"])
+    assert cost["peak_memory_bytes"] > 10_000_000
+    assert content["metrics"]["final"] == pytest.approx(sum(content["R"][-1]) / 2)
+    assert content["env"]["device"] == "cpu"
+
+
+def test_the_result_names_what_ran():
+    result = trainer_of([Breaks(-1)]).run()
+    assert result.strategy == ["test_ledger"]
+    assert result.stream == "toy_domain_incremental"
+    assert result.backbone == "toynet"
+    assert (result.setting, result.measure, result.seed) == ("domain_incremental", "accuracy", 0)
+    assert result.experiences == result.domains == ["toy 0", "toy 1"]
+    assert result.trained == [0, 1]

@@ -1,0 +1,183 @@
+"""A run that was killed, stopped or damaged goes on as if nothing had happened: losses, R and weights bit for bit."""
+
+import errno
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from cl.core import UserError
+from cl.observe import Observer
+from cl.result import Result
+from cl.testing import equal
+
+SCRIPT = Path(__file__).with_name("resumable.py")
+ROOT = Path(__file__).resolve().parents[3]
+trainer_of = runpy.run_path(str(SCRIPT))["trainer_of"]
+
+KILLED_AT = ("0", "1", "6", "17", "23", "35", "w1", "w2", "w5")
+"""Experiences have 12 steps, checkpoints come every 4: before the first, in between, at the ends, while writing."""
+
+
+class Watch(Observer):
+    """Losses by step; asks for a stop."""
+
+    def __init__(self, trainer_of_run=None, stop_at=None):
+        self.losses, self.stop_at = {}, stop_at
+
+    def on_step(self, state, losses, lr):
+        self.losses[state.step] = losses
+        if state.step == self.stop_at:
+            self.trainer.request_stop()
+
+
+def run(folder, resume=False, stop_at=None, **options):
+    watch = Watch(stop_at=stop_at)
+    watch.trainer = trainer = trainer_of(folder, [watch], **options)
+    result = trainer.run(resume=resume)
+    return result, trainer, watch.losses
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The run that nobody disturbs."""
+    return run(tmp_path_factory.mktemp("whole"))
+
+
+def assert_same_end(resumed, whole):
+    (result, trainer, losses), (expected, undisturbed, every_loss) = resumed, whole
+    assert result.status == "done"
+    assert result.R == expected.R
+    assert result.R_init == expected.R_init
+    assert result.within == expected.within
+    assert losses == {step: every_loss[step] for step in losses}
+    assert equal(trainer.state.model.state_dict(), undisturbed.state.model.state_dict())
+    assert equal(trainer.state.optimizer.state_dict(), undisturbed.state.optimizer.state_dict())
+    states = [[strategy.state_dict() for strategy in one.strategies] for one in (trainer, undisturbed)]
+    assert equal(*states)
+    cost, expected_cost = (
+        {key: one.cost[key] for key in ("forwards", "backwards", "updates")} for one in (result, expected)
+    )
+    assert cost == expected_cost
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory):
+    """Folders of runs that were killed with SIGKILL in processes of their own."""
+    folder = tmp_path_factory.mktemp("killed")
+    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(SCRIPT), str(folder), *KILLED_AT]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.mark.parametrize("at", [at for at in KILLED_AT if at != "w1"])
+def test_a_killed_run_goes_on_exactly(killed, whole, at):
+    resumed = run(killed / at, resume=True)
+    assert_same_end(resumed, whole)
+    assert max(resumed[2]) == 35
+    assert not list((killed / at).rglob("*.tmp")), "half-written files are cleared"
+
+
+def test_killed_before_the_first_checkpoint_there_is_nothing_to_go_on_from(killed):
+    with pytest.raises(UserError, match="holds no readable checkpoint; start the run again"):
+        run(killed / "w1", resume=True)
+
+
+@pytest.mark.parametrize("stop_at", [0, 3, 4, 11, 12, 30, 35])
+def test_a_stopped_run_goes_on_exactly(tmp_path, whole, stop_at):
+    first, _, losses = run(tmp_path, stop_at=stop_at)
+    assert max(losses) == stop_at
+    if stop_at == 35:
+        assert first.status == "done", "there was nothing left to stop"
+        return
+    assert first.status == Result.load(tmp_path / "result.json").status == "interrupted"
+    resumed = run(tmp_path, resume=True)
+    assert min(resumed[2]) == stop_at + 1, "a stop loses no step"
+    assert_same_end(resumed, whole)
+
+
+@pytest.mark.parametrize("between", ["before the first step", "between experiences"])
+def test_a_stop_before_a_step_enters_no_experience_twice(tmp_path, whole, between):
+    """`on_experience_start` may draw: called for the stop and again after resuming, it would draw twice."""
+
+    class Stopper(Observer):
+        def on_checkpoint(self, state, path):
+            if state.step == (0 if between == "before the first step" else 12):
+                self.trainer.request_stop()
+
+    stopper = Stopper()
+    stopper.trainer = trainer = trainer_of(tmp_path, [stopper])
+    assert trainer.run().status == "interrupted"
+    assert trainer.state.step in (0, 12)
+    assert_same_end(run(tmp_path, resume=True), whole)
+
+
+def test_stopping_again_and_again_changes_nothing(tmp_path, whole):
+    run(tmp_path, stop_at=2)
+    for stop_at in (9, 14, 20):
+        run(tmp_path, resume=True, stop_at=stop_at)
+    assert_same_end(run(tmp_path, resume=True), whole)
+
+
+def test_a_finished_run_is_only_read(tmp_path, whole):
+    run(tmp_path)
+    assert_same_end(run(tmp_path, resume=True), whole)
+    assert run(tmp_path, resume=True)[2] == {}
+
+
+def test_a_truncated_checkpoint_costs_a_few_steps_only(tmp_path, whole):
+    run(tmp_path, stop_at=17)
+    newest = max((tmp_path / "checkpoints").iterdir())
+    newest.write_bytes(newest.read_bytes()[:2000])
+    with pytest.warns(UserWarning, match=f"{newest.name} cannot be read.*trying the one before it"):
+        resumed = run(tmp_path, resume=True)
+    assert min(resumed[2]) == 16
+    assert_same_end(resumed, whole)
+
+
+def test_other_settings_are_refused_before_anything_changes(tmp_path):
+    run(tmp_path, stop_at=5)
+    before = (tmp_path / "result.json").read_text()
+    with pytest.raises(UserError, match="belongs to a run with other settings"):
+        run(tmp_path, resume=True, fingerprint="two")
+    assert (tmp_path / "result.json").read_text() == before
+
+
+def test_without_a_folder_there_is_nothing_to_resume():
+    with pytest.raises(ValueError, match="keeps no checkpoint"):
+        run(None, resume=True)
+
+
+def test_a_full_disk_fails_the_run_and_keeps_the_last_checkpoint(tmp_path, whole, monkeypatch):
+    saved, count = torch.save, 0
+
+    def fills_up(content, file):
+        nonlocal count
+        count += 1
+        if count == 4:
+            file.write(b"half")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        saved(content, file)
+
+    monkeypatch.setattr("cl.checkpoint.torch.save", fills_up)
+    with pytest.raises(OSError, match="No space left"):
+        run(tmp_path)
+    result = Result.load(tmp_path / "result.json")
+    assert result.status == "failed"
+    assert "No space left" in result.error
+    assert len(list((tmp_path / "checkpoints").iterdir())) == 2
+    assert_same_end(run(tmp_path, resume=True), whole)
+
+
+def test_checkpoint_files_are_few_and_safe(tmp_path):
+    run(tmp_path)
+    files = sorted((tmp_path / "checkpoints").iterdir())
+    assert [file.name for file in files] == ["step-000000032.pt", "step-000000036.pt"]
+    for file in files:
+        torch.load(file, weights_only=True)

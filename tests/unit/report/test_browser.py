@@ -1,0 +1,82 @@
+"""The page in a browser, where there is one: its scripts run without a word and draw every chart."""
+
+import re
+import shutil
+import subprocess
+
+import pytest
+
+from cl.report.curves import view
+from cl.report.html import page
+from cl.report.load import sections
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(BROWSER is None, reason="needs a browser")]
+
+# what a reader does: hide and show, sort, choose, point
+ACTIONS = """
+<script>
+window.addEventListener("load", () => {
+  document.querySelectorAll(".legend button").forEach((button) => { button.click(); button.click(); });
+  document.querySelectorAll("thead button").forEach((button) => { button.click(); button.click(); });
+  document.querySelectorAll("select").forEach((select) => {
+    for (const option of select.options) { select.value = option.value; select.dispatchEvent(new Event("change")); }
+  });
+  document.querySelectorAll(".pick").forEach((button) => button.click());
+  document.querySelectorAll(".canvas svg").forEach((chart) => {
+    const box = chart.getBoundingClientRect();
+    for (let k = 0; k <= 10; k++) {
+      const [x, y] = [box.left + (box.width * k) / 10, box.top + (box.height * k) / 10];
+      const place = { clientX: x, clientY: y, bubbles: true };
+      const target = document.elementFromPoint(x, y) || chart;
+      target.dispatchEvent(new PointerEvent("pointermove", place));
+      chart.dispatchEvent(new PointerEvent("pointermove", place));
+    }
+    chart.dispatchEvent(new PointerEvent("pointerleave", {}));
+  });
+  window.dispatchEvent(new Event("beforeprint"));
+  window.dispatchEvent(new Event("afterprint"));
+  document.title = "acted";
+});
+</script></body>"""
+
+
+def open_in_browser(tmp_path, text):
+    path = tmp_path / "report.html"
+    path.write_text(text.replace("</body>", ACTIONS))
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run"]
+    flags += ["--disable-sync", "--enable-logging=stderr", "--v=0", "--virtual-time-budget=4000", "--dump-dom"]
+    profile = f"--user-data-dir={tmp_path / 'profile'}"
+    done = subprocess.run([BROWSER, *flags, profile, path.as_uri()], capture_output=True, text=True, timeout=120)
+    said = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+    return done.stdout, said
+
+
+def results(make_result, kind):
+    joint = {"experiences": ["all"], "trained": [-1]}
+    if kind == "loss":
+        changes = {"measure": "loss", "R_init": [4.0, 4.5]}
+        many = [make_result(name, s, [[2.0, 4.0], [3.0, 2.0]], **changes) for name in ("naive", "<b>") for s in (0, 1)]
+        return [*many, make_result("joint", 0, [[2.0, 2.0]], **changes, **joint)]
+    if kind == "long":
+        R = [[0.9 - 0.004 * abs(i - j) for j in range(60)] for i in range(60)]
+        return [make_result(name, 0, R) for name in ("naive", "replay")]
+    if kind == "one":
+        return [make_result("naive", 0, [[0.9]])]
+    return [
+        make_result("naive"),
+        make_result("joint", 0, [[0.9, 0.9]], **joint),
+        make_result("ewc", R=[], status="failed"),
+    ]
+
+
+@pytest.mark.parametrize("kind", ["accuracy", "loss", "long", "one"])
+def test_the_page_runs(tmp_path, make_result, kind):
+    views = [view(section) for section in sections(results(make_result, kind))]
+    dom, said = open_in_browser(tmp_path, page(views, "A title"))
+    assert said == []
+    assert "<title>acted</title>" in dom
+    charts = dom.count('class="canvas"')
+    assert charts > 0
+    assert len(re.findall(r'class="canvas"><svg', dom)) == charts
+    assert "NaN" not in re.sub(r"<script.*?</script>", "", dom, flags=re.S)
