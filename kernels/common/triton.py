@@ -148,6 +148,13 @@ def device_tag() -> str:
     return f"sm_{major}{minor}|triton {triton.__version__}"
 
 
+def deny(tag: str, wrong: set[tuple[str, str]]) -> None:
+    """Replace the deny-list of one card and Triton version: (kernel, row) pairs that gave wrong numbers."""
+    denied = _read_json(CACHE / "denied.json")
+    denied[tag] = {kernel: sorted(r for k, r in wrong if k == kernel) for kernel in sorted({k for k, _ in wrong})}
+    _write_json(CACHE / "denied.json", denied)
+
+
 def precision() -> str:
     """The `input_precision` of every dot: float32 data keeps its digits on tensor cores by three tf32 products."""
     return "ieee" if INTERPRET or torch.version.hip is not None else "tf32x3"

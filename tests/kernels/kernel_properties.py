@@ -125,7 +125,7 @@ def tensors_of(case: OpCase, inputs: Inputs, **options: Any) -> list[Tensor]:
     leaves = {name: x.detach().clone().requires_grad_() for name, x in inputs.items()}
     out, final = case.op(**leaves, **options)
     gen = torch.Generator().manual_seed(99)
-    cotangents = [torch.randn(x.shape, generator=gen, dtype=torch.float64).to(x.dtype) for x in (out, final)]
+    cotangents = [torch.randn(x.shape, generator=gen, dtype=torch.float64).to(x) for x in (out, final)]
     grads = torch.autograd.grad([out, final], list(leaves.values()), cotangents)
     return [out.detach(), final.detach(), *grads]
 

@@ -1,0 +1,106 @@
+"""python -m kernels.check_gpu: every configuration of every kernel against float64, on the card that is here.
+
+The same kernel source has given wrong gradients on one architecture for one number of warps (flash-linear-attention
+#984), so checking the winner of the tuner is not enough. What fails goes to the deny-list of this architecture and
+Triton version (`KERNELS_CACHE/denied.json`), which the launcher reads; nothing else is changed.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kernels.bench.measure import TOLERANCE, worst_error
+from kernels.bench.shapes import PROBLEMS, Problem, Shape
+
+# widths that fill tiles, and one that fills none
+SHAPES: list[Shape] = [(2, 200, 2, 64), (2, 200, 2, 128), (1, 130, 2, 40)]
+
+
+def _configurations(problem: Problem, inputs: dict[str, Tensor]) -> list[Any]:
+    """The launches of forward and backward with all their rows, the denied ones included."""
+    from kernels.common import triton
+
+    leaves = {n: x.clone().requires_grad_() for n, x in inputs.items()}
+    with triton.recording() as found:
+        out, final = problem.op(**leaves, backend="triton")
+        torch.autograd.grad([out, final], list(leaves.values()), [torch.ones_like(out), torch.ones_like(final)])
+    return list({(launch.kernel.name, launch.row): launch for launch in found}.values())
+
+
+def check(problem: Problem, shape: Shape, dtype: torch.dtype, device: torch.device) -> Iterator[dict[str, Any]]:
+    """One result per kernel and configuration: its worst relative error over outputs and all gradients."""
+    from kernels.common import triton
+
+    torch.manual_seed(0)
+    inputs = problem.draw(shape, dtype, device)
+    for launch in _configurations(problem, inputs):
+        with triton.forced(launch.kernel.name, launch.row):
+            try:
+                worst, note = worst_error(problem, inputs, backend="triton"), ""
+            except Exception as failure:  # out of resources, illegal access: the row is not usable, whatever the reason
+                worst, note = float("inf"), f"{type(failure).__name__}: {str(failure).splitlines()[0]}"
+        yield {
+            "op": problem.name,
+            "shape": " ".join(map(str, shape)),
+            "dtype": str(dtype).removeprefix("torch."),
+            "kernel": launch.kernel.name,
+            "row": str(launch.row),
+            "error": worst,
+            "ok": worst <= TOLERANCE[dtype],
+            "note": note,
+        }
+
+
+def _markdown(rows: list[dict[str, Any]], title: str) -> str:
+    lines = [f"{title}: {sum(r['ok'] for r in rows)} of {len(rows)} configurations right", ""]
+    lines += ["| op | B T H D | dtype | kernel | row | error | ok |", "|---|---|---|---|---|---|---|"]
+    for r in rows:
+        ok = "yes" if r["ok"] else f"NO {r['note']}"
+        lines.append(f"| {r['op']} | {r['shape']} | {r['dtype']} | {r['kernel']} | {r['row']} | {r['error']:.1e} | {ok} |")
+    return "\n".join(lines) + "\n"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Check; exit code 0 all right, 1 something was denied, 2 no card."""
+    parser = argparse.ArgumentParser(prog="python -m kernels.check_gpu", description=__doc__)
+    parser.add_argument("--ops", default=",".join(PROBLEMS))
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--markdown", type=Path)
+    parser.add_argument("--smoke", action="store_true", help="smallest shapes (with TRITON_INTERPRET=1: no card needed)")
+    options = parser.parse_args(argv)
+    from kernels.common import triton
+
+    if not (torch.cuda.is_available() or triton.INTERPRET):
+        print("check_gpu: no CUDA device here; run it on the card, or try the command itself with TRITON_INTERPRET=1")
+        return 2
+    device = torch.device("cpu" if triton.INTERPRET else "cuda")
+    title = "interpreter" if triton.INTERPRET else triton.device_tag()
+    dtypes = [torch.float32] if triton.INTERPRET else [torch.bfloat16, torch.float16, torch.float32]
+    rows: list[dict[str, Any]] = []
+    for name in options.ops.split(","):
+        for dtype in dtypes:
+            for shape in [(1, 40, 1, 16)] if options.smoke else SHAPES:
+                for result in check(PROBLEMS[name], shape, dtype, device):
+                    rows.append(result)
+                    if not result["ok"]:
+                        print("WRONG", result, flush=True)
+    text = _markdown(rows, title)
+    print(text)
+    if options.json:
+        options.json.write_text(json.dumps({"device": title, "rows": rows}, indent=1))
+    if options.markdown:
+        options.markdown.write_text(text)
+    wrong = [r for r in rows if not r["ok"]]
+    if not triton.INTERPRET:
+        triton.deny(title, {(r["kernel"], r["row"]) for r in wrong})
+    return int(bool(wrong))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
