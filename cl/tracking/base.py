@@ -9,7 +9,7 @@ import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from cl.observe import Observer
 from cl.result import Result, write_text
@@ -37,9 +37,13 @@ class Recorder(Observer):
     Args:
         every_steps: optimizer steps between two points under `train/`; each is the mean of the losses since the last.
             An experience always ends with one.
-        flush_every_s: points wait in memory at most this long (and until the experience ends).
+        flush_every_s: points wait in memory at most this long, and as a rule until the experience ends.
+
+    Class attributes:
+        rest_s: the end of an experience writes nothing when the last writing is less than this ago.
     """
 
+    rest_s: ClassVar[float] = 0.0
     _result: Result | None
     _waiting: list[Stamped]
 
@@ -106,7 +110,7 @@ class Recorder(Observer):
     def on_evaluation(self, state: TrainState, result: Result) -> None:
         self._take_train(self._lr)
         self._take(self._guard(points, result, len(result.R) - 1) or ())
-        self.flush()
+        self._flush_after(self.rest_s)
 
     def on_end(self, result: Result) -> None:
         is_done = result.status == "done"
@@ -154,7 +158,10 @@ class Recorder(Observer):
             if key not in self._known:
                 self._known.add(key)
                 self._waiting.append((point, now))
-        if time.monotonic() - self._flushed_at >= self.flush_every_s:
+        self._flush_after(self.flush_every_s)
+
+    def _flush_after(self, seconds: float) -> None:
+        if time.monotonic() - self._flushed_at >= seconds:
             self.flush()
 
     def _take_train(self, lr: float) -> None:

@@ -101,19 +101,22 @@ class StoredRun:
             self.client.log_batch(self.id, metrics=metrics)
 
     def finish(self, result: Result) -> None:
-        self.client.set_tag(self.id, "cl.status", result.status)
-        if result.error:
+        from mlflow.entities import RunTag
+
+        tags = {
+            "cl.status": result.status,
             # the description on the run's page
-            self.client.set_tag(self.id, "mlflow.note.content", result.error[:VALUE_LENGTH])
+            "mlflow.note.content": result.error[:VALUE_LENGTH],
+            # what log_table sets besides, so that the viewer shows a table; log_table itself appends at a second call
+            "mlflow.loggedArtifacts": json.dumps([{"path": _table_path(result), "type": "table"}]),
+        }
+        self.client.log_batch(self.id, tags=[RunTag(name, text) for name, text in tags.items() if text])
         self.client.set_terminated(self.id, STATUS.get(result.status, "FAILED"))
 
     def upload(self, folder: Path | None, result: Result | None = None) -> None:
         """Send the files of the run's folder, and R as a table; before the run's end there is only the config."""
         if result is not None:
-            path = f"tables/{result.measure}_matrix.json"
-            self.client.log_text(self.id, json.dumps(matrix_table(result)), path)
-            # what log_table sets besides, so that the viewer shows a table; log_table itself appends at a second call
-            self.client.set_tag(self.id, "mlflow.loggedArtifacts", json.dumps([{"path": path, "type": "table"}]))
+            self.client.log_text(self.id, json.dumps(matrix_table(result)), _table_path(result))
         for file in [folder / name for name in ARTIFACTS] if folder else ():
             if file.is_file():
                 self.client.log_artifact(self.id, str(file))
@@ -176,6 +179,10 @@ def _find(client: MlflowClient, experiment_id: str, run_id: str | None, journal:
         found = client.search_runs([experiment_id], f"tags.`{JOURNAL_TAG}` = '{journal}'", max_results=1)
         return found[0] if found else None
     return None
+
+
+def _table_path(result: Result) -> str:
+    return f"tables/{result.measure}_matrix.json"
 
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

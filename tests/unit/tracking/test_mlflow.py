@@ -13,7 +13,7 @@ import pytest
 
 from cl.core import UserError
 from cl.result import Result
-from cl.tracking import Journal, Memory, MLflowTracker, chart_url, default_uri, experiment_links, points, sync
+from cl.tracking import Journal, Memory, MLflowTracker, base, chart_url, default_uri, experiment_links, points, sync
 from cl.tracking.store import sqlite_path, view_tag
 
 pytest.importorskip("mlflow")
@@ -148,6 +148,21 @@ def test_resume_brings_what_was_not_flushed(store, client, make_result, tell, ru
     assert stored(client, first.mlflow_run_id) == curves(memory.points)
 
 
+def test_short_experiences_share_a_flush(store, make_result, tell, monkeypatch):
+    tracker = MLflowTracker(store, experiment="flushes")
+    sizes = []
+    write = tracker.write
+    monkeypatch.setattr(tracker, "write", lambda batch: (sizes.append(len(batch)), write(batch)))
+    monkeypatch.setattr(base, "time", SimpleNamespace(time=lambda: 0.0, monotonic=lambda: 0.0))
+    tell([tracker], make_result())
+    assert len(sizes) == 1
+    sizes.clear()
+    clock = iter(range(10_000))
+    monkeypatch.setattr(base, "time", SimpleNamespace(time=lambda: 0.0, monotonic=lambda: 3.0 * next(clock)))
+    tell([tracker], make_result())
+    assert len(sizes) >= 3
+
+
 def test_failed_and_interrupted_runs_say_so(store, client, make_result, tell):
     for status, expected in (("failed", "FAILED"), ("interrupted", "KILLED")):
         tell([MLflowTracker(store, experiment=status)], make_result(error="no memory"), last=1, status=status)
@@ -179,6 +194,7 @@ def test_server_lost_midway_then_synced(store, client, make_result, tell, run_di
 
     memory, result = Memory(every_steps=4), make_result()
     tracker = MLflowTracker(store, experiment="midway", run_dir=run_dir, every_steps=4)
+    monkeypatch.setattr(tracker, "rest_s", 0.0)
     real, calls = MlflowClient.log_batch, []
 
     def breaks(self, run_id, metrics=(), params=(), tags=()):
