@@ -230,7 +230,7 @@ def bookkeeping(root: str) -> list[str]:
                 setattr(Ledger, name, method)
     return [
         f"Metrics, journal and MLflow: {spent:.2f} s of {wall:.1f} s wall time, {100 * spent / wall:.1f} % "
-        f"(permuted MNIST, {NUM_EXPERIENCES} experiences, batch 64; every step's loss read, every 50th logged)."
+        f"(permuted MNIST, {NUM_EXPERIENCES} experiences, batch 64; every step's loss read, every 100th logged)."
     ]
 
 

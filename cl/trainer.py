@@ -104,7 +104,8 @@ class Trainer:
             try:
                 if not resume:
                     self._begin()
-                if all(self._learn(e, steps_done if e.id == start else 0) for e in self._experiences(start)):
+                remaining = self.state.stream.experiences[start:]
+                if all(self._learn(each, steps_done if each.id == start else 0) for each in remaining):
                     result.status = "done"
             except KeyboardInterrupt:
                 raise
@@ -236,9 +237,6 @@ class Trainer:
         if self.config.schedule_span == "run":
             step, num_steps = self.state.step, self.state.total_steps
         return set_learning_rate(self.state.optimizer, self.schedule(step, num_steps))
-
-    def _experiences(self, start: int) -> Iterable[Experience]:
-        return (self.state.stream.experiences[k] for k in range(start, len(self.state.stream.experiences)))
 
     # saving
 

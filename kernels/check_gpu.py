@@ -62,7 +62,9 @@ def _markdown(rows: list[dict[str, Any]], title: str) -> str:
     lines += ["| op | B T H D | dtype | kernel | row | error | ok |", "|---|---|---|---|---|---|---|"]
     for r in rows:
         ok = "yes" if r["ok"] else f"NO {r['note']}"
-        lines.append(f"| {r['op']} | {r['shape']} | {r['dtype']} | {r['kernel']} | {r['row']} | {r['error']:.1e} | {ok} |")
+        lines.append(
+            f"| {r['op']} | {r['shape']} | {r['dtype']} | {r['kernel']} | {r['row']} | {r['error']:.1e} | {ok} |"
+        )
     return "\n".join(lines) + "\n"
 
 
@@ -72,7 +74,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--ops", default=",".join(PROBLEMS))
     parser.add_argument("--json", type=Path)
     parser.add_argument("--markdown", type=Path)
-    parser.add_argument("--smoke", action="store_true", help="smallest shapes (with TRITON_INTERPRET=1: no card needed)")
+    parser.add_argument(
+        "--smoke", action="store_true", help="smallest shapes (with TRITON_INTERPRET=1: no card needed)"
+    )
     options = parser.parse_args(argv)
     from kernels.common import triton
 

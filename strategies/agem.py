@@ -4,8 +4,9 @@
     g' = g - (g . r / r . r) r    otherwise; g of the current loss, r of the stored rows' mean cross-entropy
 
 Source: Chaudhry et al., "Efficient Lifelong Learning with A-GEM", ICLR 2019. The memory policy differs between codes
-and matters, so it is an argument: Avalanche (training/plugins/agem.py) keeps a number of rows per experience, mammoth
-(models/agem.py) one batch per experience.
+and matters, so it is an argument: Avalanche (training/plugins/agem.py) keeps some rows of each experience; mammoth
+(models/agem.py) one batch of each, except in its first commit, which kept capacity // experiences rows: that is the
+code of its published table.
 Differences: rows are drawn uniformly from the whole memory, where Avalanche draws as many of each experience. The
 projection covers every parameter, also heads that the current batch does not use; both codes leave those out, and then
 g' . r is not zero. Rows of the running experience enter the memory at its end, as in both codes.
@@ -36,7 +37,7 @@ class Agem(EpisodicMemory):
     contract = Contract(
         toy={"capacity": 100, "replay_batch_size": 64},
         why_not_zero="a projection has no strength",
-        forgets_less_by=0.02,
+        forgets_less_by=0.2,
     )
 
     def __init__(self, capacity: int = 200, replay_batch_size: int = 128, memory: str = "per_experience") -> None:

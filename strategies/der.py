@@ -34,7 +34,7 @@ class Der(Rehearsal):
     Cost: replay_batch_size more rows forward and backward per step.
     """
 
-    contract = Contract(toy={"capacity": 100}, zero={"alpha": 0.0}, forgets_less_by=0.1)
+    contract = Contract(toy={"capacity": 100, "alpha": 1.0}, zero={"alpha": 0.0}, forgets_less_by=0.12)
 
     def __init__(self, capacity: int = 200, replay_batch_size: int | None = None, alpha: float = 0.5) -> None:
         super().__init__(capacity, replay_batch_size)

@@ -28,7 +28,7 @@ class Derpp(Der):
     Cost: 2 * replay_batch_size more rows forward and backward per step.
     """
 
-    contract = Contract(toy={"capacity": 100}, zero={"alpha": 0.0, "beta": 0.0}, forgets_less_by=0.1)
+    contract = Contract(toy={"capacity": 100}, zero={"alpha": 0.0, "beta": 0.0}, forgets_less_by=0.25)
 
     def __init__(
         self, capacity: int = 200, replay_batch_size: int | None = None, alpha: float = 0.5, beta: float = 1.0

@@ -42,11 +42,11 @@ class Ewc(DataImportance):
     Cost: no rows per step; at the end of an experience importance_rows rows forward and backward.
     """
 
-    contract = Contract(toy={"strength": 100.0}, zero={"strength": 0.0}, forgets_less_by=0.02)
+    contract = Contract(toy={"strength": 20.0}, zero={"strength": 0.0}, forgets_less_by=0.03)
 
     def __init__(
         self,
-        strength: float = 100.0,
+        strength: float = 10.0,
         mode: str = "offline",
         gamma: float = 1.0,
         labels: str = "true",

@@ -43,7 +43,7 @@ class Lwf(Strategy):
     Cost: one more forward pass of the current rows per step, from the second experience on.
     """
 
-    contract = Contract(toy={"strength": 1.0}, zero={"strength": 0.0}, forgets_less_by=0.02)
+    contract = Contract(toy={"strength": 5.0}, zero={"strength": 0.0}, forgets_less_by=0.06)
 
     def __init__(self, strength: float = 1.0, temperature: float = 2.0, convention: str = "plain") -> None:
         require_number("lwf.strength", strength)

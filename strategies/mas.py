@@ -32,11 +32,11 @@ class Mas(DataImportance):
     Cost: no rows per step; at the end of an experience importance_rows rows forward and backward.
     """
 
-    contract = Contract(toy={"strength": 1.0}, zero={"strength": 0.0}, forgets_less_by=0.02)
+    contract = Contract(toy={"strength": 0.1}, zero={"strength": 0.0}, forgets_less_by=0.1)
 
     def __init__(
         self,
-        strength: float = 1.0,
+        strength: float = 0.01,
         importance_rows: int | None = 1000,
         convention: str = "per_row",
         mix: float = 0.5,

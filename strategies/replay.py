@@ -36,7 +36,7 @@ class Replay(Rehearsal):
     Cost: replay_batch_size more rows forward and backward per step.
     """
 
-    contract = Contract(toy={"capacity": 100}, zero={"weight": 0.0}, forgets_less_by=0.1)
+    contract = Contract(toy={"capacity": 100}, zero={"weight": 0.0}, forgets_less_by=0.25)
 
     def __init__(
         self,

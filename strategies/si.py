@@ -42,9 +42,9 @@ class Si(Quadratic):
     Cost: no rows; two passes over the parameters per step.
     """
 
-    contract = Contract(toy={"strength": 1.0}, zero={"strength": 0.0}, forgets_less_by=0.02)
+    contract = Contract(toy={"strength": 1.0}, zero={"strength": 0.0}, forgets_less_by=0.04)
 
-    def __init__(self, strength: float = 1.0, xi: float | None = None, convention: str = "van_de_ven") -> None:
+    def __init__(self, strength: float = 0.3, xi: float | None = None, convention: str = "van_de_ven") -> None:
         super().__init__(strength)
         require_choice("si.convention", convention, tuple(XI))
         if xi is not None:
@@ -75,7 +75,7 @@ class Si(Quadratic):
             # gradients are read after the update, which unscales them under fp16; a step that was skipped because
             # they overflowed moved nothing, and infinity times zero must not enter the path
             if p.grad is not None:
-                self.path[name].addcmul_(p.grad.nan_to_num(), p.detach() - before[name], value=-1.0)
+                self.path[name].addcmul_(p.grad.nan_to_num(), before[name].sub_(p.detach()))
 
     def on_experience_end(self, state: TrainState) -> None:
         if self.strength == 0:

@@ -87,14 +87,18 @@ def _kernel(name: str) -> str:
 
 
 def _data(root: str) -> Iterator[Check]:
+    """Every data set that is there, and one line for each reason why others are not."""
     from streams._images import LOADERS, load_images
 
+    absent: dict[str, list[str]] = {}
     for name in LOADERS:
         try:
             images = load_images(name, root or None)
             yield "ok", f"data {name}", f"{len(images.targets)} training rows of {tuple(images.shape)}"
         except UserError as error:
-            yield "absent", f"data {name}", str(error)
+            absent.setdefault(str(error) if root else "data.root is not set", []).append(name)
+    for reason, names in absent.items():
+        yield "absent", f"data {', '.join(names)}", reason
 
 
 def _store(uri: str) -> Check:

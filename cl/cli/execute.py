@@ -45,8 +45,9 @@ def execute(
     """
     if not resume and (run_dir / RESULT).exists():
         raise UserError(f"{run_dir} already holds a run; go on with `cl resume {run_dir}` or choose another folder")
-    watchers = [*observers, *_recorders(config, run_dir, suite)]
-    trainer = build.make_trainer(config, choices(config, _backbone_name(config)), run_dir, watchers)
+    recorders = _recorders(config, run_dir, suite)
+    names = choices(config, _backbone_name(config))
+    trainer = build.make_trainer(config, names, run_dir, [*observers, *recorders])
     with _writing(run_dir):
         run_dir.mkdir(parents=True, exist_ok=True)
         if not resume:
@@ -55,6 +56,8 @@ def execute(
             write_text(run_dir / CONFIG, OmegaConf.to_yaml(OmegaConf.create(dict(config))))
     with _logging_to(run_dir / LOG, say), _stopping(trainer, run_dir, say):
         result = trainer.run(resume=resume)
+    if result.status == "done" and len(recorders) > 1:
+        _send_figures(run_dir, recorders)
     if result.status == "interrupted":
         say(f"interrupted; go on with `cl resume {run_dir}`")
     return result
@@ -64,17 +67,26 @@ def _backbone_name(config: Mapping[str, Any]) -> str:
     return str(config["backbone"]["_target_"]).split(".")[-2]
 
 
-def _recorders(config: Mapping[str, Any], run_dir: Path, suite: str) -> list[Observer]:
+def _recorders(config: Mapping[str, Any], run_dir: Path, suite: str) -> list[Any]:
     """The journal of the run, and its tracker when one is chosen and answers."""
     from cl.tracking import Journal, check_store
 
     node = config.get("tracking") or {}
-    recorders: list[Observer] = [Journal(run_dir)]
-    if node.get("_target_"):
-        tracker = build.make("tracking", dict(node) | {"run_dir": run_dir, "suite": suite})
-        check_store(tracker.uri)
-        recorders.append(tracker)
-    return recorders
+    if not node.get("_target_"):
+        return [Journal(run_dir, suite=suite)]
+    tracker = build.make("tracking", dict(node) | {"run_dir": run_dir, "suite": suite})
+    check_store(tracker.uri)
+    return [Journal(run_dir, experiment=tracker.experiment, suite=suite), tracker]
+
+
+def _send_figures(run_dir: Path, recorders: Sequence[Any]) -> None:
+    """Draw the run's own report into its folder and let the tracker send it."""
+    from cl.report import write_report
+
+    write_report(run_dir, run_dir)
+    for recorder in recorders:
+        if hasattr(recorder, "upload"):
+            recorder.upload()
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-PRELOADED = ["cl.cli.execute", "cl.trainer", "cl.tracking", "rich.console", "omegaconf"]
+PRELOADED = ["cl.cli.execute", "cl.trainer", "cl.tracking.mlflow", "cl.report.figures", "mlflow", "omegaconf"]
 THREADS = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 
 

@@ -34,7 +34,7 @@ class MLflowTracker(Recorder):
     """
 
     # short experiences share a flush, whose price hardly depends on the number of points
-    rest_s = 2.0
+    rest_s = 5.0
 
     def __init__(
         self,

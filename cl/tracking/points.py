@@ -16,6 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -84,7 +85,7 @@ def last_points(result: Result) -> list[Point]:
 
 def train_points(losses: Mapping[str, float], lr: float, step: int) -> list[Point]:
     """Loss, its terms and the learning rate after `step` optimizer steps."""
-    found = [Point(f"{TRAIN}{name}", float(value), step) for name, value in losses.items()]
+    found = [Point(legal_name(f"{TRAIN}{name}"), float(value), step) for name, value in losses.items()]
     return defined([*found, Point(f"{TRAIN}lr", float(lr), step)])
 
 
@@ -118,6 +119,16 @@ def task_name(section: str, domain: int, num_domains: int) -> str:
         ('accuracy/task_03', 'accuracy/task_003')
     """
     return f"{section}/task_{domain:0{max(2, len(str(num_domains - 1)))}d}"
+
+
+def legal_name(name: str) -> str:
+    """In the alphabet that MLflow accepts, where one refused name loses a whole batch.
+
+    Example:
+        >>> legal_name("train/loss[my term]")
+        'train/loss_my term_'
+    """
+    return re.sub(r"[^\w\-.:/ ]", "_", name)[:250]
 
 
 def matrix_table(result: Result) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from cl import __version__
 from cl.result import Result
 from cl.tracking.base import Stamped
-from cl.tracking.points import config_hash, matrix_table
+from cl.tracking.points import config_hash, legal_name, matrix_table
 from cl.tracking.store import artifact_location, grouped_view, patient_uri, quiet, view_tag
 
 if TYPE_CHECKING:
@@ -20,7 +19,6 @@ if TYPE_CHECKING:
 
 METRICS_PER_CALL = 1000
 PARAMS_PER_CALL = 100
-KEY_LENGTH = 250
 VALUE_LENGTH = 500
 """Of a parameter; what old servers accept, too. The whole value is in the artifact config.yaml."""
 
@@ -97,7 +95,7 @@ class StoredRun:
         from mlflow.entities import Metric
 
         for chunk in _chunks(batch, METRICS_PER_CALL):
-            metrics = [Metric(_key(p.name), p.value, int(moment * 1000), p.step) for p, moment in chunk]
+            metrics = [Metric(p.name, p.value, int(moment * 1000), p.step) for p, moment in chunk]
             self.client.log_batch(self.id, metrics=metrics)
 
     def finish(self, result: Result) -> None:
@@ -110,7 +108,9 @@ class StoredRun:
             # what log_table sets besides, so that the viewer shows a table; log_table itself appends at a second call
             "mlflow.loggedArtifacts": json.dumps([{"path": _table_path(result), "type": "table"}]),
         }
-        self.client.log_batch(self.id, tags=[RunTag(name, text) for name, text in tags.items() if text])
+        # an empty text takes back what an earlier attempt said
+        kept = [RunTag(name, text) for name, text in tags.items() if text or not self.is_new]
+        self.client.log_batch(self.id, tags=kept)
         self.client.set_terminated(self.id, STATUS.get(result.status, "FAILED"))
 
     def upload(self, folder: Path | None, result: Result | None = None) -> None:
@@ -127,7 +127,7 @@ class StoredRun:
         from mlflow.entities import Dataset, DatasetInput, Param
 
         values = {"seed": result.seed} | dict(_flat(settings))
-        params = [Param(_key(name), _short(str(value))) for name, value in values.items()]
+        params = [Param(legal_name(name), _short(str(value))) for name, value in values.items()]
         for chunk in _chunks(params, PARAMS_PER_CALL):
             self.client.log_batch(self.id, params=chunk)
         of_stream = {name: value for name, value in values.items() if name.split(".")[0] == "stream"}
@@ -191,11 +191,6 @@ def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
             yield from _flat(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
-
-
-def _key(name: str) -> str:
-    """MLflow's alphabet; one refused name would lose the whole batch."""
-    return re.sub(r"[^\w\-.:/ ]", "_", name)[:KEY_LENGTH]
 
 
 def _short(value: str) -> str:

@@ -58,7 +58,8 @@ def main(argv: list[str] | None = None) -> int:
             TABLE.write_text(json.dumps(tables, indent=0, sort_keys=True) + "\n")
         else:
             said += problems(one.key, one.numbers(), table.get(one.key), SHARED_LIMIT[one.target])
-    print(f"triton {triton.__version__}: {count} kernels compiled, {unspilled} without stack, {time.monotonic() - started:.0f} s")
+    took = f"{time.monotonic() - started:.0f} s"
+    print(f"triton {triton.__version__}: {count} kernels compiled, {unspilled} without stack, {took}")
     print("\n".join(said))
     return int(bool(said))
 

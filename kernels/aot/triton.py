@@ -124,7 +124,8 @@ def _nvidia_usage(cubin: bytes) -> tuple[int, int]:
             [str(tool), "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
         ).stdout
     registers, stack = re.search(r"REG:(\d+)", text), re.search(r"STACK:(\d+)", text)
-    assert registers and stack, text
+    assert registers, text
+    assert stack, text
     return int(registers[1]), int(stack[1])
 
 

@@ -43,7 +43,12 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def _row(
-    problem: Problem, shape: Shape, dtype: torch.dtype, device: torch.device, limits: Ceilings, options: argparse.Namespace
+    problem: Problem,
+    shape: Shape,
+    dtype: torch.dtype,
+    device: torch.device,
+    limits: Ceilings,
+    options: argparse.Namespace,
 ) -> list[dict[str, Any]]:
     torch.manual_seed(0)
     first = problem.draw(shape, dtype, device)
@@ -96,7 +101,13 @@ def _row(
 def _cell(value: Any) -> str:
     if value is None:
         return "–"
-    return f"{value:.3g}" if isinstance(value, float) and value < 1000 else f"{value:.0f}" if isinstance(value, float) else str(value)
+    return (
+        f"{value:.3g}"
+        if isinstance(value, float) and value < 1000
+        else f"{value:.0f}"
+        if isinstance(value, float)
+        else str(value)
+    )
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -122,7 +133,11 @@ def _environment(device: torch.device, limits: Ceilings) -> dict[str, Any]:
 
 def _cpu_name() -> str:
     info = Path("/proc/cpuinfo")
-    names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if "model name" in line] if info.exists() else []
+    names = (
+        [line.split(":")[1].strip() for line in info.read_text().splitlines() if "model name" in line]
+        if info.exists()
+        else []
+    )
     return names[0] if names else platform.processor() or platform.machine()
 
 
@@ -150,8 +165,10 @@ def main(argv: list[str] | None = None) -> int:
         options.markdown.write_text(text)
     if options.readme:
         before, rest = options.readme.read_text().split(f"<!-- bench {device.type} -->")
-        options.readme.write_text(f"{before}<!-- bench {device.type} -->{text}<!-- end {device.type} -->"
-                                  + rest.split(f"<!-- end {device.type} -->")[1])
+        options.readme.write_text(
+            f"{before}<!-- bench {device.type} -->{text}<!-- end {device.type} -->"
+            + rest.split(f"<!-- end {device.type} -->")[1]
+        )
     return int(any(row["pass"] == "REFUSED" for row in rows))
 
 

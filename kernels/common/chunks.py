@@ -7,6 +7,9 @@ Every exponent is a sum of log decays over an interval of tokens, computed as su
 running sums: nothing overflows, nothing cancels, and the gate gradient is the transposed sum.
 """
 
+# mypy: disable-error-code="no-untyped-call"
+# torch leaves Tensor.unflatten without types
+
 import torch
 from torch import Tensor
 
@@ -19,7 +22,8 @@ def to_chunks(x_BTHD: Tensor, chunk: int) -> Tensor:
     n = -(-length // chunk)
     dtype = state_dtype(x_BTHD.dtype)
     if n * chunk == length:
-        return x_BTHD.to(dtype).unflatten(1, (n, chunk)).permute(1, 0, 3, 2, 4).reshape(-1, chunk, width)
+        whole_BNCHD: Tensor = x_BTHD.to(dtype).unflatten(1, (n, chunk))
+        return whole_BNCHD.permute(1, 0, 3, 2, 4).reshape(-1, chunk, width)
     out = x_BTHD.new_zeros(n, batch, heads, chunk, width, dtype=dtype)
     whole = n - 1
     body, tail = x_BTHD[:, : whole * chunk], x_BTHD[:, whole * chunk :]
@@ -117,7 +121,7 @@ class ChannelDecay(Decay):
     def _squares(p_MCC: Tensor, width: int) -> Tensor:
         """View of the level's squares [M, width, width, blocks]."""
         blocks = p_MCC.shape[1] // (2 * width)
-        view = p_MCC.unflatten(2, (blocks, 2 * width)).unflatten(1, (blocks, 2 * width))
+        view: Tensor = p_MCC.unflatten(2, (blocks, 2 * width)).unflatten(1, (blocks, 2 * width))
         return view.diagonal(dim1=1, dim2=3)[:, width:, :width]
 
     def _levels(self) -> list[int]:
@@ -145,7 +149,10 @@ class ChannelDecay(Decay):
         dg = torch.zeros_like(self.g)
         for width in self._levels():
             first, second = self._halves(width)
-            q, k = q_MCK.unflatten(1, (-1, 2, width))[:, :, 1] * second, k_MCK.unflatten(1, (-1, 2, width))[:, :, 0] * first
+            q, k = (
+                q_MCK.unflatten(1, (-1, 2, width))[:, :, 1] * second,
+                k_MCK.unflatten(1, (-1, 2, width))[:, :, 0] * first,
+            )
             d = self._squares(dp_MCC, width).permute(0, 3, 1, 2)
             dqs, dks = d @ k, d.mT @ q
             half = dg.unflatten(1, (-1, 2, width))

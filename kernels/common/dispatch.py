@@ -88,7 +88,9 @@ def _cpu_chunk(chunk: int | None, length: int | None) -> int:
 
 def matrix_chunk(dtype: torch.dtype, *, per_channel: bool, wide: bool) -> int:
     """Chunk of the matrix-state kernels that still fits the registers: float32 products take three times the room."""
-    size = 32 if per_channel or wide else 64
+    if per_channel:
+        return 16
+    size = 32 if wide else 64
     return size // 2 if dtype == torch.float32 else size
 
 

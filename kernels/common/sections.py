@@ -1,11 +1,14 @@
 """Driving a chunked op over time: sections of a few chunks, dense or packed, forward and backward.
 
-A section is as many chunks as make about `ROWS` matrices: its temporaries stay in the cache and in the allocator's hands
-(fresh pages cost more than the arithmetic), and the memory of the backward does not grow with T but for what is kept:
-the inputs and the state at every chunk start.
+A section is as many chunks as make about `ROWS` matrices: its temporaries stay in the cache and in the allocator's
+hands (fresh pages cost more than the arithmetic), and the memory of the backward does not grow with T but for what is
+kept: the inputs and the state at every chunk start.
 
 Legend: as in kernels.common.chunks; n chunks of one section; Z = B*H; R rows of kept chunk states.
 """
+
+# mypy: disable-error-code="no-untyped-call"
+# torch leaves Tensor.unflatten without types
 
 from collections.abc import Callable, Sequence
 

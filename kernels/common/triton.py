@@ -3,6 +3,9 @@
 Imported only by the `triton.py` of an op, by `kernels.aot` and by `kernels.check_gpu`.
 """
 
+# mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call"
+# device functions carry no types: their arguments are pointers, tiles and constants of the compiler
+
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -114,7 +117,8 @@ _FORCED: dict[str, Row] = {}
 def recording() -> Iterator[list[Launch]]:
     """Collect launches (all their rows) instead of running them; outputs stay uninitialised."""
     global _RECORD
-    _RECORD = found = []
+    found: list[Launch] = []
+    _RECORD = found
     try:
         yield found
     finally:
@@ -160,10 +164,8 @@ def precision() -> str:
     return "ieee" if INTERPRET or torch.version.hip is not None else "tf32x3"
 
 
-def host(tensor: Tensor | None) -> Tensor | None:
+def host(tensor: Tensor) -> Tensor:
     """Contiguous, and float32 instead of bfloat16 in the interpreter, which computes bfloat16 silently wrong."""
-    if tensor is None:
-        return None
     if INTERPRET and tensor.dtype == torch.bfloat16:
         tensor = tensor.float()
     return tensor.contiguous()
@@ -221,6 +223,7 @@ def load_tile(ptr, t0, end, h, H, D, d0, C: tl.constexpr, BD: tl.constexpr):
 
 @triton.jit
 def store_tile(ptr, x, t0, end, h, H, D, d0, C: tl.constexpr, BD: tl.constexpr):
+    """Counterpart of `load_tile`."""
     t = t0 + tl.arange(0, C)
     d = d0 + tl.arange(0, BD)
     tl.store(ptr + (t[:, None] * H + h) * D + d[None, :], x, mask=(t < end)[:, None] & (d < D)[None, :])
@@ -237,6 +240,7 @@ def load_state(ptr, row, h, H, K, V, k0, v0, BK: tl.constexpr, BV: tl.constexpr)
 
 @triton.jit
 def store_state(ptr, x, row, h, H, K, V, k0, v0, BK: tl.constexpr, BV: tl.constexpr):
+    """Counterpart of `load_state`."""
     k = k0 + tl.arange(0, BK)
     v = v0 + tl.arange(0, BV)
     at = ((row.to(tl.int64) * H + h) * K + k[:, None]) * V + v[None, :]

@@ -7,6 +7,9 @@ The backward differentiates the solve implicitly: R = (I + A)^-T dD.
 Legend: as in kernels.common.chunks and kernels.common.sections.
 """
 
+# mypy: disable-error-code="no-untyped-call"
+# torch leaves Tensor.unflatten without types
+
 from functools import partial
 
 import torch
@@ -19,13 +22,17 @@ from kernels.common.chunks import Decay, decay_of, from_chunks, to_chunks
 def _solve(a_MCC: Tensor, x_MCD: Tensor, *, transposed: bool = False) -> Tensor:
     """(I + A)^-1 X, or (I + A)^-T X; A is strictly lower, its unit diagonal is implied."""
     matrix = a_MCC.mT if transposed else a_MCC
-    return torch.linalg.solve_triangular(matrix, x_MCD, upper=transposed, unitriangular=True)
+    solved: Tensor = torch.linalg.solve_triangular(matrix, x_MCD, upper=transposed, unitriangular=True)
+    return solved
 
 
 def _parts(tokens: sections.Tokens, scale: float, chunk: int) -> tuple[Decay, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Decay, scaled queries, keys, values, beta [M, C, 1], and <k_i, k_j> decayed, strictly lower."""
     q, k, v, beta, g = tokens
-    assert q is not None and k is not None and v is not None and beta is not None
+    assert q is not None
+    assert k is not None
+    assert v is not None
+    assert beta is not None
     decay = decay_of(g, q, chunk)
     qc, kc, vc = to_chunks(q, chunk).mul(scale), to_chunks(k, chunk), to_chunks(v, chunk)
     return decay, qc, kc, vc, to_chunks(beta[..., None], chunk), decay.scores(kc, kc, strict=True)

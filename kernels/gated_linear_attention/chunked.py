@@ -6,6 +6,9 @@ backward: the inputs and the state at every chunk start; everything else is comp
 Legend: as in kernels.common.chunks and kernels.common.sections.
 """
 
+# mypy: disable-error-code="no-untyped-call"
+# torch leaves Tensor.unflatten without types
+
 from functools import partial
 
 import torch
@@ -19,7 +22,9 @@ def _forward_section(
     tokens: sections.Tokens, s_ZKV: Tensor, states_nZKV: Tensor, *, scale: float, chunk: int
 ) -> tuple[Tensor, Tensor]:
     q, k, v, g = tokens
-    assert q is not None and k is not None and v is not None
+    assert q is not None
+    assert k is not None
+    assert v is not None
     decay = decay_of(g, q, chunk)
     qc, kc, vc = to_chunks(q, chunk).mul(scale), to_chunks(k, chunk), to_chunks(v, chunk)
     rows = states_nZKV.shape[:2]
@@ -37,7 +42,9 @@ def _backward_section(
     tokens: sections.Tokens, do: Tensor, states_nZKV: Tensor, ds_ZKV: Tensor, *, scale: float, chunk: int
 ) -> tuple[list[Tensor | None], Tensor]:
     q, k, v, g = tokens
-    assert q is not None and k is not None and v is not None
+    assert q is not None
+    assert k is not None
+    assert v is not None
     decay = decay_of(g, q, chunk)
     qc, kc, vc, doc = to_chunks(q, chunk).mul(scale), to_chunks(k, chunk), to_chunks(v, chunk), to_chunks(do, chunk)
     q_in, k_out = qc * decay.into_MCG, kc * decay.out_MCG

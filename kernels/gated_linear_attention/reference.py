@@ -29,7 +29,9 @@ def gated_linear_attention_reference(
     g = (q_BTHK.new_zeros(*q_BTHK.shape[:3], 1) if g_BTHG is None else g_BTHG).to(dtype)
     decay = (g if g.dim() == 4 else g[..., None]).exp().unbind(1)
     batch, _, heads, width = v_BTHV.shape
-    s_BHKV = v_BTHV.new_zeros(batch, heads, q_BTHK.shape[3], width, dtype=dtype) if h0_BHKV is None else h0_BHKV.to(dtype)
+    s_BHKV = (
+        v_BTHV.new_zeros(batch, heads, q_BTHK.shape[3], width, dtype=dtype) if h0_BHKV is None else h0_BHKV.to(dtype)
+    )
     outs = []
     for t in range(len(q)):
         s_BHKV = decay[t][..., None] * s_BHKV + k[t][..., None] * v[t][..., None, :]

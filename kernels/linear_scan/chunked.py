@@ -7,6 +7,9 @@ Five reads and writes of the inputs' size in all; no log-space anywhere, it lose
 Legend: B batch, T time, N channels, C chunk, S sequences (S = B unless packed).
 """
 
+# mypy: disable-error-code="no-untyped-call"
+# torch leaves Tensor.unflatten without types
+
 import torch
 from torch import Tensor
 

@@ -4,6 +4,9 @@ One segment: one launch, every byte once. Several: summaries, their carry, then 
 Rows are packed [T, N]; a dense batch is a packed one with equal lengths. Complex numbers are two float planes.
 """
 
+# mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call"
+# device functions carry no types: their arguments are pointers, tiles and constants of the compiler
+
 from typing import Any
 
 import torch
@@ -243,15 +246,12 @@ def _run(
     return out, end
 
 
-def _planes(x: Tensor | None) -> Tensor | None:
-    x = host(x)
-    return torch.view_as_real(x.resolve_conj()).contiguous() if x is not None and x.is_complex() else x
+def _planes(x: Tensor) -> Tensor:
+    return host(torch.view_as_real(x.resolve_conj()) if x.is_complex() else x)
 
 
 def _packed(x: Tensor) -> Tensor:
-    planes = _planes(x)
-    assert planes is not None
-    return planes.flatten(0, 1)
+    return _planes(x).flatten(0, 1)
 
 
 def _back(x: Tensor, like: Tensor) -> Tensor:
@@ -273,9 +273,7 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """As `chunked.forward`; `chunk` is not used (tiles are the tuner's), `segment` is for the tests."""
     cu = offsets(u_BTN.shape[0], u_BTN.shape[1], cu_seqlens, u_BTN.device)
-    h, end = _run(
-        _packed(a_BTN), _packed(u_BTN), _state(h0_SN, u_BTN.dtype), cu, {"REVERSE": False}, segment
-    )
+    h, end = _run(_packed(a_BTN), _packed(u_BTN), _state(h0_SN, u_BTN.dtype), cu, {"REVERSE": False}, segment)
     return _back(h, u_BTN), torch.view_as_complex(end) if u_BTN.is_complex() else end
 
 

@@ -18,7 +18,8 @@ _HERE = Path(__file__).parent
 
 def _load(name: str) -> None:
     spec = importlib.util.spec_from_file_location(name, _HERE / f"{name}.py")
-    assert spec and spec.loader
+    assert spec
+    assert spec.loader
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     spec.loader.exec_module(module)

@@ -80,9 +80,12 @@ def test_half_precision_inputs_are_computed_in_float32(case, dtype):
         pytest.skip("no 16-bit complex numbers")
     given = props.cast(props.draw(case, 40), dtype)
     found = props.tensors_of(case, given, backend="chunked")
-    assert found[0].dtype == dtype and found[1].dtype == torch.float32
+    assert found[0].dtype == dtype
+    assert found[1].dtype == torch.float32
     # what is returned in 16 bits carries one rounding; the scan's da multiplies the rounded h
-    props.assert_close(case, given, found, props.truth_of(case, given), {torch.bfloat16: 8e-3, torch.float16: 1e-3}[dtype])
+    props.assert_close(
+        case, given, found, props.truth_of(case, given), {torch.bfloat16: 8e-3, torch.float16: 1e-3}[dtype]
+    )
 
 
 @every

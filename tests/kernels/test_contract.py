@@ -78,7 +78,10 @@ SCHEMAS = list(schemas())
 
 @pytest.mark.parametrize(("_name", "op", "args"), SCHEMAS, ids=[s[0] for s in SCHEMAS])
 def test_opcheck(_name, op, args):
-    given = tuple(x.detach().clone().requires_grad_() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in args)
+    given = tuple(
+        x.detach().clone().requires_grad_() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
+        for x in args
+    )
     torch.library.opcheck(op, given)
 
 
@@ -104,7 +107,8 @@ def test_compiles_without_graph_breaks(case):
 def test_explain_tells_what_runs_and_why(monkeypatch):
     x = torch.ones(1, 40, 2, 4)
     found = explain(gated_linear_attention, x, x, x)
-    assert (found.backend, found.chunk) == ("chunked", 32) and "CUDA" in found.reason
+    assert (found.backend, found.chunk) == ("chunked", 32)
+    assert "CUDA" in found.reason
     assert found.as_tags()["kernel.gated_linear_attention.backend"] == "chunked"
     assert explain(gated_linear_attention, x[:, :1], x[:, :1], x[:, :1]).chunk == 1
     assert explain(gated_linear_attention, x, x, x, backend="reference").backend == "reference"
@@ -133,7 +137,12 @@ BAD = [
     (gated_linear_attention, (X, X, X), {"initial_state": torch.ones(1, 2, 3, 4)}, "initial_state must be"),
     (gated_linear_attention, (X.double(), X.double(), X.double()), {"backend": "triton"}, "refuses float64"),
     (delta_rule, (X, X, X, X), {}, "beta must be"),
-    (delta_rule, (X.repeat(2, 1, 1, 1),) * 3 + (B.repeat(2, 1, 1),), {"cu_seqlens": torch.tensor([0, 4])}, "must be 1, got 2"),
+    (
+        delta_rule,
+        (X.repeat(2, 1, 1, 1),) * 3 + (B.repeat(2, 1, 1),),
+        {"cu_seqlens": torch.tensor([0, 4])},
+        "must be 1, got 2",
+    ),
     (delta_rule, (X, X, X, B), {"cu_seqlens": torch.tensor([0.0, 4.0])}, "int32 or int64"),
     (delta_rule, (X, X, X, B), {"backend": "triton", "chunk": 128}, "has chunks 16, 32, 64, got 128"),
     (delta_rule, (torch.ones(1, 4, 1, 300),) * 3 + (B[..., :1],), {"backend": "triton"}, "K <= 256, got 300"),
@@ -174,7 +183,9 @@ except ValueError as e:
 
 def mlstm_loop(q, k, v, i_gate, f_gate, scale, state=None):
     """The mLSTM as the paper's equations have it, without stabiliser, in float64."""
-    c, n = (torch.zeros(q.shape[0], q.shape[2], 5, 7), torch.zeros(q.shape[0], q.shape[2], 5)) if state is None else state
+    c, n = (
+        (torch.zeros(q.shape[0], q.shape[2], 5, 7), torch.zeros(q.shape[0], q.shape[2], 5)) if state is None else state
+    )
     outs = []
     for t in range(q.shape[1]):
         f, i = torch.sigmoid(f_gate[:, t])[..., None], torch.exp(i_gate[:, t])[..., None]

@@ -13,7 +13,13 @@ import kernels
 ROOT = Path(next(iter(kernels.__path__)))
 # file, text, replacement, case whose agreement must break, backend
 MUTATIONS = [
-    ("common/chunks.py", "g_MCG).exp_()\n        self.out", "g_MCG * 0).exp_()\n        self.out", "gla_scalar", "chunked"),
+    (
+        "common/chunks.py",
+        "g_MCG).exp_()\n        self.out",
+        "g_MCG * 0).exp_()\n        self.out",
+        "gla_scalar",
+        "chunked",
+    ),
     ("common/chunks.py", "return p.tril_(-1) if strict else p", "return p.tril_(-1)", "gla_scalar", "chunked"),
     ("common/chunks.py", "[:, width:, :width]", "[:, :width, width:]", "gla_channel", "chunked"),
     ("common/chunks.py", "self.gate(out_MCK) + total[:, None]", "self.gate(out_MCK)", "kda", "chunked"),

@@ -1,4 +1,4 @@
-"""The bench and the card check as commands: they work here on tiny shapes, so that on the card they only have to run."""
+"""The bench and the card check as commands: tried here on tiny shapes, so that on the card they only have to run."""
 
 import json
 import os
@@ -21,9 +21,13 @@ def test_bench_writes_both_tables(tmp_path):
     done = run("kernels.bench", "--smoke", "--device", "cpu", *paths)
     assert done.returncode == 0, done.stderr
     rows = json.loads((tmp_path / "b.json").read_text())["rows"]
-    assert len(rows) == 12 and all(row["ms"] > 0 and float(row["max rel err"]) < 1e-5 for row in rows)
+    assert len(rows) == 12
+    assert all(row["ms"] > 0 and float(row["max rel err"]) < 1e-5 for row in rows)
     text = readme.read_text()
-    assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text and "| kda |" in text
+    assert text.startswith("before\n")
+    assert text.endswith("after\n")
+    assert "old" not in text
+    assert "| kda |" in text
 
 
 def test_bench_refuses_to_time_a_wrong_result(monkeypatch, capsys):
@@ -39,12 +43,14 @@ def test_bench_names_the_allowed_ops(capsys):
 
     with pytest.raises(SystemExit) as stop:
         main(["--ops", "attention"])
-    assert stop.value.code == 2 and "unknown ops 'attention'; use linear_scan" in capsys.readouterr().err
+    assert stop.value.code == 2
+    assert "unknown ops 'attention'; use linear_scan" in capsys.readouterr().err
 
 
 def test_check_gpu_says_when_there_is_no_card():
     done = run("kernels.check_gpu", CUDA_VISIBLE_DEVICES="")
-    assert done.returncode == 2 and "no CUDA device" in done.stdout
+    assert done.returncode == 2
+    assert "no CUDA device" in done.stdout
 
 
 @pytest.mark.slow

@@ -44,7 +44,7 @@ def jitter(inputs, generator):
 
 
 def trainer_of(run_dir, observers=(), fingerprint="one", **config):
-    stream = replace(toy_stream(Setting.TASK_INCREMENTAL), augment=jitter)
+    stream = replace(toy_stream(Setting.CLASS_INCREMENTAL), augment=jitter)
     return Trainer(
         stream,
         Dropped,

@@ -54,6 +54,8 @@ def assert_same_end(resumed, whole):
     assert result.R == expected.R
     assert result.R_init == expected.R_init
     assert result.within == expected.within
+    for name in ("step", "tokens", "classes_seen"):
+        assert getattr(trainer.state, name) == getattr(undisturbed.state, name)
     assert losses == {step: every_loss[step] for step in losses}
     assert equal(trainer.state.model.state_dict(), undisturbed.state.model.state_dict())
     assert equal(trainer.state.optimizer.state_dict(), undisturbed.state.optimizer.state_dict())

@@ -158,7 +158,7 @@ def test_short_experiences_share_a_flush(store, make_result, tell, monkeypatch):
     assert len(sizes) == 1
     sizes.clear()
     clock = iter(range(10_000))
-    monkeypatch.setattr(base, "time", SimpleNamespace(time=lambda: 0.0, monotonic=lambda: 3.0 * next(clock)))
+    monkeypatch.setattr(base, "time", SimpleNamespace(time=lambda: 0.0, monotonic=lambda: 6.0 * next(clock)))
     tell([tracker], make_result())
     assert len(sizes) >= 3
 
@@ -170,6 +170,15 @@ def test_failed_and_interrupted_runs_say_so(store, client, make_result, tell):
         assert (run.info.status, run.data.tags["cl.status"]) == (expected, status)
         assert run.data.tags["mlflow.note.content"] == "no memory"
         assert not any(name.startswith("final/") for name in run.data.metrics)
+
+
+def test_a_run_that_failed_once_and_is_done_now(store, client, make_result, tell):
+    first = make_result(error="no memory")
+    tell([MLflowTracker(store, experiment="again")], first, last=1, status="failed")
+    tell([MLflowTracker(store, experiment="again")], make_result(R=first.R, mlflow_run_id=first.mlflow_run_id), first=1)
+    run = only_run(client, "again")
+    assert (run.info.status, run.data.tags["cl.status"]) == ("FINISHED", "done")
+    assert not run.data.tags["mlflow.note.content"]
 
 
 def test_server_that_is_not_there(make_result, tell, run_dir, caplog, monkeypatch):

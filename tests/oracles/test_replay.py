@@ -1,0 +1,71 @@
+"""Replay against a plain loop with separate forward passes."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from cl.core import Batch, Setting
+from strategies.replay import Replay
+
+WEIGHT, SIZE = 0.6, 10
+
+
+def check(lab, average, setting=Setting.TASK_INCREMENTAL):
+    recorder, trainer = lab.run([Replay(40, SIZE, WEIGHT, average=average)], setting)
+    model = deepcopy(recorder.start)
+    for step in recorder.steps:
+        current, *replayed = [step.batch[part.rows] for part in step.batch.parts]
+        if average == "source":
+            loss = sum(
+                w * lab.label_loss(model, rows) for w, rows in zip([1.0, WEIGHT], [current, *replayed], strict=False)
+            )
+        else:
+            terms = [
+                F.cross_entropy(model(rows).logits, rows.targets, reduction="sum") for rows in (current, *replayed)
+            ]
+            loss = sum(w * term for w, term in zip([1.0, WEIGHT], terms, strict=False)) / len(step.batch)
+        gradients = lab.gradient(model, loss)
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                p -= lab.lr * gradients[name]
+        lab.close(step.after, lab.weights(model))
+    return recorder, trainer
+
+
+@pytest.mark.parametrize("average", ["source", "row"])
+def test_replay_is_the_plain_loop(lab, average):
+    recorder, _ = check(lab, average)
+    assert [len(step.batch.parts) for step in recorder.steps[:3]] == [1, 2, 2]
+
+
+def test_the_oracle_needs_the_replayed_rows(lab, monkeypatch):
+    whole = Batch.extended
+    monkeypatch.setattr(
+        Batch, "extended", lambda self, rows, source, owner, weight=1.0: whole(self, rows, source, owner, 0.0)
+    )
+    lab.dies(lambda: check(lab, "source"))
+
+
+def test_stored_rows_are_those_of_the_stream(lab):
+    _, trainer = lab.run([Replay(30)], Setting.TASK_INCREMENTAL)
+    buffer = trainer.strategies[0].buffer
+    rows = buffer.rows(torch.arange(len(buffer)))
+    for row in range(len(rows)):
+        experience = trainer.state.stream.experiences[int(rows.experience_id[row])]
+        source = experience.load().rows(rows.sample_ids[row : row + 1])
+        assert torch.equal(source.inputs[0], rows.inputs[row])
+        assert source.targets[0] == rows.targets[row]
+        assert rows.task_id[row] == experience.task_id
+
+
+def test_avalanche_variant_does_not_replay_the_running_experience(lab):
+    recorder, trainer = lab.run([Replay(30, policy="experience_balanced", update="experience_end", average="row")])
+    for step in recorder.steps:
+        for part in step.batch.parts[1:]:
+            assert step.batch.experience_id[part.rows].max() < step.experience
+    shares = trainer.strategies[0].buffer.columns["experience_id"].bincount()
+    assert shares.tolist() == [10, 10, 10]
