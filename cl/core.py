@@ -139,7 +139,8 @@ class Batch:
             columns = [getattr(batch, name) for batch in batches]
             return None if any(column is None for column in columns) else torch.cat(columns)
 
-        return Batch(**{name: joined(name) for name in COLUMNS})
+        columns: dict[str, Any] = {name: joined(name) for name in COLUMNS}
+        return Batch(**columns)
 
     def to(self, device: torch.device) -> Batch:
         if self.inputs.device == device:
@@ -291,6 +292,11 @@ class StreamInfo:
     measure: Literal["accuracy", "loss"] = "accuracy"
 
 
+def as_stored(raw: Tensor) -> Tensor:
+    """The transform of a stream whose rows are inputs already; a function with a name, so that streams pickle."""
+    return raw
+
+
 @dataclass(frozen=True)
 class Stream:
     """Ordered experiences, the sets that measure them, and how stored rows become inputs.
@@ -303,7 +309,7 @@ class Stream:
     info: StreamInfo
     experiences: Sequence[Experience]
     eval_sets: Sequence[EvalSet]
-    transform: Callable[[Tensor], Tensor] = field(default=lambda raw: raw)
+    transform: Callable[[Tensor], Tensor] = field(default=as_stored)
     augment: Callable[[Tensor, torch.Generator], Tensor] | None = None
 
     def prepare(self, rows: Batch, generator: torch.Generator | None = None) -> Batch:

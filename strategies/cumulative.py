@@ -22,7 +22,7 @@ class Cumulative(Strategy):
     """
 
     settings = frozenset(Setting)
-    contract = Contract(why_not_zero="it changes the data, not the loss", forgets_less_by=0.1)
+    contract = Contract(why_not_zero="it changes the data, not the loss", forgets_less_by=0.4)
 
     def plan(self, stream: Stream) -> Stream:
         return replace(stream, experiences=list(_grown(list(stream.experiences))))

@@ -82,7 +82,7 @@ class Ewc(DataImportance):
     def _add_parabola(self, fisher: Vectors, solution: Vectors) -> None:
         """Complete the square: with w = f / (a + f) and m' = m + w (s - m),
 
-            a (x - m)^2 + f (x - s)^2 = (a + f) (x - m')^2 + w a (s - m)^2
+        a (x - m)^2 + f (x - s)^2 = (a + f) (x - m')^2 + w a (s - m)^2
         """
         for name, f in fisher.items():
             if name not in self.importance:

@@ -15,10 +15,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 from cl.buffers.base import stored_rows
-from cl.core import Batch, Output, Source
+from cl.core import Batch, Output, Setting, Source, Stream
 from cl.hooks import Contract
 from cl.state import Cost, TrainState
-from strategies._checks import require_choice, require_number
+from strategies._checks import require, require_choice, require_number
 from strategies._rehearsal import Rehearsal
 
 
@@ -36,6 +36,7 @@ class Replay(Rehearsal):
     Cost: replay_batch_size more rows forward and backward per step.
     """
 
+    settings = frozenset(Setting)
     contract = Contract(toy={"capacity": 100}, zero={"weight": 0.0}, forgets_less_by=0.25)
 
     def __init__(
@@ -51,7 +52,13 @@ class Replay(Rehearsal):
         require_number("replay.weight", weight)
         require_choice("replay.update", update, ("step", "experience_end"))
         require_choice("replay.average", average, ("source", "row"))
-        self.weight, self.update, self.average = weight, update, average
+        self.weight, self.policy, self.update, self.average = weight, policy, update, average
+
+    def check(self, stream: Stream) -> None:
+        super().check(stream)
+        if stream.info.setting == Setting.CONTINUAL_PRETRAINING:
+            allowed = "reservoir or experience_balanced in the continual_pretraining setting, where rows have no class"
+            require(self.policy not in ("class_balanced", "ring"), "replay.policy", self.policy, allowed)
 
     def on_batch(self, state: TrainState, batch: Batch) -> Batch:
         if self.weight == 0 or len(self.buffer) == 0:

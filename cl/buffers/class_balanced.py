@@ -46,6 +46,7 @@ class ClassBalanced(Buffer):
         for row, (group, uniform) in enumerate(zip(groups, uniforms, strict=True)):
             members = self.members[group]
             self.group_seen[group] = seen = self.group_seen[group] + 1
+            slot: int | None
             if len(members) < share:
                 slot = self._new_slot(uniform)
                 members.append(slot)

@@ -1,7 +1,7 @@
 """From a checked config to the objects of a run.
 
-Every object is made by calling the node's `_target_` with the node's other keys. What may be called is decided by what
-the node is for (a strategy node makes a `Strategy`, and so on), so that a config read from disk cannot run anything else.
+Every object is made by calling the node's `_target_` with the node's other keys. What may be called is decided by
+what the node is for (a strategy node makes a `Strategy`, and so on), so that a config read from disk runs nothing else.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from cl.cli import build
 from cl.cli.compose import composed, import_from_here, node_name, plain, seeded
 from cl.cli.console import Pulse, progress_bars, progress_line
 from cl.cli.execute import CONFIG, RESULT, execute
-from cl.cli.pool import Job, run_jobs
+from cl.cli.pool import Ending, Job, run_jobs
 from cl.core import UserError
 from cl.result import Result
 
@@ -75,9 +75,8 @@ def split_words(words: Sequence[str]) -> tuple[list[str], list[str]]:
     own, others = [], []
     for word in words:
         name, _, value = word.partition("=")
-        if name in ("strategies", "seeds") and not _is_one(value):
-            word = f"{name}=[{value}]"
-        elif name == "strategies" and not value.startswith("["):
+        is_list = not _is_one(value) or (name == "strategies" and not value.startswith("["))
+        if name in ("strategies", "seeds") and is_list:
             word = f"{name}=[{value}]"
         (own if name in OWN else others).append(word)
     return own, others
@@ -179,7 +178,7 @@ def run_all(plan: Plan, console: Console) -> dict[str, str]:
             bars.update(tasks[name], completed=message["done"], description=progress_line(message))
 
         jobs = [Job(name, run_one, (config, name, plan.suite)) for name, config in unfinished.items()]
-        for ending in run_jobs(jobs, plan.jobs, show):
+        for ending in _until_interrupted(run_jobs(jobs, plan.jobs, show), console):
             bars.advance(overall)
             if ending.name in tasks:
                 bars.remove_task(tasks[ending.name])
@@ -190,6 +189,15 @@ def run_all(plan: Plan, console: Console) -> dict[str, str]:
             elif not console.is_terminal:
                 console.print(f"done {label}", highlight=False)
     return failures
+
+
+def _until_interrupted(endings: Iterable[Ending], console: Console) -> Iterator[Ending]:
+    """The endings; on Ctrl-C the runs write checkpoints, and a person reads how to go on."""
+    try:
+        yield from endings
+    except KeyboardInterrupt:
+        console.print("stopping, with a checkpoint of every run; the same command goes on with them")
+        raise
 
 
 def run_one(send: Callable[[Mapping[str, Any]], None], config: dict[str, Any], folder: str, suite: str) -> None:

@@ -155,14 +155,17 @@ def _first_line(node: ast.AST) -> str:
 
 
 def _settings(nodes: list[ast.AST]) -> tuple[str, ...]:
-    """Names of the settings that occur below the given nodes."""
+    """Names of the settings that occur below the given nodes; `frozenset(Setting)` means all of them."""
+    every = (*IMAGE_SETTINGS, "continual_pretraining")
+    if any(ast.unparse(node) == "frozenset(Setting)" for node in nodes):
+        return every
     found = {
         below.attr.lower()
         for node in nodes
         for below in ast.walk(node)
         if isinstance(below, ast.Attribute) and getattr(below.value, "id", "") == "Setting"
     }
-    return tuple(setting for setting in (*IMAGE_SETTINGS, "continual_pretraining") if setting in found)
+    return tuple(setting for setting in every if setting in found)
 
 
 def _target(config: Path) -> str:

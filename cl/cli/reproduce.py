@@ -13,6 +13,7 @@ the number comes from and how long it takes. Exit code 1 when a claim does not h
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -142,9 +143,9 @@ def judged(claim: Claim, results: Mapping[str, Sequence[Result]]) -> tuple[str, 
     if not values:
         return (*head, "", "", "" if not results else "not done", claim.source)
     mean = sum(values) / len(values)
-    spread = math.sqrt(sum((value - mean) ** 2 for value in values) / max(1, len(values) - 1))
+    spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
     verdict = "holds" if claim.holds(mean) else "FAILS"
-    return (*head, f"{mean:.2f} ± {spread:.2f}", str(len(values)), verdict, claim.source)
+    return (*head, f"{mean:.2f}{spread}", str(len(values)), verdict, claim.source)
 
 
 def _values(claim: Claim, results: Mapping[str, Sequence[Result]]) -> list[float]:

@@ -10,11 +10,7 @@
 | `discover`, `configs` | the plug-ins of a folder, the configs of a group, by listing |
 """
 
-import pytest
-
-# the values on both sides of a failed assertion are shown, as in a test file of one's own
-pytest.register_assert_rewrite("cl.testing.backbone", "cl.testing.strategy", "cl.testing.stream", "cl.testing.probe")
-
+from cl.testing import _asserts as _asserts
 from cl.testing.backbone import BackboneContract
 from cl.testing.plugins import Config, Plugin, configs, discover
 from cl.testing.probe import Record, equal, train

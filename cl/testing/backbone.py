@@ -1,7 +1,7 @@
 """The contract of a backbone, as a test class to inherit:
 
-    class TestMine(BackboneContract):
-        backbone = Mine
+class TestMine(BackboneContract):
+    backbone = Mine
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The contract of a stream, as a test class to inherit:
 
-    class TestMine(StreamContract):
-        make = staticmethod(my_stream)
+class TestMine(StreamContract):
+    make = staticmethod(my_stream)
 """
 
 from __future__ import annotations
@@ -86,7 +86,9 @@ class StreamContract:
         before = len(pickle.dumps(self.stream))
         for item in self._loadable():
             item.load()
-        assert len(pickle.dumps(self.stream)) == before, "load() must keep nothing; share a data set between experiences"
+        assert len(pickle.dumps(self.stream)) == before, (
+            "load() must keep nothing; share a data set between experiences"
+        )
 
     def test_announces_its_rows(self) -> None:
         for item in self._loadable():
@@ -101,7 +103,9 @@ class StreamContract:
             data = item.load()
             rows = self.stream.prepare(data.rows(_sample(len(data))))
             assert tuple(rows.inputs.shape[1:]) == info.input_shape
-            assert rows.inputs.dtype == (torch.int64 if info.setting == Setting.CONTINUAL_PRETRAINING else torch.float32)
+            assert rows.inputs.dtype == (
+                torch.int64 if info.setting == Setting.CONTINUAL_PRETRAINING else torch.float32
+            )
             assert rows.targets.dtype == torch.int64
             assert 0 <= rows.targets.min() <= rows.targets.max() < info.num_outputs
             if info.num_heads > 1:
@@ -192,4 +196,3 @@ def _sample(num_rows: int) -> Tensor:
 def _rows(data: Data, every: bool = False) -> dict[str, Any]:
     rows = data.rows(torch.arange(len(data)) if every else _sample(len(data)))
     return {name: getattr(rows, name) for name in ("inputs", "targets", "experience_id", "sample_ids", "task_id")}
-

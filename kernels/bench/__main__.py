@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from kernels.bench.measure import TOLERANCE, Ceilings, ceilings, graph_s, launches, median_s, passes, worst_error
+from kernels.bench.measure import TOLERANCE, Ceilings, ceilings, cpu_s, graph_s, launches, median_s, passes, worst_error
 from kernels.bench.peers import PEERS, peers_of
 from kernels.bench.shapes import PROBLEMS, Inputs, Problem, Shape, chunk_of, shapes
 from kernels.common import explain
@@ -18,7 +18,7 @@ from kernels.common.dispatch import HAS_TRITON
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 COLUMNS = ["op", "B T H D", "dtype", "pass", "backend", "ms", "Mtok/s", "GB/s", "% roofline", "launches", "graph ms"]
-COLUMNS += ["max rel err", "loop ms", "x loop", "peer", "peer ms", "x peer"]
+COLUMNS += ["max rel err", "loop ms", "x loop", "cpu ms", "loop cpu ms", "x loop cpu", "peer", "peer ms", "x peer"]
 L2_BYTES = 200 * 2**20
 
 
@@ -86,6 +86,9 @@ def _row(
             loop = passes(lambda **x: problem.op(**x, backend="reference"), sets, torch.randn_like(out), backward)
             row["loop ms"] = median_s(loop, device, 3) * 1e3
             row["x loop"] = row["loop ms"] / row["ms"]
+            if not cuda:
+                row["cpu ms"], row["loop cpu ms"] = cpu_s(call, repeats) * 1e3, cpu_s(loop, 3) * 1e3
+                row["x loop cpu"] = row["loop cpu ms"] / row["cpu ms"]
         for name, peer in peers_of(problem.name, options.peers.split(",")).items() if cuda else ():
             try:
                 peer_ms = median_s(passes(peer, sets, torch.randn_like(out), backward), device, repeats) * 1e3

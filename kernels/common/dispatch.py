@@ -125,7 +125,7 @@ def explain(op: Callable[..., Any], *args: Any, **kwargs: Any) -> Decision:
     Example:
         >>> from kernels.linear_scan import linear_scan
         >>> explain(linear_scan, torch.ones(1, 8, 2), torch.ones(1, 8, 2), backend="chunked")
-        Decision(op='linear_scan', backend='chunked', chunk=8, reason='asked for')
+        Decision(op='linear_scan', backend='chunked', chunk=32, reason='asked for')
     """
     plan: Callable[..., Decision] | None = getattr(op, "plan", None)
     if plan is None:

@@ -18,7 +18,9 @@ def tracked_text(root):
     listed = subprocess.run(
         ["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=root, capture_output=True, text=True
     )
-    paths = [root / line for line in listed.stdout.splitlines()] or [p for p in root.rglob("*") if ".git" not in p.parts]
+    paths = [root / line for line in listed.stdout.splitlines()] or [
+        path for path in root.rglob("*") if ".git" not in path.parts
+    ]
     return [path for path in paths if path.is_file() and path.suffix in TEXT]
 
 

@@ -16,7 +16,7 @@ HOMES = {
     "transformers": r"cl\.backbones\.hf|strategies\._?\w*lora\w*",
     "peft": r"cl\.backbones\.hf|strategies\._?\w*lora\w*",
 }
-FIRST_USE = {"mlflow", "avalanche", "datasets", "torchvision", "transformers", "peft", "sklearn", "matplotlib", "triton"}
+FIRST_USE = (set(HOMES) - {"hydra", "omegaconf"}) | {"sklearn", "matplotlib"}
 """Imported inside functions, or in files that are themselves imported inside functions."""
 MAY_BE_HEAVY = r"cl\.(report|tracking|interop|cli)\.(?!main$|listing$)\w+|cl\.backbones\.hf|kernels\.\w+\.triton"
 

@@ -1,4 +1,4 @@
-"""Every wrong request: one clear sentence that names the value and what is allowed, exit code 2, nothing left behind."""
+"""Every wrong request: one clear sentence that names the value and what is allowed, exit code 2, nothing left."""
 
 from __future__ import annotations
 

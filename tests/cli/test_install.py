@@ -104,7 +104,8 @@ def test_kernels_live_beside_a_foreign_package_of_that_name(installed: Installed
 
 def test_kernels_installed_into_the_foreign_package_s_own_folder(installed: Installed, tmp_path: Path) -> None:
     (installed.site / "kernels" / "__init__.py").write_text("def get_kernel():\n    return 'foreign'\n")
-    code = "import cl, kernels; from kernels.linear_scan import linear_scan; print(kernels.get_kernel(), linear_scan.__name__)"
+    code = "import cl, kernels; from kernels.linear_scan import linear_scan as ours\n"
+    code += "print(kernels.get_kernel(), ours.__name__)"
     assert installed.run("-c", code, cwd=tmp_path).stdout.strip() == "foreign linear_scan"
 
 

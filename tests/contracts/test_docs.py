@@ -18,7 +18,9 @@ def test_docs_table_is_what_the_generator_writes(name):
     assert table in path.read_text(), f"docs/{name}.md is not up to date; run `make docs`"
 
 
-@pytest.mark.parametrize(("name", "group"), [("strategies", "strategy"), ("streams", "stream"), ("backbones", "backbone")])
+@pytest.mark.parametrize(
+    ("name", "group"), [("strategies", "strategy"), ("streams", "stream"), ("backbones", "backbone")]
+)
 def test_list_is_complete(name, group):
     entries = {entry.name: entry for entry in listing.LISTS[name]()}
     assert set(entries) == {config.name for config in configs(group)}

@@ -133,6 +133,7 @@ def tensors_of(case: OpCase, inputs: Inputs, **options: Any) -> list[Tensor]:
 def error(found: Tensor, truth: Tensor) -> float:
     """Relative Frobenius error; infinite where the truth is zero and we are not, or anything is not finite."""
     wide = torch.complex128 if truth.is_complex() else torch.float64
+    found, truth = found.detach(), truth.detach()
     difference = float((found.to(wide) - truth.to(wide)).norm())
     scale = float(truth.to(wide).norm())
     if scale == 0 or not difference < float("inf"):

@@ -120,10 +120,10 @@ def test_bfloat16_is_upcast_on_the_host():
     props.assert_close(case, given, found, props.truth_of(case, given), 5e-3)
 
 
-@pytest.mark.parametrize("name", ["scan_real", "gla_channel", "kda"])
+@pytest.mark.parametrize("name", ["scan_real", "gla_scalar", "gated_deltanet"])
 def test_bit_equal_runs(name):
     case = CASES[name]
-    inputs = props.cast(props.draw(case, 20), torch.float32)
+    inputs = props.cast(props.draw(case, 17), torch.float32)
     first, second = (props.tensors_of(case, inputs, backend="triton", **chunk_of(case)) for _ in range(2))
     assert all(torch.equal(x, y) for x, y in zip(first, second, strict=True))
 

@@ -141,6 +141,38 @@ def close(found: Any, wanted: Any, rtol: float = 1e-6, atol: float = 1e-7) -> No
         torch.testing.assert_close(found, wanted, rtol=rtol, atol=atol)
 
 
+class Opaque:
+    """A data set that is not held in tensors."""
+
+    def __init__(self, data):
+        self.data = data
+
+    def __len__(self):
+        return len(self.data)
+
+    def rows(self, index):
+        return self.data.rows(index)
+
+
+def opaque(stream: Stream) -> Stream:
+    """The stream with data sets that are not tensors."""
+    hidden = [replace(e, load=lambda load=e.load: Opaque(load())) for e in stream.experiences]
+    return replace(stream, experiences=hidden)
+
+
+def same_rows(found: Batch, wanted: Batch) -> None:
+    for name in ("inputs", "targets", "experience_id", "sample_ids", "task_id"):
+        left, right = getattr(found, name), getattr(wanted, name)
+        assert (left is None) == (right is None)
+        assert left is None or torch.equal(left, right), name
+
+
+def plain_sum(stream: Stream, experiences: range) -> Batch:
+    """All rows of some experiences, one after the other."""
+    chosen = [stream.experiences[k] for k in experiences]
+    return Batch.cat([e.load().rows(torch.arange(e.num_samples)) for e in chosen])
+
+
 def dies(check: Callable[[], None]) -> None:
     """The oracle must fail: what it checks has been turned off."""
     with pytest.raises(AssertionError):
@@ -150,7 +182,7 @@ def dies(check: Callable[[], None]) -> None:
 @pytest.fixture
 def lab() -> SimpleNamespace:
     """The helpers above; a fixture, because test modules cannot import each other."""
-    names = (run, stream_of, weights, gradient, label_loss, flat, rows_of, close, dies)
+    names = (run, stream_of, weights, gradient, label_loss, flat, rows_of, close, opaque, same_rows, plain_sum, dies)
     return SimpleNamespace(
         Recorder=Recorder,
         lr=LEARNING_RATE,

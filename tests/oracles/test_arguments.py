@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from cl.core import UserError
+from cl.core import Setting, UserError
+from cl.testing import toy_stream
 from strategies.agem import Agem
 from strategies.der import Der
 from strategies.derpp import Derpp
@@ -54,3 +55,10 @@ def test_wrong_arguments_are_named(strategy, arguments, sentence):
         strategy(**arguments)
     assert str(found.value).startswith(sentence)
     assert "\n" not in str(found.value)
+
+
+def test_text_has_no_classes_to_balance():
+    stream = toy_stream(Setting.CONTINUAL_PRETRAINING)
+    Replay(policy="experience_balanced").check(stream)
+    with pytest.raises(UserError, match=r"replay.policy is 'ring'; it must be reservoir or experience_balanced in"):
+        Replay(policy="ring").check(stream)

@@ -1,4 +1,4 @@
-"""DER and DER++ against a plain loop that sends every group of rows forward on its own."""
+"""DER++ against a plain loop that sends every group of rows forward on its own."""
 
 from __future__ import annotations
 
@@ -43,11 +43,6 @@ def check(lab, strategy, setting):
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_derpp_is_the_plain_loop(lab, setting):
     check(lab, Derpp(capacity=40, replay_batch_size=SIZE, alpha=ALPHA, beta=BETA), setting)
-
-
-@pytest.mark.parametrize("setting", SETTINGS)
-def test_der_is_the_plain_loop_without_labels(lab, setting):
-    check(lab, Der(capacity=40, replay_batch_size=SIZE, alpha=ALPHA), setting)
 
 
 def test_the_oracle_needs_the_logits(lab, monkeypatch):

@@ -106,7 +106,9 @@ def test_last_batch_of_an_epoch_is_smaller():
     assert [len(ids) for _, batches in row_ids(Budget(epochs=1, batch_size=16)) for ids in batches] == [16, 16, 16, 2]
 
 
-@pytest.mark.parametrize("budget", [Budget(epochs=3, batch_size=8), Budget(max_steps=13, batch_size=16, accumulation=2)])
+@pytest.mark.parametrize(
+    "budget", [Budget(epochs=3, batch_size=8), Budget(max_steps=13, batch_size=16, accumulation=2)]
+)
 def test_any_position_can_be_entered_directly(budget):
     whole = row_ids(budget)
     for start in range(len(whole) + 1):

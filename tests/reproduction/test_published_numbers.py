@@ -1,0 +1,37 @@
+"""Published numbers on real MNIST, 3 seeds, exact protocols: what `cl reproduce` says of each claim.
+
+Needs MNIST in torchvision's layout in `CL_DATA_ROOT`, or beside the repository in ../shared/data.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from cl.cli import listing
+from cl.cli.main import main
+from cl.cli.reproduce import read_claims
+
+ROOT = Path(__file__).resolve().parents[2]
+DATA = Path(os.environ.get("CL_DATA_ROOT", ROOT.parent / "shared" / "data"))
+CLAIMS = {entry.name: read_claims(entry.name, entry.line) for entry in listing.experiments()}
+AFFORDABLE = sorted(name for name, claims in CLAIMS.items() if claims and not claims[0].is_expensive)
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not (DATA / "MNIST" / "raw").is_dir(), reason=f"no MNIST in {DATA}; set CL_DATA_ROOT"),
+]
+
+
+def test_every_affordable_claim_holds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert len(AFFORDABLE) >= 7
+    code = main(("reproduce", *AFFORDABLE, f"data.root={DATA}", "tracking=none", "seeds=3", "format=markdown"))
+    said = capsys.readouterr().out
+    verdicts = [line.split(" | ")[5] for line in said.splitlines() if line.startswith("| split_mnist")]
+    assert code == 0, said
+    assert len(verdicts) >= 10 and set(verdicts) == {"holds"}, said
