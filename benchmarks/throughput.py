@@ -171,8 +171,6 @@ def unpacked(root: Path) -> Iterator[str]:
         yield folder
 
 
-
-
 def throughput(root: str, repeats: int) -> list[str]:
     """The table of rates and ratios."""
     lines = [

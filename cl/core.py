@@ -146,7 +146,9 @@ class Batch:
         if self.inputs.device == device:
             return self
         columns = {name: getattr(self, name) for name in COLUMNS}
-        moved = {name: c if c is None else c.to(device, non_blocking=True) for name, c in columns.items()}
+        moved: dict[str, Any] = {
+            name: c if c is None else c.to(device, non_blocking=True) for name, c in columns.items()
+        }
         return Batch(**moved, parts=self.parts)
 
 

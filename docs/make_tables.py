@@ -13,7 +13,8 @@ from cl.cli import listing
 
 PAGES = {
     "strategies": "What fights forgetting. Compose any of them, in order: `strategy=[derpp,ewc]`. `joint` and "
-    "`cumulative` are references: they may look at old data. Options, equations and sources are in the files' docstrings.",
+    "`cumulative` are references: they may look at old data. Options, equations and sources are in the files' "
+    "docstrings.",
     "streams": "What is learnt, and in which order. Options are in the files' docstrings; the setting is chosen with "
     "`stream.setting=...`.",
     "backbones": "The networks; heads per task where the setting gives task labels.",
