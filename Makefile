@@ -14,10 +14,10 @@ demo: $(STAMP)  ## compare five strategies on embedded digits and write the repo
 	@echo "MLflow:  $(BIN)/cl ui                   (prints the link to the forgetting curves)"
 
 test: $(STAMP)  ## the tests, without the slow ones
-	$(THREADS) $(BIN)/python -m pytest -n 2 -m "not slow and not gpu and not network"
+	$(THREADS) $(BIN)/python -m pytest -n 2 --dist loadscope -m "not slow and not gpu and not network"
 
 test-all: $(STAMP)  ## the tests that CI runs: slow ones included
-	$(THREADS) $(BIN)/python -m pytest -n 2 -m "not gpu and not network"
+	$(THREADS) $(BIN)/python -m pytest -n 2 --dist loadscope -m "not gpu and not network"
 
 check: $(STAMP)  ## lint, format, types, spelling
 	$(BIN)/ruff check .

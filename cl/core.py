@@ -326,7 +326,8 @@ class Stream:
         kept = self.experiences[:num_experiences]
         domains = {experience.domain for experience in kept}
         measured = [eval_set for eval_set in self.eval_sets if eval_set.domain in domains]
-        return replace(self, experiences=kept, eval_sets=measured or self.eval_sets)
+        info = replace(self.info, num_experiences=len(kept))
+        return replace(self, info=info, experiences=kept, eval_sets=measured or self.eval_sets)
 
     @property
     def trained_domains(self) -> list[int]:

@@ -40,6 +40,7 @@ class Ledger:
     ) -> None:
         self.result, self.observers, self.run_dir = result, list(observers), run_dir
         self.clock = {"train_s": 0.0, "eval_s": 0.0, "train_rows": 0, "eval_rows": 0, "wall_s": 0.0}
+        self.buffer_bytes = 0
         self.last_checkpoint: Path | None = None
         self._every = WATCH_EVERY.get(device.type, 20)
         self._pending: list[tuple[int, Mapping[str, Tensor], float]] = []
@@ -64,10 +65,15 @@ class Ledger:
 
     def state_dict(self) -> dict[str, Any]:
         result = self.result
-        return {"clock": self.clock, "result": [result.R, result.R_init, result.within, result.mlflow_run_id]}
+        return {
+            "clock": self.clock,
+            "buffer_bytes": self.buffer_bytes,
+            "result": [result.R, result.R_init, result.within, result.mlflow_run_id],
+        }
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         self.clock.update(saved["clock"])
+        self.buffer_bytes = saved["buffer_bytes"]
         result = self.result
         result.R, result.R_init, result.within, result.mlflow_run_id = saved["result"]
 
@@ -105,6 +111,7 @@ class Ledger:
         """Bring `result` up to date and write it."""
         clock = self.clock
         clock["wall_s"] = time.perf_counter() - self._opened
+        self.buffer_bytes = max(self.buffer_bytes, buffer_bytes)
         table = EvalTable.from_result(vars(self.result))
         # a head that was never trained answers at chance, which says nothing about transfer
         self.result.metrics = summary(table.mask_untrained() if state.info.num_heads > 1 else table)
@@ -114,7 +121,7 @@ class Ledger:
             "forwards": state.spent.forwards,
             "backwards": state.spent.backwards,
             "updates": state.step,
-            "buffer_bytes": max(buffer_bytes, int(self.result.cost.get("buffer_bytes", 0))),
+            "buffer_bytes": self.buffer_bytes,
             "peak_memory_bytes": peak_memory_bytes(state.device),
             "train_s": clock["train_s"],
             "eval_s": clock["eval_s"],

@@ -69,7 +69,7 @@ class TrainState:
     def info(self) -> StreamInfo:
         return self.stream.info
 
-    def forward(self, batch: Batch, model: nn.Module | None = None) -> Output:
+    def forward(self, batch: Batch, model: Callable[[Batch], Output] | None = None) -> Output:
         """Send a batch through the model (or a teacher) under the run's precision, and count its rows."""
         self.count(forwards=len(batch), backwards=len(batch) if torch.is_grad_enabled() else 0)
         with self.autocast():
@@ -134,7 +134,8 @@ def cross_entropy(output: Output, batch: Batch, parts: Sequence[Part] | None = N
 def _mean_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     if logits.dim() > 2:
         logits, targets = logits.flatten(0, -2), targets.flatten()
-    return F.cross_entropy(logits.float(), targets)
+    # half precision is summed in float32, double stays double
+    return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets)
 
 
 def current_rows(done: list[tuple[Batch, Output]]) -> tuple[Batch, Output]:

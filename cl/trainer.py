@@ -241,7 +241,9 @@ class Trainer:
     # saving
 
     def _save_result(self) -> None:
-        kept = (strategy.cost(self.state, self.config.batch_size).buffer_bytes for strategy in self.strategies)
+        # a strategy that has just failed is not asked: its answer could hide the first error behind a second
+        asked = () if self.ledger.result.status == "failed" else self.strategies
+        kept = (strategy.cost(self.state, self.config.batch_size).buffer_bytes for strategy in asked)
         self.ledger.save(self.state, sum(kept))
 
     def _save_checkpoint(self, next_experience: int, steps_done: int) -> None:

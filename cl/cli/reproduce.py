@@ -1,10 +1,11 @@
 """Re-run a published result and say whether it holds.
 
-Usage: cl reproduce [NAME ...] [data.root=DIR] [seeds=3] [jobs=N] [out=DIR] [format=table|markdown]
+Usage: cl reproduce [NAME ...] [data.root=DIR] [seeds=3] [jobs=N] [out=DIR] [page=FILE]
 
   cl reproduce                                     the claims, with protocol and source, nothing run
   cl reproduce split_mnist_er_200 data.root=DATA   one of them
   cl reproduce all data.root=DATA                  every claim that is not marked expensive
+  cl reproduce all page=docs/reproduction.md       also write the table as a Markdown page
 
 Each claim is a config in configs/experiment/ whose `claim` block holds what is expected, how far off it may be, where
 the number comes from and how long it takes. Exit code 1 when a claim does not hold.
@@ -16,6 +17,7 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +29,9 @@ from cl.cli.compare import Plan, run_all
 from cl.cli.compose import composed, seeded
 from cl.cli.execute import RESULT
 from cl.core import UserError
-from cl.result import Result
+from cl.result import Result, environment, write_text
 
-OPTIONS = {"seeds": "3", "jobs": "", "out": "runs/reproduce", "format": "table"}
+OPTIONS = {"seeds": "3", "jobs": "", "out": "runs/reproduce", "page": ""}
 HEAD = ("claim", "what", "expected", "ours", "seeds", "verdict", "source")
 
 
@@ -100,10 +102,9 @@ def main(words: list[str]) -> int:
         needed = {claim.name for claim in claims} | {claim.minus for claim in claims if claim.minus}
         results = run_claims(sorted(needed), options, others, console)
     rows = [judged(claim, results) for claim in claims]
-    if options["format"] == "markdown":
-        print(markdown(rows))
-    else:
-        console.print(_table(rows))
+    console.print(_table(rows))
+    if options["page"]:
+        write_text(Path(options["page"]), page(rows, words, results))
     return int(any(row[5] == "FAILS" for row in rows))
 
 
@@ -162,17 +163,27 @@ def _values(claim: Claim, results: Mapping[str, Sequence[Result]]) -> list[float
     return list(ours.values())
 
 
-def markdown(rows: Sequence[Sequence[str]]) -> str:
-    """The table of docs/reproduction.md."""
+def page(rows: Sequence[Sequence[str]], words: Sequence[str], results: Mapping[str, Sequence[Result]]) -> str:
+    """The table as a Markdown page, with the command, the date and the versions that made it."""
+    command = " ".join(word for word in words if not word.startswith(("data.root=", "out=", "jobs=", "page=", "tracking=")))
+    runs = [result for each in results.values() for result in each]
+    env = runs[0].env if runs else environment()
+    versions = ", ".join(f"{name} {version}" for name, version in env["versions"].items())
     lines = [HEAD, ["---"] * len(HEAD), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return (
+        f"# Published numbers\n\nMade by `cl reproduce {command} data.root=DATA` on {date.today()}: {len(runs)} runs, "
+        f"Python {env['python']}, {versions}.\nOurs: mean ± standard deviation over seeds, in percent. A claim holds "
+        "when the mean is within the tolerance that was fixed before it was run.\n\n"
+        + "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        + "\n"
+    )
 
 
 def _table(rows: Sequence[Sequence[str]]) -> Table:
     table = Table(box=None, pad_edge=False)
-    for name in HEAD[:-1]:
+    for name in ("claim", *HEAD[2:-1]):
         table.add_column(name, overflow="fold")
     colours = {"holds": "[green]holds[/]", "FAILS": "[bold red]FAILS[/]"}
     for row in rows:
-        table.add_row(*row[:5], colours.get(row[5], row[5]))
+        table.add_row(row[0], *row[2:5], colours.get(row[5], row[5]))
     return table

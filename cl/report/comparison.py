@@ -12,6 +12,9 @@ from cl.report.load import Section, sections, table_of
 from cl.report.style import UNITS, Unit, bytes_text, count_text, p_text
 from cl.result import Result
 
+NOT_CONTINUAL = "joint"
+"""Sees all data at once, so it bounds the others and takes no part in ranks and in the trade against cost."""
+
 
 @dataclass(frozen=True)
 class Metric:

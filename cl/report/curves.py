@@ -13,16 +13,16 @@ import numpy as np
 
 from cl import metrics
 from cl.metrics.matrix import BoolArray, FloatArray
-from cl.report.comparison import StrategyRow, estimate, section_rows
+from cl.report.comparison import NOT_CONTINUAL, StrategyRow, estimate, section_rows
 from cl.report.load import Section, table_of
+from cl.report.more import Column, more_columns
+from cl.report.ranks import Ranks, rank
 from cl.report.style import UNITS, Look, Unit, looks
+from cl.report.within import Within, first_domains, inside
 from cl.result import Result
 
 MAX_BANDS = 12
 """Domains up to which every forgetting curve gets an interval, at the cost of a bootstrap per point."""
-
-NOT_CONTINUAL = "joint"
-"""Sees all data at once, so it bounds the others and takes no part in the trade of performance against cost."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +91,7 @@ class StrategyView:
         matrices: the mean over seeds first, then each seed.
         curves: [D] one per domain, of `matrices[0]`; empty band ends where bands are not drawn.
         fronts: cost keys for which no other strategy is both cheaper and better.
+        within: the first domains inside experiences, where the runs were evaluated there.
     """
 
     label: str
@@ -102,17 +103,28 @@ class StrategyView:
     matrices: list[Matrix]
     curves: list[Band]
     fronts: frozenset[str] = frozenset()
+    within: Within | None = None
 
 
 @dataclass(frozen=True)
 class SectionView:
-    """A section with everything computed. `strategies` is in the order of the table, best first."""
+    """A section with everything computed.
+
+    Args:
+        strategies: in the order of the table, best first.
+        ranks: None with too few strategies or seeds.
+        more: columns of the second table.
+        domains_within: columns of R that `StrategyView.within` has.
+    """
 
     section: Section
     unit: Unit
     reference: str
     rows: list[StrategyRow]
     strategies: list[StrategyView] = field(default_factory=list)
+    ranks: Ranks | None = None
+    more: list[Column] = field(default_factory=list)
+    domains_within: list[int] = field(default_factory=list)
 
     @property
     def num_experiences(self) -> int:
@@ -134,14 +146,15 @@ def view(section: Section, reference: str = "naive", palette: dict[str, Look] | 
     fronts = _fronts(rows)
     runs = {row.strategy: section.shown(row.strategy) for row in rows}
     longest = max((len(result.R) for shown in runs.values() for result in shown), default=0)
+    tables_of = {label: {result.seed: table_of(result) for result in shown} for label, shown in runs.items()}
+    domains = first_domains(table for tables in tables_of.values() for table in tables.values())
     strategies = []
     for row in rows:
-        shown = runs[row.strategy]
+        shown, tables = runs[row.strategy], tables_of[row.strategy]
         if not shown:
             continue
-        tables = {result.seed: table_of(result) for result in shown}
         average = _average(tables)
-        matrices = _matrices(shown, tables)
+        is_bound = len(average.x) == 1 < longest and all(len(result.experiences) == 1 for result in shown)
         strategies.append(
             StrategyView(
                 label=row.strategy,
@@ -149,13 +162,25 @@ def view(section: Section, reference: str = "naive", palette: dict[str, Look] | 
                 row=row,
                 runs=shown,
                 average=average,
-                is_bound=len(average.x) == 1 < longest and all(len(result.experiences) == 1 for result in shown),
-                matrices=matrices,
+                is_bound=is_bound,
+                matrices=_matrices(shown, tables),
                 curves=_domain_curves(tables, with_start=section.measure == "loss"),
                 fronts=frozenset(cost for cost, names in fronts.items() if row.strategy in names),
+                # in a single experience nothing can fall
+                within=None if is_bound or longest < 2 else inside(shown, tables, domains),
             )
         )
-    return SectionView(section, UNITS[section.measure], reference, rows, strategies)
+    ranks = rank(rows)
+    return SectionView(
+        section=section,
+        unit=UNITS[section.measure],
+        reference=reference,
+        rows=rows,
+        strategies=strategies,
+        ranks=ranks,
+        more=more_columns(section, rows, ranks),
+        domains_within=domains,
+    )
 
 
 def _fronts(rows: Sequence[StrategyRow]) -> dict[str, list[str]]:
@@ -206,7 +231,7 @@ def _matrices(runs: Sequence[Result], tables: dict[int, metrics.EvalTable]) -> l
             name=f"seed {run.seed}" + ("" if run.status == "done" else f" ({run.status})"),
             rows=list(tables[run.seed].experiences),
             R=tables[run.seed].R,
-            seen=_seen(tables[run.seed]),
+            seen=tables[run.seed].seen,
             init=tables[run.seed].R_init,
         )
         for run in runs
@@ -223,11 +248,6 @@ def _matrices(runs: Sequence[Result], tables: dict[int, metrics.EvalTable]) -> l
         init=_mean_of([matrix.init[None] for matrix in singles], longest.init[None].shape)[0],
     )
     return [mean, *singles]
-
-
-def _seen(table: metrics.EvalTable) -> BoolArray:
-    visited = table.visited
-    return visited if visited.any() else np.ones_like(visited)
 
 
 def _mean_of(arrays: Sequence[FloatArray], shape: tuple[int, ...]) -> FloatArray:

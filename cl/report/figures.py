@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cl.report.axes import DPI, INK, dress, experience_ticks, label_ends, new_figure, write
-from cl.report.comparison import Estimate
-from cl.report.curves import COSTS, NOT_CONTINUAL, Cost, SectionView, StrategyView
+from cl.report.comparison import NOT_CONTINUAL, Estimate
+from cl.report.curves import COSTS, Cost, SectionView, StrategyView
 from cl.report.matrix_figures import accuracy_matrix, forgetting_curves
+from cl.report.rank_figure import average_ranks
 from cl.report.style import beside, scale_of, short
+from cl.report.within_figure import inside_experiences
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -30,6 +32,10 @@ def save_figures(view: SectionView, folder: Path) -> list[Path]:
     drawn: list[tuple[str, Any]] = [("comparison", comparison(view)), ("forgetting_curves", forgetting_curves(view))]
     if has_cost(view):
         drawn.append(("cost", cost(view)))
+    if view.ranks:
+        drawn.append(("ranks", average_ranks(view)))
+    if any(strategy.within for strategy in view.strategies):
+        drawn.append(("within", inside_experiences(view)))
     names = file_names([strategy.label for strategy in view.strategies])
     is_single = len(view.strategies) == 1
     for strategy in view.strategies:

@@ -9,13 +9,13 @@ from html import escape
 from importlib.resources import files
 from string import Template
 
-from cl.report.comparison import Estimate, StrategyRow, metrics_of
-from cl.report.curves import COSTS, NOT_CONTINUAL, SectionView
+from cl.report.comparison import NOT_CONTINUAL, Estimate, StrategyRow, metrics_of
+from cl.report.curves import COSTS, SectionView
 from cl.report.payload import css_colour, is_thinned, payload
-from cl.report.style import bytes_text, count_text, looks, seconds_text
+from cl.report.style import Unit, bytes_text, count_text, looks, seconds_text
 from cl.report.words import facts, glossary, headline, reason, unfinished
 
-SCRIPTS = ("draw.js", "charts.js", "matrix.js", "page.js")
+SCRIPTS = ("draw.js", "charts.js", "ranks.js", "matrix.js", "within.js", "page.js")
 
 
 def page(views: Sequence[SectionView], title: str, date: str = "", warnings: Sequence[str] = ()) -> str:
@@ -52,6 +52,7 @@ def _section(index: int, view: SectionView, num_sections: int) -> str:
 {_table(view)}
 {_list("unfinished", "Not in the table", reasons)}
 {_charts(view, is_thinned(view, num_sections))}
+{_more(view)}
 {_runs(view)}
 {_glossary(view)}
 </section>"""
@@ -96,9 +97,9 @@ def _table(view: SectionView) -> str:
         ]
         for metric in metrics:
             found = row.metrics[metric.key]
-            out.append(_estimate_cell(view, found, metric.is_change, "best" if row is best[metric.key] else ""))
+            out.append(_estimate_cell(unit, found, metric.is_change, "best" if row is best[metric.key] else ""))
         if has_reference:
-            out.append(_estimate_cell(view, row.difference, signed=True))
+            out.append(_estimate_cell(unit, row.difference, signed=True))
             mark = "significant" if row.is_significant else "test"
             out.append(_cell(row.p_holm, escape(row.test or "–"), mark))
         out.append(_cell(row.passes, escape(_work(row, rows, view.reference))))
@@ -131,8 +132,7 @@ def _best(rows: Sequence[StrategyRow], key: str, sign: int) -> StrategyRow | Non
     return max(rivals, key=lambda row: sign * row.metrics[key].mean) if len(rivals) > 1 else None
 
 
-def _estimate_cell(view: SectionView, found: Estimate, signed: bool = False, style: str = "") -> str:
-    unit = view.unit
+def _estimate_cell(unit: Unit, found: Estimate, signed: bool = False, style: str = "") -> str:
     text = f'<span class="mean">{unit.text(found.mean, signed)}</span>'
     if found.has_interval:
         text += f'<span class="ci">{unit.text(found.low, signed)} to {unit.text(found.high, signed)}</span>'
@@ -162,9 +162,19 @@ def _charts(view: SectionView, thinned: bool) -> str:
             if any(getattr(row, cost.key) > 0 for row in rows):
                 label = f"Final {name} against cost: {cost.label}."
                 figures.append(_figure("cost", cost.title, label, key=cost.key))
+    if view.ranks:
+        means = ", ".join(f"{label} {mean:.2f}" for label, mean in view.ranks.average.items())
+        title = f"Average rank by final {name}"
+        # beside a chart that would stand alone; the course fills a line of its own
+        is_alone = (len(figures) - (view.num_experiences > 1)) % 2 == 0
+        width = "wide" if is_alone else ""
+        figures.append(_figure("ranks", title, f"{title}: {means}.", width, note=view.ranks.sentence))
     inside = [("heatmap", f"{view.unit.name} after each experience", f"{view.unit.name} on each domain, as a heatmap.")]
     if view.num_experiences > 1:
         inside.append(("curves", "How each domain is remembered", f"{view.unit.name} on each domain over the stream."))
+    if any(strategy.within for strategy in view.strategies):
+        label = f"{view.unit.name} on the first domains over optimizer steps."
+        inside.append(("within", "Inside experiences", label, "wide"))
     thin = '<p class="note">This stream is long: the page shows a part of R; the tables folder has all of it.</p>'
     return f"""<div class="legend" role="group" aria-label="Strategies shown"></div>
 <div class="grid">{"".join(figures)}</div>
@@ -177,16 +187,41 @@ def _charts(view: SectionView, thinned: bool) -> str:
 </div>"""
 
 
-def _figure(kind: str, title: str, label: str, style: str = "", key: str = "") -> str:
+def _figure(kind: str, title: str, label: str, style: str = "", key: str = "", note: str = "") -> str:
+    below = f'<p class="note">{escape(note)}</p>' if note else ""
     return (
         f'<figure class="chart {style}" data-chart="{kind}" data-key="{key}" data-label="{escape(label)}">'
-        f'<figcaption>{escape(title)} <span class="whose"></span></figcaption><div class="canvas"></div></figure>'
+        f'<figcaption>{escape(title)} <span class="whose"></span></figcaption><div class="canvas"></div>'
+        f"{below}</figure>"
     )
 
 
 def _course_label(view: SectionView) -> str:
     ends = [f"{s.label} {view.unit.text(s.average.mean[-1])}" for s in view.strategies[:12]]
     return f"{view.unit.axis} over experiences seen; at the end: {', '.join(ends)}."
+
+
+def _more(view: SectionView) -> str:
+    """The second table, closed at first."""
+    body = []
+    for row in view.rows:
+        found = [column.get(row.strategy) for column in view.more]
+        if any(each.is_defined for each in found):
+            cells = [_estimate_cell(column.unit, each) for column, each in zip(view.more, found, strict=True)]
+            body.append(f'<tr><th scope="row">{_breakable(row.strategy)}</th>{"".join(cells)}</tr>')
+    heads = [("Strategy", ""), *((column.head, column.note) for column in view.more)]
+    return _details(f"More numbers ({len(view.more)})", heads, body) if body else ""
+
+
+def _details(summary: str, heads: Iterable[tuple[str, str]], body: Sequence[str]) -> str:
+    """A closed table that can be sorted. `heads`: (text, explanation)."""
+    cells = "".join(
+        f'<th scope="col"{_title(note)}><button type="button">{escape(head)}</button></th>' for head, note in heads
+    )
+    return (
+        f'<details class="runs"><summary>{escape(summary)}</summary><div class="scroll"><table class="sortable">'
+        f"<thead><tr>{cells}</tr></thead><tbody>{''.join(body)}</tbody></table></div></details>"
+    )
 
 
 def _runs(view: SectionView) -> str:
@@ -213,11 +248,7 @@ def _runs(view: SectionView) -> str:
         ]
         body.append(f"<tr>{''.join(cells)}</tr>")
     names = ("Strategy", "Seed", "Status", f"Final {view.unit.name.lower()}", "Training", "Speed", "MLflow run")
-    heads = "".join(f'<th scope="col"><button type="button">{name}</button></th>' for name in names)
-    return (
-        f'<details class="runs"><summary>All runs ({len(body)})</summary><div class="scroll"><table class="sortable">'
-        f"<thead><tr>{heads}</tr></thead><tbody>{''.join(body)}</tbody></table></div></details>"
-    )
+    return _details(f"All runs ({len(body)})", ((name, "") for name in names), body)
 
 
 def _glossary(view: SectionView) -> str:

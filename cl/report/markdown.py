@@ -11,6 +11,7 @@ from typing import Any
 from cl.report.comparison import StrategyRow, table_text
 from cl.report.curves import SectionView
 from cl.report.load import table_of
+from cl.report.more import more_text
 from cl.report.words import facts, glossary, headline, unfinished
 from cl.result import write_text
 
@@ -35,6 +36,8 @@ def markdown(
         lines += [f"- {name}: {_plain(value)}" for name, value in facts(section)] + [""]
         lines += [_plain(headline(view)), ""] if headline(view) else []
         lines += [*main_table(view.rows, view.reference), ""]
+        lines += [*_text_table(*more_text(view.more, view.rows)), ""] if view.more else []
+        lines += [_plain(view.ranks.sentence), ""] if view.ranks else []
         missing = [f"- {_plain(run)}: {_plain(why)}" for run, why in unfinished(section)]
         lines += ["Not in the table:", "", *missing, ""] if missing else []
         lines += [f"![{Path(path).stem.replace('_', ' ')}]({path})" for path in paths]
@@ -46,7 +49,10 @@ def markdown(
 
 def main_table(rows: Sequence[StrategyRow], reference: str = "naive") -> list[str]:
     """The rows of one section as lines of a Markdown table."""
-    heads, cells = table_text(rows, reference)
+    return _text_table(*table_text(rows, reference))
+
+
+def _text_table(heads: Sequence[str], cells: Sequence[Sequence[str]]) -> list[str]:
     lines = [map(_plain, heads), ["---", *["---:"] * (len(heads) - 1)], *(map(_plain, line) for line in cells)]
     return [f"| {' | '.join(line)} |" for line in lines] if cells else []
 
@@ -59,6 +65,9 @@ def save_tables(view: SectionView, folder: Path) -> list[Path]:
         "comparison": (("strategy", "metric", "quantity", "value"), _comparison_rows(view)),
         "seeds": (("strategy", "metric", "seed", "value"), _seed_rows(view)),
     }
+    if any(strategy.within for strategy in view.strategies):
+        columns = ("strategy", "seed", "experience", "step", "domain", "value")
+        tables["within"] = (columns, _within_rows(view))
     paths = []
     for name, (columns, rows) in tables.items():
         data = [row for row in rows if not math.isnan(row[-1])]
@@ -97,6 +106,14 @@ def _comparison_rows(view: SectionView) -> Iterable[tuple[Any, ...]]:
         yield row.strategy, f"final_minus_{view.reference}", "p_holm", row.p_holm
         for key in ("passes", "buffer_bytes", "train_s"):
             yield row.strategy, key, "mean", getattr(row, key)
+    for column in view.more:
+        for label, found in column.values.items():
+            for quantity in ("mean", "low", "high"):
+                yield label, column.key, quantity, getattr(found, quantity)
+    if view.ranks:
+        for label in view.ranks.average:
+            yield label, "average_rank", "critical_difference", view.ranks.critical_difference
+            yield label, "average_rank", "friedman_p", view.ranks.friedman_p
 
 
 def _seed_rows(view: SectionView) -> Iterable[tuple[Any, ...]]:
@@ -104,6 +121,20 @@ def _seed_rows(view: SectionView) -> Iterable[tuple[Any, ...]]:
         for key, found in row.metrics.items():
             for seed, value in found.values.items():
                 yield row.strategy, key, seed, value
+    for column in view.more:
+        for label, found in column.values.items():
+            for seed, value in found.values.items():
+                yield label, column.key, seed, value
+
+
+def _within_rows(view: SectionView) -> Iterable[tuple[Any, ...]]:
+    """`experience` is the one going on, counted from 1 as `after` counts those that ended."""
+    for strategy in view.strategies:
+        for run in strategy.runs:
+            table = table_of(run)
+            for point in table.within:
+                domain = table.domains[point.domain]
+                yield strategy.label, run.seed, point.experience + 1, point.step, domain, point.value
 
 
 def _plain(text: str) -> str:

@@ -12,10 +12,15 @@ import numpy as np
 from cl.metrics.matrix import FloatArray
 from cl.report.comparison import Estimate
 from cl.report.curves import COSTS, Band, Matrix, SectionView, StrategyView
+from cl.report.ranks import Ranks
 from cl.report.style import GOODNESS, ORDER, Look
+from cl.report.within import Within
 
 MAX_CELLS = 300_000
 """Cells of R in one page, at about 5 bytes each; beyond, first the single seeds go and then rows and columns."""
+
+MAX_POINTS = 400
+"""Points of a line inside experiences; beyond, each stretch of a line is shown where it is worst."""
 
 R_SCALE = 10_000
 """R is written in whole numbers of this fraction: 0.8312 -> 8312."""
@@ -67,6 +72,8 @@ def _section(view: SectionView, budget: int) -> dict[str, Any]:
         "step": step,
         "strategies": [_strategy(view, strategy, with_seeds, step, names) for strategy in view.strategies],
         "rows": names,
+        "ranks": _ranks(view.ranks) if view.ranks else None,
+        "within": view.domains_within,
     }
 
 
@@ -95,14 +102,49 @@ def _strategy(
         ]
         if any(_has_number(curve.low) for curve in strategy.curves)
         else [],
+        "within": _within(strategy.within, view.unit.higher_is_better) if strategy.within else None,
     }
+
+
+def _ranks(found: Ranks) -> dict[str, Any]:
+    return {
+        "average": {label: _number(mean) for label, mean in found.average.items()},
+        "difference": _number(found.critical_difference) if found.has_enough_seeds else None,
+        "groups": found.groups,
+    }
+
+
+def _within(found: Within, higher_is_better: bool) -> dict[str, Any]:
+    kept = worst_points(found, higher_is_better)
+    return {
+        "steps": _numbers(found.steps[n] for n in kept),
+        "ends": [at for at, n in enumerate(kept) if found.is_end[n]],
+        "values": [_cells(line[kept]) for line in found.values],
+        "seeds": found.num_seeds,
+    }
+
+
+def worst_points(found: Within, higher_is_better: bool) -> list[int]:
+    """Indices of about `MAX_POINTS` points: every end, and of each few between the worst, so that no fall is lost."""
+    size = math.ceil(len(found.steps) / MAX_POINTS)
+    total = np.nansum(found.values, axis=0) * (1 if higher_is_better else -1)
+    kept: list[int] = []
+    few: list[int] = []
+    for n, is_end in enumerate(found.is_end):
+        few += [] if is_end else [n]
+        if few and (is_end or len(few) == size):
+            kept.append(min(few, key=lambda n: total[n]))
+            few = []
+        kept += [n] if is_end else []
+    return kept + ([min(few, key=lambda n: total[n])] if few else [])
 
 
 def _matrix(matrix: Matrix, step: int, names: list[list[str]], with_init: bool) -> dict[str, Any]:
     if matrix.rows not in names:
         names.append(matrix.rows)
-    # in rows before thinning: the first in which each column counts as taught; -1 where none does
-    taught = np.where(matrix.seen.any(axis=0), matrix.seen.argmax(axis=0), -1)
+    # in rows before thinning: the first from which on each column counts as taught; -1 where the last row does not
+    taught = np.where(matrix.seen[-1], len(matrix.seen) - np.argmin(matrix.seen[::-1], axis=0), -1)
+    taught[matrix.seen.all(axis=0)] = 0
     return {
         "name": matrix.name,
         "rows": names.index(matrix.rows),

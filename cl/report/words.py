@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from cl.report.comparison import Estimate, StrategyRow, estimate, metrics_of
-from cl.report.curves import NOT_CONTINUAL, SectionView
+from cl.report.comparison import NOT_CONTINUAL, Estimate, StrategyRow, estimate, metrics_of
+from cl.report.curves import SectionView
 from cl.report.load import Section
 from cl.report.style import Unit
 from cl.result import Result
@@ -111,7 +111,7 @@ def glossary(view: SectionView) -> list[tuple[str, str]]:
             f"no other strategy is both cheaper and better; {NOT_CONTINUAL} sees all data at once and takes no part",
         ),
     ]
-    return entries
+    return entries + [(column.title, column.note) for column in view.more]
 
 
 def ranges(numbers: Iterable[int]) -> str:

@@ -208,11 +208,12 @@ class _Watch(Observer):
     """Collects losses and random state as an observer, since both are visible to the loop only."""
 
     def __init__(self, stop_at: int | None) -> None:
-        self.stop_at, self.trainer = stop_at, None
+        self.stop_at = stop_at
+        self.trainer: Trainer | None = None
         self.losses: list[float] = []
         self.first_step = -1
         self.drew = False
-        self._random_state: Tensor | None = None
+        self._random_state = torch.get_rng_state()
 
     def on_start(self, result: Result, settings: Mapping[str, Any]) -> None:
         self._random_state = torch.get_rng_state()
@@ -221,7 +222,7 @@ class _Watch(Observer):
         if not self.losses:
             self.first_step = state.step
         self.losses.append(losses["loss"])
-        if state.step == self.stop_at:
+        if state.step == self.stop_at and self.trainer is not None:
             self.trainer.request_stop()
 
     def on_end(self, result: Result) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import io
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from statistics import fmean
@@ -32,7 +32,7 @@ STOPS = {"inside an experience": 49, "at the end of an experience": 35}
 ACTS_BEFORE_DATA = ("plan", "wrap", "make_optimizer", "step", "on_run_start")
 """Whoever overrides one of these may differ from naive training from the first step on."""
 SEEDS = (0, 1)
-Metrics = dict[str, float | None]
+Metrics = Mapping[str, Any]
 
 
 class StrategyContract:
@@ -148,6 +148,12 @@ class StrategyContract:
         assert (spent.forwards, spent.backwards) == (run.tally.forwards, run.tally.backwards), (
             "rows in result.json against rows the network saw: send them through `state.forward`, or `state.count` them"
         )
+
+    def test_cost_and_state_can_be_asked_before_the_run(self, setting: Setting) -> None:
+        """A run that fails in its first hook still writes its result."""
+        fresh = self.make()
+        assert fresh.cost(self.run(setting).trainer.state, BATCH_SIZE).forwards >= 0
+        fresh.state_dict()
 
     def test_declared_bytes_cover_what_is_kept(self, setting: Setting) -> None:
         run = self.run(setting)

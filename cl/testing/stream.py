@@ -91,7 +91,8 @@ class StreamContract:
         )
 
     def test_announces_its_rows(self) -> None:
-        empty = [item.domain for item in (*self.stream.experiences, *self.stream.eval_sets) if item.num_samples < 1]
+        items: list[Experience | EvalSet] = [*self.stream.experiences, *self.stream.eval_sets]
+        empty = [item.domain for item in items if item.num_samples < 1]
         assert not empty, f"no rows in {empty}"
         for item in self._loadable():
             data = item.load()

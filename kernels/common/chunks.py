@@ -10,6 +10,8 @@ running sums: nothing overflows, nothing cancels, and the gate gradient is the t
 # mypy: disable-error-code="no-untyped-call"
 # torch leaves Tensor.unflatten without types
 
+from functools import cached_property
+
 import torch
 from torch import Tensor
 
@@ -111,11 +113,29 @@ class ChannelDecay(Decay):
     column to the middle and from the middle to the row, are at most 1: no exponent is ever positive.
     """
 
-    def _halves(self, width: int) -> tuple[Tensor, Tensor]:
-        """Factors of one level: first halves to the middle, middle to second halves; each [M, blocks, width, K]."""
-        g = self.g.unflatten(1, (-1, 2, width))
-        lower, upper = self.lower[:width, :width], self.upper[:width, :width]
-        return (upper @ g[:, :, 0]).exp_(), (lower @ g[:, :, 1]).exp_()
+    @cached_property
+    def _levels(self) -> list[tuple[int, Tensor, Tensor]]:
+        """Widths 1, 2, 4 .. C/2 with the factors from first halves to the middle and from there to second halves.
+
+        Within blocks of `width`: prefix sums g from the block's start through the token, suffix from behind the token
+        to the block's end; both are extended in place for the next level, by additions only. Kept for one section,
+        which uses them up to four times.
+        """
+        prefix, suffix = self.g.clone(), torch.zeros_like(self.g)
+        levels, width = [], 1
+        while width < self.g.shape[1]:
+            levels.append((width, self._half(suffix, width, 0).exp(), self._half(prefix, width, 1).exp()))
+            p, s = prefix.unflatten(1, (-1, 2, width)), suffix.unflatten(1, (-1, 2, width))
+            s[:, :, 0] += p[:, :, 1, -1:]
+            p[:, :, 1] += p[:, :, 0, -1:]
+            width *= 2
+        return levels
+
+    @staticmethod
+    def _half(x_MCK: Tensor, width: int, which: int) -> Tensor:
+        """First (0) or second (1) halves of the blocks of 2 * width: [M, blocks, width, K]."""
+        view: Tensor = x_MCK.unflatten(1, (-1, 2, width))
+        return view[:, :, which]
 
     @staticmethod
     def _squares(p_MCC: Tensor, width: int) -> Tensor:
@@ -124,16 +144,12 @@ class ChannelDecay(Decay):
         view: Tensor = p_MCC.unflatten(2, (blocks, 2 * width)).unflatten(1, (blocks, 2 * width))
         return view.diagonal(dim1=1, dim2=3)[:, width:, :width]
 
-    def _levels(self) -> list[int]:
-        return [1 << i for i in range(self.g.shape[1].bit_length() - 1)]
-
     def scores(self, q_MCK: Tensor, k_MCK: Tensor, *, strict: bool) -> Tensor:
         chunk = q_MCK.shape[1]
         p = q_MCK.new_zeros(q_MCK.shape[0], chunk, chunk)
-        for width in self._levels():
-            first, second = self._halves(width)
-            q, k = q_MCK.unflatten(1, (-1, 2, width))[:, :, 1], k_MCK.unflatten(1, (-1, 2, width))[:, :, 0]
-            self._squares(p, width).copy_(((q * second) @ (k * first).mT).permute(0, 2, 3, 1))
+        for width, first, second in self._levels:
+            q, k = self._half(q_MCK, width, 1) * second, self._half(k_MCK, width, 0) * first
+            self._squares(p, width).copy_((q @ k.mT).permute(0, 2, 3, 1))
         if not strict:
             p.diagonal(dim1=1, dim2=2).copy_((q_MCK * k_MCK).sum(-1))
         return p
@@ -146,21 +162,23 @@ class ChannelDecay(Decay):
         else:
             diagonal = dp_MCC.diagonal(dim1=1, dim2=2)[..., None]
             dq, dk = diagonal * k_MCK, diagonal * q_MCK
-        dg = torch.zeros_like(self.g)
-        for width in self._levels():
-            first, second = self._halves(width)
-            q, k = (
-                q_MCK.unflatten(1, (-1, 2, width))[:, :, 1] * second,
-                k_MCK.unflatten(1, (-1, 2, width))[:, :, 0] * first,
-            )
+        parts = []
+        for width, first, second in self._levels:
+            q, k = self._half(q_MCK, width, 1) * second, self._half(k_MCK, width, 0) * first
             d = self._squares(dp_MCC, width).permute(0, 3, 1, 2)
             dqs, dks = d @ k, d.mT @ q
-            half = dg.unflatten(1, (-1, 2, width))
-            half[:, :, 0] += self.upper[:width, :width].mT @ (k * dks)
-            half[:, :, 1] += self.lower[:width, :width].mT @ (q * dqs)
-            dq.unflatten(1, (-1, 2, width))[:, :, 1] += dqs.mul_(second)
-            dk.unflatten(1, (-1, 2, width))[:, :, 0] += dks.mul_(first)
-        return dq, dk, dg
+            self._half(dq, width, 1).addcmul_(dqs, second)
+            self._half(dk, width, 0).addcmul_(dks, first)
+            parts.append((width, q.mul_(dqs), k.mul_(dks)))
+        # `_levels` transposed, widest first: gradients of prefix and suffix down to single tokens
+        dprefix, dsuffix = torch.zeros_like(self.g), torch.zeros_like(self.g)
+        for width, x_second, x_first in reversed(parts):
+            dp_second, ds_first = self._half(dprefix, width, 1), self._half(dsuffix, width, 0)
+            self._half(dprefix, width, 0)[:, :, -1] += dp_second.sum(2)
+            dp_second[:, :, -1] += ds_first.sum(2)
+            dp_second += x_second
+            ds_first += x_first
+        return dq, dk, dprefix
 
 
 def decay_of(g_BTHG: Tensor | None, like_BTHK: Tensor, chunk: int) -> Decay:

@@ -124,8 +124,9 @@ def test_doctor_finds_this_machine_healthy(capsys: pytest.CaptureFixture[str]) -
 
 
 def test_reproduce_lists_the_claims_without_running(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(("reproduce", "format=markdown")) == 0
-    said = capsys.readouterr().out
+    assert main(("reproduce", "page=page.md")) == 0
+    assert "split_mnist_er_200" in capsys.readouterr().out
+    said = Path("page.md").read_text()
     assert "| split_mnist_er_200 |" in said and "79.7 ± 2.5" in said and "holds" not in said
 
 

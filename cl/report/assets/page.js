@@ -87,7 +87,7 @@ class SectionPage {
     const shown = this.section.strategies.filter((s) => !this.hidden.has(s));
     for (const figure of this.root.querySelectorAll(".chart")) {
       const { chart, key, label } = figure.dataset;
-      const draw = { course: drawCourse, dots: drawDots, cost: drawCost }[chart];
+      const draw = { course: drawCourse, dots: drawDots, cost: drawCost, ranks: drawRanks }[chart];
       if (draw) draw(figure.querySelector(".canvas"), this.section, shown, label, key);
     }
   }
@@ -95,12 +95,15 @@ class SectionPage {
   drawInside() {
     const place = (chart) => this.root.querySelector(`[data-chart=${chart}]`);
     const name = `${this.strategy.label}, ${this.strategy.matrices[this.matrix].name}`;
-    const label = (chart) => `${name}. ${place(chart).dataset.label}`;
-    for (const chart of this.root.querySelectorAll(".inside .chart")) chart.querySelector(".whose").textContent = name;
+    const label = (chart) => `${place(chart).querySelector(".whose").textContent}. ${place(chart).dataset.label}`;
+    for (const chart of this.root.querySelectorAll(".inside .chart")) {
+      chart.querySelector(".whose").textContent = chart.dataset.chart === "within" ? nameWithin(this.strategy) : name;
+    }
     const canvasOf = (chart) => place(chart).querySelector(".canvas");
     let highlight = () => {};
     if (place("curves")) highlight = drawCurves(canvasOf("curves"), this.section, this.strategy, this.matrix, label("curves"));
     drawHeatmap(canvasOf("heatmap"), this.section, this.strategy, this.strategy.matrices[this.matrix], label("heatmap"), highlight);
+    if (place("within")) drawWithin(canvasOf("within"), this.section, this.strategy, label("within"));
   }
 }
 
