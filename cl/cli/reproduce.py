@@ -165,7 +165,8 @@ def _values(claim: Claim, results: Mapping[str, Sequence[Result]]) -> list[float
 
 def page(rows: Sequence[Sequence[str]], words: Sequence[str], results: Mapping[str, Sequence[Result]]) -> str:
     """The table as a Markdown page, with the command, the date and the versions that made it."""
-    command = " ".join(word for word in words if not word.startswith(("data.root=", "out=", "jobs=", "page=", "tracking=")))
+    elsewhere = ("data.root=", "out=", "jobs=", "page=", "tracking=")
+    command = " ".join(word for word in words if not word.startswith(elsewhere))
     runs = [result for each in results.values() for result in each]
     env = runs[0].env if runs else environment()
     versions = ", ".join(f"{name} {version}" for name, version in env["versions"].items())

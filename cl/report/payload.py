@@ -115,18 +115,19 @@ def _ranks(found: Ranks) -> dict[str, Any]:
 
 
 def _within(found: Within, higher_is_better: bool) -> dict[str, Any]:
-    kept = worst_points(found, higher_is_better)
+    size = math.ceil(len(found.steps) / MAX_POINTS)
+    kept = worst_points(found, size, higher_is_better)
     return {
         "steps": _numbers(found.steps[n] for n in kept),
         "ends": [at for at, n in enumerate(kept) if found.is_end[n]],
         "values": [_cells(line[kept]) for line in found.values],
         "seeds": found.num_seeds,
+        "worst_of": size,
     }
 
 
-def worst_points(found: Within, higher_is_better: bool) -> list[int]:
-    """Indices of about `MAX_POINTS` points: every end, and of each few between the worst, so that no fall is lost."""
-    size = math.ceil(len(found.steps) / MAX_POINTS)
+def worst_points(found: Within, size: int, higher_is_better: bool) -> list[int]:
+    """Indices of the points to show: every end, and of each `size` between ends the worst, so that no fall is lost."""
     total = np.nansum(found.values, axis=0) * (1 if higher_is_better else -1)
     kept: list[int] = []
     few: list[int] = []

@@ -172,8 +172,14 @@ def spread(positions: Sequence[float], gap: float, low: float = -math.inf, high:
             # the block's start minimises the squared moves of all its members
             start = (other * width + (start - width * gap) * size) / (width + size)
             size += width
-        blocks.append((min(max(start, low), max(high - (size - 1) * gap, low)), size))
-    placed = [start + k * gap for start, size in blocks for k in range(size)]
+        blocks.append((start, size))
+    # the range last, and for all alike: a block that it stops must not run into the next one
+    highest = max(high - (len(positions) - 1) * gap, low)
+    placed: list[float] = []
+    for start, size in blocks:
+        shift = len(placed) * gap
+        first = min(max(start - shift, low), highest) + shift
+        placed += [first + k * gap for k in range(size)]
     out = [0.0] * len(positions)
     for index, position in zip(order, placed, strict=True):
         out[index] = position

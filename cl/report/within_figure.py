@@ -41,8 +41,13 @@ def inside_experiences(view: SectionView) -> Figure:
         label_ends(axes, [(found.steps[-1], y, str(j + 1), colour) for y, j, colour in ends], size=7, offset=4)
     figure.supxlabel("optimizer steps", fontsize=9, color=MUTED)
     figure.supylabel(f"{view.unit.axis}, {view.unit.direction}", fontsize=9, color=MUTED)
-    count = len(view.domains_within)
-    which = "The first domain" if count == 1 else f"The first {count} domains, by number,"
-    title = f"{which} inside experiences, mean over seeds;  vertical lines: ends of experiences"
+    is_mean = any(found.num_seeds > 1 for _, found in panels)
+    title = _title(len(view.domains_within), is_mean, separator="\n" if num_columns == 1 else ";  ")
     figure.suptitle(title, fontsize=10, color=INK, x=0.01, ha="left")
     return figure
+
+
+def _title(count: int, is_mean: bool, separator: str) -> str:
+    which = "The first domain" if count == 1 else f"The first {count} domains, by number,"
+    mean = ", mean over seeds" if is_mean else ""
+    return f"{which} inside experiences{mean}{separator}vertical lines: ends of experiences"

@@ -4,7 +4,7 @@
 (squaring A loses everything on correlated keys). The walk solves for the corrections with it; outputs and key
 gradients are those of gated linear attention with the corrections in the place of v. Four launches backward.
 
-Legend: as in kernels.gated_linear_attention.triton; inverse [R, H, C, C]; tensors named *_THV are float32.
+Legend: as in kernels.common.triton_chunks; inverse [R, H, C, C]; tensors named *_THV are float32.
 """
 
 # mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call"
@@ -31,7 +31,7 @@ from kernels.common.triton import (
     store_state,
     store_tile,
 )
-from kernels.gated_linear_attention.triton import KEY, OUTPUTS, Packed, key_gradients, tiles
+from kernels.common.triton_chunks import KEY, OUTPUTS, Packed, key_gradients, tiles
 
 
 @triton.jit

@@ -1,15 +1,13 @@
 """Gated linear attention in Triton: states first, then all chunks at once. Two launches forward, three backward.
 
 The walk over chunks keeps a [BK, BV] tile of the state on chip and writes it once per chunk; the rest is parallel over
-chunks. The delta rule uses `_chunk_outputs` and `_chunk_key_gradients` too, with its corrections in the place of v.
+chunks, most of it in `kernels.common.triton_chunks`.
 
 Legend: tensors packed [T, H, D]; states [R, H, K, V], one row per chunk; C chunk, BK/BV tiles.
 """
 
 # mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call"
 # device functions carry no types: their arguments are pointers, tiles and constants of the compiler
-
-from typing import Any
 
 import torch
 import triton
@@ -18,24 +16,15 @@ from torch import Tensor
 
 from kernels.common.triton import (
     Kernel,
-    Row,
     channel_scores,
-    channel_scores_backward,
-    chunk_table,
     decay_mask,
-    host,
     load_gate,
     load_state,
     load_tile,
-    mask_gradient,
-    offsets,
-    pow2,
-    precision,
-    row,
     store_state,
     store_tile,
 )
-from kernels.common.varlen import num_chunks
+from kernels.common.triton_chunks import KEY, OUTPUTS, Packed, key_gradients, tiles
 
 
 @triton.jit
@@ -120,56 +109,6 @@ def _walk_state_gradients(
 
 
 @triton.jit
-def _chunk_outputs(
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    g_ptr,
-    states_ptr,
-    cu_ptr,
-    first_ptr,
-    seq_ptr,
-    o_ptr,
-    scale,
-    S,
-    H,
-    K,
-    V,
-    HAS_GATE: tl.constexpr,
-    CHANNEL: tl.constexpr,
-    LEVELS: tl.constexpr,
-    C: tl.constexpr,
-    PREC: tl.constexpr,
-    BK: tl.constexpr,
-    BV: tl.constexpr,
-):
-    """o = scale * (P v + q_in S) of one chunk, one tile of V."""
-    line, v0, h = tl.program_id(0), tl.program_id(1) * BV, tl.program_id(2)
-    s = tl.load(seq_ptr + line)
-    if s >= S:
-        return
-    t0 = tl.load(cu_ptr + s) + (line - tl.load(first_ptr + s)) * C
-    end = tl.minimum(t0 + C, tl.load(cu_ptr + s + 1))
-    p = tl.zeros([C, C], tl.float32)
-    o = tl.zeros([C, BV], tl.float32)
-    for k0 in range(0, K, BK):
-        q = load_tile(q_ptr, t0, end, h, H, K, k0, C, BK)
-        k = load_tile(k_ptr, t0, end, h, H, K, k0, C, BK)
-        g = load_gate(g_ptr, t0, end, h, H, K, k0, HAS_GATE, CHANNEL, C, BK)
-        if CHANNEL:
-            p += channel_scores(q, k, g, False, LEVELS, C, PREC)
-        else:
-            p += tl.dot(q, tl.trans(k), input_precision=PREC)
-        state = load_state(states_ptr, line, h, H, K, V, k0, v0, BK, BV).to(q.dtype)
-        o += tl.dot((q * tl.exp(tl.cumsum(g, 0))).to(q.dtype), state, input_precision=PREC)
-    if not CHANNEL:
-        p *= decay_mask(load_gate(g_ptr, t0, end, h, H, K, 0, HAS_GATE, CHANNEL, C, BK), False, C)
-    v = load_tile(v_ptr, t0, end, h, H, V, v0, C, BV)
-    o += tl.dot(p.to(v.dtype), v, input_precision=PREC)
-    store_tile(o_ptr, o * scale, t0, end, h, H, V, v0, C, BV)
-
-
-@triton.jit
 def _chunk_value_gradients(
     q_ptr,
     k_ptr,
@@ -221,189 +160,9 @@ def _chunk_value_gradients(
     store_tile(dv_ptr, dv, t0, end, h, H, V, v0, C, BV)
 
 
-@triton.jit
-def _chunk_key_gradients(
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    g_ptr,
-    do_ptr,
-    beta_ptr,
-    r_ptr,
-    states_ptr,
-    dstates_ptr,
-    cu_ptr,
-    first_ptr,
-    seq_ptr,
-    dq_ptr,
-    dk_ptr,
-    dg_ptr,
-    dbeta_ptr,
-    scale,
-    TOKENS,
-    S,
-    H,
-    K,
-    V,
-    DELTA: tl.constexpr,
-    HAS_GATE: tl.constexpr,
-    CHANNEL: tl.constexpr,
-    LEVELS: tl.constexpr,
-    C: tl.constexpr,
-    PREC: tl.constexpr,
-    BK: tl.constexpr,
-    BV: tl.constexpr,
-):
-    """dq, dk, dg of one chunk, one tile of K; a gate per head gets one partial sum per tile [K tiles, T, H].
-
-    DELTA: v holds the corrections, r the gradient through their solve; adds the part of k, beta and g inside it
-    (dbeta: partial sums [K tiles, T, H]).
-    """
-    line, tile, h = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    k0 = tile * BK
-    s = tl.load(seq_ptr + line)
-    if s >= S:
-        return
-    t0 = tl.load(cu_ptr + s) + (line - tl.load(first_ptr + s)) * C
-    end = tl.minimum(t0 + C, tl.load(cu_ptr + s + 1))
-    i = tl.arange(0, C)
-    dp = tl.zeros([C, C], tl.float32)
-    dq_in = tl.zeros([C, BK], tl.float32)
-    dk_out = tl.zeros([C, BK], tl.float32)
-    held = tl.zeros([BK], tl.float32)
-    q = load_tile(q_ptr, t0, end, h, H, K, k0, C, BK)
-    k = load_tile(k_ptr, t0, end, h, H, K, k0, C, BK)
-    if DELTA:
-        da = tl.zeros([C, C], tl.float32)
-        dk_in = tl.zeros([C, BK], tl.float32)
-        beta = load_tile(beta_ptr, t0, end, h, H, 1, 0, C, 1).to(tl.float32)
-    for v0 in range(0, V, BV):
-        do = load_tile(do_ptr, t0, end, h, H, V, v0, C, BV)
-        v = load_tile(v_ptr, t0, end, h, H, V, v0, C, BV).to(do.dtype)
-        state = load_state(states_ptr, line, h, H, K, V, k0, v0, BK, BV)
-        ds = load_state(dstates_ptr, line, h, H, K, V, k0, v0, BK, BV)
-        held += tl.sum(state * ds, 1)
-        dp += tl.dot(do, tl.trans(v), input_precision=PREC)
-        dq_in += tl.dot(do, tl.trans(state.to(do.dtype)), input_precision=PREC)
-        dk_out += tl.dot(v, tl.trans(ds.to(do.dtype)), input_precision=PREC)
-        if DELTA:
-            r = load_tile(r_ptr, t0, end, h, H, V, v0, C, BV)
-            da -= tl.dot(r.to(do.dtype), tl.trans(v), input_precision=PREC)
-            dk_in -= tl.dot((r * beta).to(do.dtype), tl.trans(state.to(do.dtype)), input_precision=PREC)
-    dp *= scale
-    dq_in *= scale
-    g = load_gate(g_ptr, t0, end, h, H, K, k0, HAS_GATE, CHANNEL, C, BK)
-    after = load_gate(g_ptr, t0 + 1, end, h, H, K, k0, HAS_GATE, CHANNEL, C, BK)
-    into, out = tl.exp(tl.cumsum(g, 0)), tl.exp(tl.cumsum(after, 0, reverse=True))
-    x_into, x_out = q * into * dq_in, k * out * dk_out
-    dq, dk = dq_in * into, dk_out * out
-    if DELTA:
-        strict = i[:, None] > i[None, :]
-        da = tl.where(strict, da, 0.0)
-        dk += dk_in * into
-        x_into += k * into * dk_in
-    x_total = held * tl.exp(tl.sum(g, 0))
-    if CHANNEL:
-        lower = (i[:, None] >= i[None, :]).to(tl.float32)
-        upper = (i[:, None] < i[None, :]).to(tl.float32)
-        pq, pk, dg = channel_scores_backward(q, k, g, dp, False, LEVELS, C, PREC)
-        dq += pq
-        dk += pk
-        dg += tl.dot(tl.trans(lower), x_into, input_precision=PREC)
-        dg += tl.dot(tl.trans(upper), x_out, input_precision=PREC) + x_total[None, :]
-        if DELTA:
-            kk = channel_scores(k, k, g, True, LEVELS, C, PREC)
-            rows, columns, dg_solve = channel_scores_backward(k, k, g, da * beta, True, LEVELS, C, PREC)
-            dk += rows + columns
-            dg += dg_solve
-        store_tile(dg_ptr, dg, t0, end, h, H, K, k0, C, BK)
-    else:
-        mask = decay_mask(g, False, C)
-        inner = (dp * mask).to(q.dtype)
-        dq += tl.dot(inner, k, input_precision=PREC)
-        dk += tl.dot(tl.trans(inner), q, input_precision=PREC)
-        through = tl.dot(q, tl.trans(k), input_precision=PREC) * mask * dp
-        if DELTA:
-            kk = tl.dot(k, tl.trans(k), input_precision=PREC) * tl.where(strict, mask, 0.0)
-            solve = (da * beta * mask).to(k.dtype)
-            dk += tl.dot(solve, k, input_precision=PREC) + tl.dot(tl.trans(solve), k, input_precision=PREC)
-            through += kk * da * beta
-        if HAS_GATE:
-            later, earlier = i[:, None] >= i[None, :], i[:, None] < i[None, :]
-            dg = mask_gradient(through, C) + tl.sum(x_total, 0)
-            dg += tl.sum(tl.where(later, tl.sum(x_into, 1)[:, None], 0.0), 0)
-            dg += tl.sum(tl.where(earlier, tl.sum(x_out, 1)[:, None], 0.0), 0)
-            tl.store(dg_ptr + (tile.to(tl.int64) * TOKENS + t0 + i) * H + h, dg, mask=t0 + i < end)
-    if DELTA:
-        tl.store(dbeta_ptr + (tile.to(tl.int64) * TOKENS + t0 + i) * H + h, tl.sum(da * kk, 1), mask=t0 + i < end)
-    store_tile(dq_ptr, dq, t0, end, h, H, K, k0, C, BK)
-    store_tile(dk_ptr, dk, t0, end, h, H, K, k0, C, BK)
-
-
-def tiles(args: dict[str, Any], most_k: int = 64, most_v: int = 64, warps: int = 4) -> list[Row]:
-    """Rows for a kernel that tiles both widths; the first spills nothing in bfloat16 (kernels/aot/table.json)."""
-    if args["CHANNEL"] or args["k_ptr" if "k_ptr" in args else "q_ptr"].dtype == torch.float32:
-        most_k, most_v = min(most_k, 32), min(most_v, 32)
-    bk, bv = min(pow2(args["K"]), most_k), min(pow2(args["V"]), most_v)
-    options = [row(BK=bk, BV=bv, warps=warps), row(BK=bk, BV=bv, warps=12 - warps), row(BK=bk, BV=max(16, bv // 2))]
-    return list(dict.fromkeys(options))
-
-
-def _key_rows(args: dict[str, Any]) -> list[Row]:
-    small = 16 if args["CHANNEL"] or args["k_ptr"].dtype == torch.float32 else 32
-    return tiles(args, small, small, warps=8)
-
-
-KEY = ("K", "V", "C", "CHANNEL")
 _WALK = Kernel(_walk_states, tiles, KEY)
 _WALK_BACK = Kernel(_walk_state_gradients, tiles, KEY)
-OUTPUTS = Kernel(_chunk_outputs, tiles, KEY)
 _VALUES = Kernel(_chunk_value_gradients, tiles, KEY)
-KEYS = Kernel(_chunk_key_gradients, _key_rows, (*KEY, "DELTA"))
-
-
-class Packed:
-    """The call as the kernels see it: packed tensors, offsets, the chunk table and the common arguments."""
-
-    def __init__(self, tokens: list[Tensor], g: Tensor | None, cu_seqlens: Tensor | None, width: int, chunk: int):
-        q = tokens[0]
-        self.tokens = [host(x.flatten(0, 1)) for x in tokens]
-        self.gate = None if g is None else host(g.flatten(0, 1))
-        self.rows = num_chunks(q.shape[0], q.shape[1], chunk, cu_seqlens)
-        self.cu = offsets(q.shape[0], q.shape[1], cu_seqlens, q.device)
-        self.sequences, self.heads, self.width_k, self.width_v = self.cu.shape[0] - 1, q.shape[2], q.shape[3], width
-        self.total = q.shape[0] * q.shape[1]
-        seq, first = chunk_table(self.cu, self.rows, chunk)
-        channel = g is not None and g.dim() == 4
-        self.walk: dict[str, Any] = {
-            "g_ptr": self.tokens[0] if self.gate is None else self.gate,
-            "cu_ptr": self.cu,
-            "first_ptr": first,
-            "H": self.heads,
-            "K": self.width_k,
-            "V": self.width_v,
-            "HAS_GATE": g is not None,
-            "CHANNEL": channel,
-            "C": chunk,
-            "PREC": precision(),
-        }
-        self.chunk = {**self.walk, "seq_ptr": seq, "S": self.sequences, "LEVELS": chunk.bit_length() - 1}
-        self.device = q.device
-
-    def states(self, rows: int) -> Tensor:
-        shape = (rows, self.heads, self.width_k, self.width_v)
-        return torch.empty(shape, dtype=torch.float32, device=self.device)
-
-    # the long axis comes first: a grid's second and third end at 65535
-    def walk_grid(self, meta: dict[str, int]) -> tuple[int, ...]:
-        k, v = -(-self.width_k // meta["BK"]), -(-self.width_v // meta["BV"])
-        return (self.sequences * self.heads, v, k)
-
-    def value_grid(self, meta: dict[str, int]) -> tuple[int, ...]:
-        return (self.rows, -(-self.width_v // meta["BV"]), self.heads)
-
-    def key_grid(self, meta: dict[str, int]) -> tuple[int, ...]:
-        return (self.rows, -(-self.width_k // meta["BK"]), self.heads)
 
 
 def forward(
@@ -437,38 +196,6 @@ def forward(
         call.value_grid, **call.chunk, q_ptr=qp, k_ptr=kp, v_ptr=vp, states_ptr=states, o_ptr=out, scale=scale
     )
     return out.view(v.shape).to(v.dtype), final, states if save else states.new_empty(0)
-
-
-def key_gradients(
-    call: Packed, values: Tensor, do: Tensor, states: Tensor, dstates: Tensor, scale: float, solve: dict[str, Any]
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Launch `_chunk_key_gradients`: dq, dk, dg [T, H(, K)] (summed over tiles) and, for the delta rule, dbeta."""
-    qp, kp = call.tokens[0], call.tokens[1]
-    dq, dk = torch.empty_like(qp), torch.empty_like(kp)
-    smallest = min(dict(r.meta)["BK"] for r in KEYS.rows({**call.chunk, "k_ptr": kp}))
-    partial = (-(-call.width_k // smallest), call.total, call.heads)
-    channel = call.chunk["CHANNEL"]
-    dg = torch.zeros_like(dq, dtype=torch.float32) if channel else dq.new_zeros(partial, dtype=torch.float32)
-    dbeta = dq.new_zeros(partial if solve else 0, dtype=torch.float32)
-    KEYS.launch(
-        call.key_grid,
-        **call.chunk,
-        **{"beta_ptr": qp, "r_ptr": qp, **solve},
-        q_ptr=qp,
-        k_ptr=kp,
-        v_ptr=values,
-        do_ptr=do,
-        states_ptr=states,
-        dstates_ptr=dstates,
-        dq_ptr=dq,
-        dk_ptr=dk,
-        dg_ptr=dg,
-        dbeta_ptr=dbeta,
-        scale=scale,
-        TOKENS=call.total,
-        DELTA=bool(solve),
-    )
-    return dq, dk, dg if channel else dg.sum(0), dbeta.sum(0)
 
 
 def backward(

@@ -18,7 +18,7 @@ HOMES = {
 }
 FIRST_USE = (set(HOMES) - {"hydra", "omegaconf"}) | {"sklearn", "matplotlib"}
 """Imported inside functions, or in files that are themselves imported inside functions."""
-MAY_BE_HEAVY = r"cl\.(report|tracking|interop|cli)\.(?!main$|listing$)\w+|cl\.backbones\.hf|kernels\.\w+\.triton"
+MAY_BE_HEAVY = r"cl\.(report|tracking|interop|cli)\.(?!main$|listing$)\w+|cl\.backbones\.hf|kernels\.\w+\.triton\w*"
 
 LIGHT = ("cl", "cl.cli.main", "cl.cli.listing")
 """What answers `cl --help` and `cl list` in half a second."""

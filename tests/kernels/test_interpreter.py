@@ -29,7 +29,7 @@ def test_agrees_with_token_loop(case, nan_scratch):
 @pytest.mark.parametrize("kind", DISTRIBUTIONS)
 @pytest.mark.slow
 def test_all_key_distributions(case, kind):
-    props.assert_agrees(case, props.draw(case, 50, kind), "triton", torch.float32, **chunk_of(case))
+    props.assert_agrees(case, props.draw(case, 33, kind), "triton", torch.float32, **chunk_of(case))
 
 
 @matrix
@@ -66,7 +66,7 @@ def check_packed(case):
 
 @every
 @pytest.mark.slow
-@pytest.mark.parametrize("cut", [1, 17])
+@pytest.mark.parametrize("cut", [17])
 def test_carry(case, cut):
     inputs = props.cast(props.draw(case, 33, "cos 0.5"), torch.float32)
     whole = props.tensors_of(case, inputs, backend="triton", **chunk_of(case))

@@ -56,9 +56,16 @@ function spread(positions, gap, low, high) {
       start = (last.start * last.size + (start - last.size * gap) * size) / (last.size + size);
       size += last.size;
     }
-    blocks.push({ start: Math.min(Math.max(start, low), Math.max(high - (size - 1) * gap, low)), size });
+    blocks.push({ start, size });
   }
-  const placed = blocks.flatMap((block) => Array.from({ length: block.size }, (_, k) => block.start + k * gap));
+  // the range last, and for all alike: a block that it stops must not run into the next one
+  const highest = Math.max(high - (positions.length - 1) * gap, low);
+  const placed = [];
+  for (const { start, size } of blocks) {
+    const shift = placed.length * gap;
+    const first = Math.min(Math.max(start - shift, low), highest) + shift;
+    for (let k = 0; k < size; k++) placed.push(first + k * gap);
+  }
   const out = [];
   order.forEach((index, k) => (out[index] = placed[k]));
   return out;

@@ -20,7 +20,8 @@ function drawWithin(place, section, strategy, label) {
   const y = linear(low, high, box.bottom - 4, box.top);
   const at = (value) => y(value * unit.factor);
   axisY(box, y, ticks(low, high, 6), plain, axisTitle(unit));
-  axisX(box, x, ticks(0, last, 8, true), plain, "optimizer steps; experiences end at the vertical lines");
+  const thinned = found.worst_of > 1 ? `; each point is the worst of ${found.worst_of}` : "";
+  axisX(box, x, ticks(0, last, 8, true), plain, `optimizer steps; experiences end at the vertical lines${thinned}`);
   for (const i of found.ends) box.root.append(svg("line", { class: "axis", x1: x(found.steps[i]), x2: x(found.steps[i]), y1: box.top, y2: box.bottom }));
   const colours = columns.map((_, k) => orderColour(k, columns.length));
   lines.forEach((line, k) => {

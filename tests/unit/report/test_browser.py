@@ -63,6 +63,14 @@ def results(make_result, kind):
         return [make_result(name, 0, R) for name in ("naive", "replay")]
     if kind == "one":
         return [make_result("naive", 0, [[0.9]])]
+    if kind == "extras":
+        inside = [[0, 5, 0, 0.6], [1, 15, 0, 0.3], [1, 15, 1, 0.5]]
+        many = [
+            make_result(name, seed, [[0.9, 0.1], [last, 0.8]], within=inside)
+            for name, last in (("naive", 0.4), ("replay", 0.8), ("ewc", 0.6), ("<b>", 0.5))
+            for seed in range(5)
+        ]
+        return [*many, make_result("joint", 0, [[0.9, 0.9]], **joint)]
     return [
         make_result("naive"),
         make_result("joint", 0, [[0.9, 0.9]], **joint),
@@ -70,7 +78,7 @@ def results(make_result, kind):
     ]
 
 
-@pytest.mark.parametrize("kind", ["accuracy", "loss", "long", "one"])
+@pytest.mark.parametrize("kind", ["accuracy", "loss", "long", "one", "extras"])
 def test_the_page_runs(tmp_path, make_result, kind):
     views = [view(section) for section in sections(results(make_result, kind))]
     dom, said = open_in_browser(tmp_path, page(views, "A title"))

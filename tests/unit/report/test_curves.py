@@ -44,6 +44,14 @@ def test_a_domain_counts_as_seen_once_every_seed_was_taught_it(make_result):
     assert view_of(results).find("naive").matrices[0].seen.tolist() == [[False, False], [True, True]]
 
 
+def test_seen_is_what_the_average_is_over(make_result):
+    # everything at once, then one domain at a time
+    run = make_result(R=[[0.4, 0.6], [0.9, 0.2], [0.6, 0.8]], experiences=["all", "a", "b"], trained=[-1, 0, 1])
+    naive = view_of([run]).find("naive")
+    assert naive.matrices[0].seen.tolist() == [[True, True], [True, False], [True, True]]
+    assert naive.average.mean == pytest.approx([0.5, 0.9, 0.7])
+
+
 def test_curves_of_domains(runs):
     first, second = view_of(runs).find("replay").curves
     assert first.mean == pytest.approx([0.85, 0.75])

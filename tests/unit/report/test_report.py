@@ -121,6 +121,15 @@ def test_the_charts_have_the_numbers_of_the_table(runs):
     assert by_label["ewc"]["final"] is None
 
 
+def test_taught_is_when_a_domain_counts_as_seen_for_good(make_result):
+    R = [[0.4, 0.6], [0.9, 0.2], [0.6, 0.8]]
+    late = make_result("naive", R=R, experiences=["all", "a", "b"], trained=[-1, 0, 1])
+    never = make_result("replay", R=R, experiences=["a", "b", "c"], trained=[0, 0, 0])
+    (section,) = read([late, never]).data()["sections"]
+    taught = {strategy["label"]: strategy["matrices"][0]["taught"] for strategy in section["strategies"]}
+    assert taught == {"naive": [0, 2], "replay": [0, -1]}
+
+
 def test_rows_can_be_sorted_by_number(runs):
     tags = read(runs).tags
     values = [float(attrs["data-value"]) for tag, attrs in tags if tag == "td" and "data-value" in attrs]

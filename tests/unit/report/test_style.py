@@ -56,6 +56,11 @@ def test_spread_keeps_the_order_the_gap_and_the_range(positions):
     assert [placed[i] for i in order] == inside
 
 
+def test_spread_moves_the_neighbours_of_a_block_that_meets_the_end():
+    # 97 and 100 are pushed down by the end, and so must be what lies below them
+    assert spread([92, 94, 98, 100], gap=3, low=0, high=100) == [91, 94, 97, 100]
+
+
 def test_spread_leaves_alone_what_does_not_touch():
     assert spread([1, 9, 5], gap=2) == [1, 9, 5]
 
@@ -70,7 +75,7 @@ def test_texts_beside_points_do_not_cover_each_other():
 @pytest.mark.skipif(shutil.which("node") is None, reason="needs node")
 def test_the_page_places_labels_by_the_same_rules():
     source = (files("cl.report") / "assets" / "draw.js").read_text()
-    positions = [1.0, 1.0, 5.0, 5.5, 30.0, 39.0]
+    positions = [1.0, 1.0, 5.0, 5.5, 30.0, 35.2, 36.6, 39.0, 39.8]
     points = [(10, 20, 12), (12, 21, 20), (50, 50, 30), (0, 0, 9)]
     stub = "const document = {getElementById: () => ({namespaceURI: ''})};\n"
     call = f"""
