@@ -37,7 +37,7 @@ class TrainerConfig:
     max_tokens: int | None = None
     batch_size: int = 64
     accumulation: int = 1
-    eval_batch_size: int = 1000
+    eval_batch_size: int = 500
     clip_norm: float | None = None
     precision: str = "fp32"
     device: str = "auto"

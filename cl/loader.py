@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from cl.core import Batch, Data, Experience, Setting, StreamInfo, UserError
 from cl.state import TrainState
 
-BLOCK_BYTES = 1 << 19
+BLOCK_BYTES = 1 << 20
 """Rows are gathered and transformed a block at a time: fewer small operations, and a block still fits the cache."""
 
 

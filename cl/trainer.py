@@ -27,7 +27,7 @@ from cl.observe import Observer
 from cl.result import Result
 from cl.schedules import Schedule, constant, set_learning_rate
 from cl.setup import prepare
-from cl.state import cross_entropy, current_rows
+from cl.state import clear_gradients, cross_entropy, current_rows
 
 STEP_HOOKS = ("on_batch", "penalty", "on_gradients", "step", "on_step_end", "make_optimizer")
 
@@ -177,7 +177,7 @@ class Trainer:
         """One optimizer step over its micro-batches; the heart of the platform."""
         state, hooked = self.state, self._hooked
         lr = self._set_learning_rate(step, num_steps)
-        state.optimizer.zero_grad(set_to_none=True)
+        clear_gradients(state.optimizer)
         num_rows = sum(map(len, batches))
         done: list[tuple[Batch, Output]] = []
         means: dict[str, Tensor] = {}

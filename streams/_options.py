@@ -76,10 +76,10 @@ def open_images(
 
 
 def scaled(raw: Tensor, scale: float | Tensor, shift: float | Tensor = 0.0) -> Tensor:
-    """uint8 pixels -> float32 `raw * scale + shift`; the product converts, so that bytes are read once."""
+    """uint8 pixels -> float32 `raw * scale + shift`; one allocation, scaled in place."""
     if isinstance(scale, Tensor) and isinstance(shift, Tensor):
         scale, shift = scale.to(raw.device), shift.to(raw.device)
-    inputs = torch.mul(raw, scale)
+    inputs = raw.to(torch.float32).mul_(scale)
     return inputs.add_(shift) if isinstance(shift, Tensor) or shift else inputs
 
 
