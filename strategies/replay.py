@@ -5,6 +5,8 @@
 
 Source: Chaudhry et al., "On Tiny Episodic Memories in Continual Learning", 2019; order of operations as in mammoth
 (aimagelab/mammoth models/er.py): draw, step, then insert the un-augmented current rows.
+Mammoth's first commit, which its published numbers come from, takes `average="row"`; the copy in
+joey-wang123/CL-refresh-learning adds the two means.
 Differences: one forward pass over all rows instead of two, which is the same sum unless the backbone normalises over
 the batch. `policy="experience_balanced", update="experience_end", average="row"` is Avalanche's variant, which does
 not replay the running experience.

@@ -127,7 +127,7 @@ def test_reproduce_lists_the_claims_without_running(capsys: pytest.CaptureFixtur
     assert main(("reproduce", "page=page.md")) == 0
     assert "split_mnist_er_200" in capsys.readouterr().out
     said = Path("page.md").read_text()
-    assert "| split_mnist_er_200 |" in said and "79.7 ± 2.5" in said and "holds" not in said
+    assert "| split_mnist_er_200 |" in said and "| holds |" not in said
 
 
 def test_third_party_strategy_by_name_of_its_class() -> None:

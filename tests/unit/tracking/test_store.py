@@ -59,7 +59,7 @@ def test_a_busy_file_is_waited_for():
         ("foo://x", "no known kind"),
         ("", "no known kind"),
         ("./mlruns", "no known kind"),
-        ("file:///tmp/mlruns", "no known kind"),
+        ("file:///absent/mlruns", "no known kind"),
         ("sqlite:///", "names no file"),
         ("sqlite:///{folder}", "is a folder"),
         ("sqlite:///{folder}/text.db", "not a database"),
