@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from cl.cli import build
 from cl.cli.compose import composed, import_from_here, node_name, plain, seeded
 from cl.cli.console import Pulse, progress_bars, progress_line
 from cl.cli.execute import CONFIG, RESULT, execute
-from cl.cli.pool import Ending, Job, run_jobs
+from cl.cli.pool import Job, run_jobs
 from cl.core import UserError
 from cl.result import Result
 
@@ -178,26 +178,18 @@ def run_all(plan: Plan, console: Console) -> dict[str, str]:
             bars.update(tasks[name], completed=message["done"], description=progress_line(message))
 
         jobs = [Job(name, run_one, (config, name, plan.suite)) for name, config in unfinished.items()]
-        for ending in _until_interrupted(run_jobs(jobs, plan.jobs, show), console):
+        for ending in run_jobs(jobs, plan.jobs, show):
             bars.advance(overall)
             if ending.name in tasks:
                 bars.remove_task(tasks[ending.name])
             label = Path(ending.name).relative_to(plan.out)
             if ending.error:
                 failures[ending.name] = ending.error
-                bars.console.print(f"[red]failed[/red] {label}: {ending.error}", highlight=False)
+                word = "[yellow]stopped[/]" if ending.error.startswith("interrupted") else "[red]failed[/]"
+                bars.console.print(f"{word} {label}: {ending.error}", highlight=False)
             elif not console.is_terminal:
                 console.print(f"done {label}", highlight=False)
     return failures
-
-
-def _until_interrupted(endings: Iterable[Ending], console: Console) -> Iterator[Ending]:
-    """The endings; on Ctrl-C the runs write checkpoints, and a person reads how to go on."""
-    try:
-        yield from endings
-    except KeyboardInterrupt:
-        console.print("stopping, with a checkpoint of every run; the same command goes on with them")
-        raise
 
 
 def run_one(send: Callable[[Mapping[str, Any]], None], config: dict[str, Any], folder: str, suite: str) -> None:

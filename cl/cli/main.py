@@ -59,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return _call(command, rest)
     except KeyboardInterrupt:
-        return _complain("interrupted", code=1)
+        return _complain("interrupted; `cl resume RUN_DIR`, or the same `cl compare`, goes on", code=1)
     except BrokenPipeError:
         # the reader of our output went away (`cl list | head`): nothing is wrong
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

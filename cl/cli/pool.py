@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from typing import Any
@@ -51,12 +52,20 @@ def _work(channel: Connection, job: Job) -> None:
     import torch
 
     torch.set_num_threads(1)
+
+    def send(message: Mapping[str, Any]) -> None:
+        try:
+            channel.send(message)
+        except OSError:
+            # nobody listens any more: end in order, as when told to
+            signal.raise_signal(signal.SIGTERM)
+
     try:
-        job.function(channel.send, *job.arguments)
+        job.function(send, *job.arguments)
     except KeyboardInterrupt:
-        channel.send({"error": "interrupted"})
+        send({"error": "interrupted"})
     except Exception as error:
-        channel.send({"error": str(error) or type(error).__name__})
+        send({"error": str(error) or type(error).__name__})
     finally:
         channel.close()
 
@@ -77,14 +86,28 @@ def run_jobs(
             while waiting and len(running) < num_workers:
                 started = _start(context, waiting.popleft())
                 running[started.channel] = started
-            for channel in wait(list(running)):
-                ended = _listen(running[channel], on_message)
-                if ended is not None:
-                    del running[channel]
-                    yield ended
+            yield from _ended(running, on_message)
+    except KeyboardInterrupt:
+        # the jobs may still have to write what they know; a second Ctrl-C does not wait for it
+        for left in running.values():
+            left.process.terminate()
+        while running:
+            yield from _ended(running, on_message)
+        raise
     finally:
         for left in running.values():
             left.process.terminate()
+
+
+def _ended(
+    running: dict[Connection, _Running], on_message: Callable[[str, Mapping[str, Any]], None]
+) -> Iterator[Ending]:
+    """Wait for messages, pass them on, and yield the jobs that ended."""
+    for channel in wait(list(running)):
+        ending = _listen(running[channel], on_message)
+        if ending is not None:
+            del running[channel]
+            yield ending
 
 
 def _start(context: Any, job: Job) -> _Running:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -29,6 +31,29 @@ class Mortal(Strategy):
             mark.touch()
             os.kill(os.getpid(), signal.SIGKILL)
 '''
+
+
+IMPATIENT = '''"""A strategy that makes its user press Ctrl-C."""
+import os
+import signal
+
+from cl.hooks import Strategy
+
+
+class Impatient(Strategy):
+    """Interrupts the command at step 25 of seed 0."""
+
+    def on_step_end(self, state, batch, output):
+        if state.seeds.root == 0 and state.step == 25 and "COMMAND" in os.environ:
+            os.kill(int(os.environ["COMMAND"]), signal.SIGINT)
+'''
+
+COMMAND = """
+import os, sys
+os.environ["COMMAND"] = str(os.getpid())
+from cl.cli.main import main
+sys.exit(main(sys.argv[1:]))
+"""
 
 
 @pytest.fixture(autouse=True)
@@ -75,6 +100,21 @@ def test_one_death_is_reported_and_the_next_call_goes_on(capsys: pytest.CaptureF
     assert after.status == "done"
     # a strategy that does nothing but die once trains like naive, through its death
     assert after.R == results()["naive/seed-1"].R
+
+
+def test_ctrl_c_leaves_checkpoints_and_the_next_call_goes_on(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("impatient.py").write_text(IMPATIENT)
+    words = ("compare", *TINY, "strategies=naive,impatient.Impatient", "seeds=2")
+    done = subprocess.run([sys.executable, "-c", COMMAND, *words], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "stopped impatient/seed-0: interrupted; the same command goes on with it" in done.stdout
+    assert "goes on" in done.stderr and "Traceback" not in done.stderr
+    assert "failed" not in {result.status for result in results().values()}
+
+    assert main(words) == 0
+    after = results()
+    assert len(after) == 4 and {result.status for result in after.values()} == {"done"}
+    assert after["impatient/seed-0"].R == after["naive/seed-0"].R
 
 
 def test_other_settings_in_the_same_folder_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
