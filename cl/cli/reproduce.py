@@ -45,6 +45,7 @@ class Claim:
         above, below: bounds instead of a tolerance.
         minus: name of another claim; the metric is then the difference to it, paired by seed.
         published: the number in the source, which `expected` may differ from for a stated reason.
+        note: what a reader should know of the protocol; printed below the table.
         is_expensive: left out of `all`.
     """
 
@@ -58,6 +59,7 @@ class Claim:
     minus: str = ""
     published: float | None = None
     source: str = ""
+    note: str = ""
     minutes: float = 1.0
     is_expensive: bool = False
 
@@ -94,7 +96,8 @@ def main(words: list[str]) -> int:
         if name not in (*known, "all"):
             raise UserError(f"{name!r} is no claim; the claims are all, {', '.join(known)}")
     if "all" in names:
-        names = [name for name, claims in known.items() if not claims[0].is_expensive]
+        affordable = [name for name, claims in known.items() if not claims[0].is_expensive]
+        names = [*affordable, *(name for name in names if name not in ("all", *affordable))]
     claims = [claim for name in names or known for claim in known[name]]
     console = Console()
     results: dict[str, list[Result]] = {}
@@ -104,7 +107,7 @@ def main(words: list[str]) -> int:
     rows = [judged(claim, results) for claim in claims]
     console.print(_table(rows))
     if options["page"]:
-        write_text(Path(options["page"]), page(rows, words, results))
+        write_text(Path(options["page"]), page(rows, [claim for claim in claims if claim.note], words, results))
     return int(any(row[5] == "FAILS" for row in rows))
 
 
@@ -163,7 +166,9 @@ def _values(claim: Claim, results: Mapping[str, Sequence[Result]]) -> list[float
     return list(ours.values())
 
 
-def page(rows: Sequence[Sequence[str]], words: Sequence[str], results: Mapping[str, Sequence[Result]]) -> str:
+def page(
+    rows: Sequence[Sequence[str]], noted: Sequence[Claim], words: Sequence[str], results: Mapping[str, Sequence[Result]]
+) -> str:
     """The table as a Markdown page, with the command, the date and the versions that made it."""
     elsewhere = ("data.root=", "out=", "jobs=", "page=", "tracking=")
     command = " ".join(word for word in words if not word.startswith(elsewhere))
@@ -176,7 +181,8 @@ def page(rows: Sequence[Sequence[str]], words: Sequence[str], results: Mapping[s
         f"Python {env['python']}, {versions}.\nOurs: mean ± standard deviation over seeds, in percent. A claim holds "
         "when the mean is within the tolerance that was fixed before it was run.\n\n"
         + "\n".join(f"| {' | '.join(line)} |" for line in lines)
-        + "\n"
+        + "\n\n"
+        + "".join(f"- `{claim.name}`: {claim.note}\n" for claim in noted)
     )
 
 
