@@ -1,5 +1,5 @@
 # The two commands of the README are `make demo` and `make test`; both install what they need into .venv.
-PYTHON ?= python3.11
+PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
