@@ -30,7 +30,8 @@ class Ewc(DataImportance):
     """Hold parameters by their Fisher information.
 
     Args:
-        strength: paper's lambda; 0 measures nothing.
+        strength: paper's lambda; 0 measures nothing. The default comes from permuted MNIST with SGD at 0.1, where 100
+            and more diverge; tune it on a validation stream (`stream.eval_on=validation`).
         mode: "offline" keeps one term per past experience, "online" a running Fisher and the last solution.
         gamma: how much of the running Fisher an experience leaves; online only.
         labels: of the gradients. "true" is the empirical Fisher; "sampled" draws them from the model's predictions;

@@ -7,9 +7,7 @@ import warnings
 
 LARGEST, LARGE = 400, 350
 """Lines: refused above the first, mentioned above the second."""
-REGISTRY = re.compile(
-    r"--(extra-)?index-url|\bindex-url\s*=|https?://[\w.-]*(pypi|artifactory|nexus|proxy)[\w.-]*[:/]"
-)
+REGISTRY = re.compile(r"--(extra-)?index-url|\bindex-url\s*=|https?://[\w.-]*(pypi|artifactory|nexus|proxy)[\w.-]*[:/]")
 TEXT = {".py", ".md", ".toml", ".yaml", ".yml", ".txt", ".cfg", ".ini", ".js", ".css", ".html", ".json", ".sh", ""}
 
 
