@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -88,28 +88,58 @@ def _newest_first(folder: Path) -> list[Path]:
     return sorted(folder.glob("step-*.pt"), reverse=True)
 
 
-def capture(
-    state: TrainState, scaler: torch.amp.GradScaler, strategies: Sequence[Strategy], ledger: Ledger
-) -> dict[str, Any]:
-    """Everything that the rest of a run depends on, except its position in the stream."""
-    return {
-        "state": state.state_dict(),
-        "scaler": scaler.state_dict(),
-        "strategies": [strategy.state_dict() for strategy in strategies],
-        "ledger": ledger.state_dict(),
-    }
+class Keeper:
+    """Writes down where a run stands, and takes it up again.
 
+    Args:
+        run_dir: where `result.json` and `checkpoints/` go; None keeps no checkpoints.
+        fingerprint: of the settings that the run must be resumed with.
+        strategies: of the run; the list is shared with the trainer.
+    """
 
-def apply(
-    saved: Mapping[str, Any],
-    state: TrainState,
-    scaler: torch.amp.GradScaler,
-    strategies: Sequence[Strategy],
-    ledger: Ledger,
-) -> None:
-    """Put back what `capture` took, strategies' tensors on the run's device."""
-    state.load_state_dict(saved["state"])
-    scaler.load_state_dict(saved["scaler"])
-    for strategy, content in zip(strategies, saved["strategies"], strict=True):
-        strategy.load_state_dict(tree_map_only(Tensor, lambda tensor: tensor.to(state.device), content))
-    ledger.load_state_dict(saved["ledger"])
+    def __init__(
+        self,
+        run_dir: Path | None,
+        fingerprint: str,
+        state: TrainState,
+        scaler: torch.amp.GradScaler,
+        strategies: Sequence[Strategy],
+        ledger: Ledger,
+    ) -> None:
+        self.folder = None if run_dir is None else run_dir / "checkpoints"
+        self.fingerprint = fingerprint
+        self.state, self.scaler, self.strategies, self.ledger = state, scaler, strategies, ledger
+
+    def save_result(self, batch_size: int) -> None:
+        # a strategy that has just failed is not asked: its answer could hide the first error behind a second
+        asked = () if self.ledger.result.status == "failed" else self.strategies
+        self.ledger.save(self.state, sum(strategy.cost(self.state, batch_size).buffer_bytes for strategy in asked))
+
+    def save(self, next_experience: int, steps_done: int) -> None:
+        """Everything that the rest of the run depends on, and its position in the stream."""
+        if self.folder is None:
+            return
+        payload = {
+            "state": self.state.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "strategies": [strategy.state_dict() for strategy in self.strategies],
+            "ledger": self.ledger.state_dict(),
+            "position": [next_experience, steps_done],
+        }
+        self.ledger.last_checkpoint = save(self.folder, self.state.step, payload, self.fingerprint)
+        self.ledger.tell("on_checkpoint", self.state, str(self.ledger.last_checkpoint))
+
+    def restore(self) -> tuple[int, int]:
+        """Take up the latest checkpoint; returns the experience to go on with and the steps already done in it."""
+        if self.folder is None:
+            raise ValueError("a run without run_dir keeps no checkpoint to resume from")
+        self.ledger.last_checkpoint, saved = load_latest(self.folder, self.fingerprint)
+        for strategy, content in zip(self.strategies, saved["strategies"], strict=True):
+            strategy.load_state_dict(tree_map_only(Tensor, lambda tensor: tensor.to(self.state.device), content))
+            strategy.on_resume(self.state)
+        # after the strategies, which may have to put adapters in place before there are weights to load
+        self.state.load_state_dict(saved["state"])
+        self.scaler.load_state_dict(saved["scaler"])
+        self.ledger.load_state_dict(saved["ledger"])
+        start, steps_done = saved["position"]
+        return start, steps_done

@@ -21,6 +21,7 @@ class TrainerConfig:
         batch_size: rows of the stream per micro-batch; `accumulation` micro-batches make one step.
         eval_batch_size: rows per batch at evaluation; changes speed only.
         clip_norm: largest gradient norm; None does not clip.
+        logit_mask: "batch" leaves classes that no row of the batch has out of the label loss; "none" keeps all.
         precision: "fp32", or autocast in "bf16" or "fp16" (the latter with loss scaling, on a GPU).
         device: "auto" takes a GPU when there is one.
         evaluate: after each experience measure "all" domains, or those "seen" so far.
@@ -39,6 +40,7 @@ class TrainerConfig:
     accumulation: int = 1
     eval_batch_size: int = 500
     clip_norm: float | None = None
+    logit_mask: str = "none"
     precision: str = "fp32"
     device: str = "auto"
     evaluate: str = "all"
@@ -51,6 +53,7 @@ class TrainerConfig:
 
     def __post_init__(self) -> None:
         for name, allowed in (
+            ("logit_mask", ("none", "batch")),
             ("precision", tuple(PRECISIONS)),
             ("evaluate", ("all", "seen")),
             ("schedule_span", ("run", "experience")),

@@ -77,6 +77,10 @@ class Strategy:
 
     def on_run_start(self, state: TrainState) -> None: ...
 
+    def on_resume(self, state: TrainState) -> None:
+        """A stopped run goes on: called in place of `on_run_start`, after `load_state_dict` and before the model's
+        weights are loaded, so that what the weights belong to can be put in place."""
+
     def on_experience_start(self, state: TrainState) -> None: ...
 
     def on_batch(self, state: TrainState, batch: Batch) -> Batch:
@@ -84,7 +88,11 @@ class Strategy:
         return batch
 
     def penalty(self, state: TrainState, batch: Batch, output: Output) -> Tensor | None:
-        """After the forward pass: a scalar that the loop adds to the loss and logs under the strategy's name."""
+        """After the forward pass: a scalar that the loop adds to the loss and logs under the strategy's name.
+
+        Asked again for the same batch when another strategy needs the whole loss (`TrainState.loss`), so it must not
+        change anything.
+        """
         return None
 
     def on_gradients(self, state: TrainState) -> None:

@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from cl.config import PRECISIONS, TrainerConfig
-from cl.core import Stream, StreamInfo
+from cl.core import Setting, Stream, StreamInfo, UserError
 from cl.hooks import Strategy, check_all
 from cl.loader import tokens_per_row
 from cl.seeding import Seeds
@@ -32,6 +32,9 @@ def prepare(
         UserError: a strategy cannot work on this stream, or the device cannot be used.
     """
     check_all(strategies, stream)
+    masks_absent = config.logit_mask == "batch"
+    if masks_absent and stream.info.setting == Setting.CONTINUAL_PRETRAINING:
+        raise UserError("trainer.logit_mask is 'batch', which needs rows with one class each; text must take 'none'")
     for strategy in strategies:
         stream = strategy.plan(stream)
     device, seeds = config.torch_device(), Seeds(seed)
@@ -42,7 +45,7 @@ def prepare(
     model.to(device)
     dtype = PRECISIONS[config.precision]
     autocast = nullcontext if dtype is None else partial(torch.autocast, device.type, dtype)
-    state = TrainState(model, make_optimizer(model), stream, seeds, device, autocast)
+    state = TrainState(model, make_optimizer(model), stream, seeds, device, autocast, masks_absent=masks_absent)
     row_tokens = tokens_per_row(stream.info)
     state.total_steps = sum(config.budget.steps(each.num_samples, row_tokens) for each in stream.experiences)
     return state

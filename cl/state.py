@@ -47,6 +47,8 @@ class TrainState:
         step: optimizer steps taken since the run began; `micro_step` counts inside accumulation.
         total_steps: steps of the whole run.
         classes_seen: classes of this and every earlier experience, in order of appearance.
+        masks_absent: the label loss leaves out logits of classes that no row of the batch has (`trainer.logit_mask`).
+        loss: a batch that the strategies have prepared -> its output, and the terms of its loss by name.
     """
 
     model: nn.Module
@@ -64,6 +66,8 @@ class TrainState:
     tokens: int = 0
     classes_seen: tuple[int, ...] = ()
     spent: Cost = field(default_factory=Cost)
+    masks_absent: bool = False
+    loss: Callable[[Batch], tuple[Output, dict[str, Tensor]]] = field(init=False, repr=False)
 
     @property
     def info(self) -> StreamInfo:
@@ -75,6 +79,14 @@ class TrainState:
         with self.autocast():
             output: Output = (model or self.model)(batch)
         return output
+
+    def label_loss(self, output: Output, batch: Batch) -> Tensor:
+        """The loss without penalties: the backbone's own, or the cross-entropy of the batch's parts."""
+        if output.loss is not None:
+            return output.loss
+        if self.masks_absent:
+            output = Output(without_absent(output.logits, batch))
+        return cross_entropy(output, batch)
 
     def count(self, forwards: int = 0, backwards: int = 0) -> None:
         """Account for work that does not pass through `forward`, such as vectorised per-sample gradients."""
@@ -143,6 +155,24 @@ def _mean_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
         logits, targets = logits.flatten(0, -2), targets.flatten()
     # half precision is summed in float32, double stays double
     return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets)
+
+
+def without_absent(logits: Tensor, batch: Batch) -> Tensor:
+    """Logits (B, C) with the classes at -1e9 that no row of the batch has, so that their outputs get no gradient.
+
+    A class counts per head where rows have a head. Source: Lesort et al., "Challenging Common Assumptions about
+    Catastrophic Forgetting", CoLLAs 2023 ("group" masking).
+
+    Example:
+        >>> rows = Batch(torch.zeros(2, 1), torch.tensor([0, 2]), torch.zeros(2), torch.arange(2))
+        >>> without_absent(torch.ones(2, 3), rows)[0].tolist()
+        [1.0, -1000000000.0, 1.0]
+    """
+    head = torch.zeros_like(batch.targets) if batch.task_id is None else batch.task_id
+    present = torch.zeros(int(head.max()) + 1, logits.shape[-1], dtype=torch.bool, device=logits.device)
+    present[head, batch.targets] = True
+    # float32: half precision cannot hold the number
+    return logits.to(torch.promote_types(logits.dtype, torch.float32)).masked_fill(~present[head], -1e9)
 
 
 def current_rows(done: list[tuple[Batch, Output]]) -> tuple[Batch, Output]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from cl import checkpoint
+from cl.checkpoint import Keeper
 from cl.config import TrainerConfig, is_due
 from cl.core import Batch, Experience, Output, Stream, StreamInfo
 from cl.evaluation import Evaluator
@@ -27,7 +27,7 @@ from cl.observe import Observer
 from cl.result import Result
 from cl.schedules import Schedule, constant, set_learning_rate
 from cl.setup import prepare
-from cl.state import clear_gradients, cross_entropy, current_rows
+from cl.state import clear_gradients, current_rows
 
 STEP_HOOKS = ("on_batch", "penalty", "on_gradients", "step", "on_step_end", "make_optimizer")
 
@@ -67,7 +67,7 @@ class Trainer:
     ) -> None:
         self.config = config or TrainerConfig()
         self.optimizer, self.schedule = optimizer, schedule
-        self.run_dir, self.settings, self.fingerprint = run_dir, dict(settings or {}), fingerprint
+        self.settings = dict(settings or {})
         self._stop_requested = False
         self.strategies: list[Strategy] = []
         self.compose(strategies)
@@ -77,6 +77,8 @@ class Trainer:
         reported = {"strategy": [strategy.name for strategy in self.strategies]} | dict(names or {})
         self.ledger = Ledger(new_result(self.state, seed, reported), observers, run_dir, device)
         self.evaluator = Evaluator(self.state, self.config, self.ledger, self.strategies)
+        self.keeper = Keeper(run_dir, fingerprint, self.state, self.scaler, self.strategies, self.ledger)
+        self.state.loss = self._loss
 
     def compose(self, strategies: Sequence[Strategy]) -> None:
         """Set who is called, and in which order; the loop skips hooks that a strategy does not override."""
@@ -98,7 +100,7 @@ class Trainer:
         """
         result = self.ledger.result
         with self.state.seeds.as_global("torch"):
-            start, steps_done = self._restore() if resume else (0, 0)
+            start, steps_done = self.keeper.restore() if resume else (0, 0)
             self.ledger.open(self.settings)
             result.status, result.error = "interrupted", ""
             try:
@@ -113,7 +115,7 @@ class Trainer:
                 result.status, result.error = "failed", str(error)
                 raise
             finally:
-                self._save_result()
+                self.keeper.save_result(self.config.batch_size)
                 self.ledger.tell("on_end", result)
         return result
 
@@ -124,7 +126,7 @@ class Trainer:
             strategy.on_run_start(self.state)
         if self.config.evaluate == "all":
             self.ledger.result.R_init = self.evaluator.row()
-        self._save_checkpoint(next_experience=0, steps_done=0)
+        self._save(next_experience=0, steps_done=0)
 
     def _learn(self, experience: Experience, steps_done: int) -> bool:
         """Train on one experience and measure; False when asked to stop before its end."""
@@ -152,7 +154,7 @@ class Trainer:
                 if is_due(config.eval_every, steps_done):
                     self.evaluator.within()
                 if self._stop_requested or is_due(config.checkpoint_every, steps_done):
-                    self._save_checkpoint(experience.id, steps_done)
+                    self._save(experience.id, steps_done)
                 if self._stop_requested:
                     return False
         ledger.flush(state)
@@ -160,7 +162,7 @@ class Trainer:
             for strategy in self.strategies:
                 strategy.on_experience_end(state)
         ledger.result.R.append(self.evaluator.row())
-        self._save_checkpoint(experience.id + 1, 0)
+        self._save(experience.id + 1, 0)
         ledger.tell("on_evaluation", state, ledger.result)
         return not self._stop_requested or experience is state.stream.experiences[-1]
 
@@ -181,10 +183,14 @@ class Trainer:
         num_rows = sum(map(len, batches))
         done: list[tuple[Batch, Output]] = []
         means: dict[str, Tensor] = {}
-        for state.micro_step, rows in enumerate(batches):
-            batch, output, terms = self._forward(rows)
+        for state.micro_step, batch in enumerate(batches):
+            weight = len(batch) / num_rows
+            state.tokens += batch.targets.numel()
+            for strategy in hooked["on_batch"]:
+                batch = strategy.on_batch(state, batch)
+            output, terms = self._loss(batch)
             if len(batches) > 1:
-                terms = {name: term * (len(rows) / num_rows) for name, term in terms.items()}
+                terms = {name: term * weight for name, term in terms.items()}
             first, *others = terms.values()
             self.scaler.scale(sum(others, start=first)).backward()
             for name, term in terms.items():
@@ -199,19 +205,15 @@ class Trainer:
             for strategy in hooked["on_step_end"]:
                 strategy.on_step_end(state, batch, output)
 
-    def _forward(self, batch: Batch) -> tuple[Batch, Output, dict[str, Tensor]]:
-        """A micro-batch as the strategies want it, its output, and the terms of its loss."""
-        state, hooked = self.state, self._hooked
-        state.tokens += batch.targets.numel()
-        for strategy in hooked["on_batch"]:
-            batch = strategy.on_batch(state, batch)
-        output = state.forward(batch)
-        terms = {"cross_entropy": cross_entropy(output, batch) if output.loss is None else output.loss}
-        for strategy in hooked["penalty"]:
-            penalty = strategy.penalty(state, batch, output)
+    def _loss(self, batch: Batch) -> tuple[Output, dict[str, Tensor]]:
+        """The output on a batch that the strategies have prepared, and the terms of its loss."""
+        output = self.state.forward(batch)
+        terms = {"cross_entropy": self.state.label_loss(output, batch)}
+        for strategy in self._hooked["penalty"]:
+            penalty = strategy.penalty(self.state, batch, output)
             if penalty is not None:
                 terms[strategy.name] = penalty
-        return batch, output, terms
+        return output, terms
 
     def _update(self, batch: Batch) -> None:
         state, hooked, clip_norm = self.state, self._hooked, self.config.clip_norm
@@ -238,30 +240,7 @@ class Trainer:
             step, num_steps = self.state.step, self.state.total_steps
         return set_learning_rate(self.state.optimizer, self.schedule(step, num_steps))
 
-    # saving
-
-    def _save_result(self) -> None:
-        # a strategy that has just failed is not asked: its answer could hide the first error behind a second
-        asked = () if self.ledger.result.status == "failed" else self.strategies
-        kept = (strategy.cost(self.state, self.config.batch_size).buffer_bytes for strategy in asked)
-        self.ledger.save(self.state, sum(kept))
-
-    def _save_checkpoint(self, next_experience: int, steps_done: int) -> None:
+    def _save(self, next_experience: int, steps_done: int) -> None:
         self.ledger.flush(self.state)
-        self._save_result()
-        if self.run_dir is None:
-            return
-        parts = checkpoint.capture(self.state, self.scaler, self.strategies, self.ledger)
-        payload = parts | {"position": [next_experience, steps_done]}
-        path = checkpoint.save(self.run_dir / "checkpoints", self.state.step, payload, self.fingerprint)
-        self.ledger.last_checkpoint = path
-        self.ledger.tell("on_checkpoint", self.state, str(path))
-
-    def _restore(self) -> tuple[int, int]:
-        """Take up the latest checkpoint; returns the experience to go on with and the steps already done in it."""
-        if self.run_dir is None:
-            raise ValueError("a run without run_dir keeps no checkpoint to resume from")
-        self.ledger.last_checkpoint, saved = checkpoint.load_latest(self.run_dir / "checkpoints", self.fingerprint)
-        checkpoint.apply(saved, self.state, self.scaler, self.strategies, self.ledger)
-        start, steps_done = saved["position"]
-        return start, steps_done
+        self.keeper.save_result(self.config.batch_size)
+        self.keeper.save(next_experience, steps_done)

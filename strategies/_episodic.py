@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from cl.buffers.base import draw_without_replacement, stored_rows
 from cl.core import Batch, Output, Stream
-from cl.state import TrainState, cross_entropy
+from cl.state import TrainState
 from strategies._checks import require, require_choice
 from strategies._rehearsal import Rehearsal
 
@@ -59,7 +59,7 @@ def loss_gradient(state: TrainState, rows: Batch) -> Tensor:
     """Gradient of the mean cross-entropy of prepared rows, flat, zero where a parameter has no part in it."""
     parameters = list(state.parameters().values())
     output = state.forward(rows)
-    loss = cross_entropy(output, rows) if output.loss is None else output.loss
+    loss = state.label_loss(output, rows)
     return flattened(parameters, torch.autograd.grad(loss, parameters, allow_unused=True))
 
 

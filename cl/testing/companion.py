@@ -1,4 +1,4 @@
-"""A strategy that is no method at all: it is what the contract suite composes the others with."""
+"""Strategies that are no method at all: they are what the contract suite composes the others with."""
 
 from __future__ import annotations
 
@@ -68,3 +68,15 @@ class Companion(Strategy):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.stored, self.centre = dict(state["stored"]), dict(state["centre"])
         self.strength = state["strength"]
+
+
+class Curious(Strategy):
+    """Asks for the loss of every batch before it is trained on, and throws the answer away."""
+
+    settings = frozenset(Setting)
+
+    def on_batch(self, state: TrainState, batch: Batch) -> Batch:
+        output, terms = state.loss(batch)
+        assert output.logits.shape[0] == len(batch)
+        assert all(term.dim() == 0 for term in terms.values())
+        return batch

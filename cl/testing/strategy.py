@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 from cl.core import Setting, Stream, UserError
 from cl.hooks import Strategy, overrides
 from cl.state import tensor_bytes
-from cl.testing.companion import Companion
+from cl.testing.companion import Companion, Curious
 from cl.testing.probe import BATCH_SIZE, Record, buffers_of, equal, train
 from cl.testing.toy import ToyNet, toy_stream
 
@@ -160,6 +160,14 @@ class StrategyContract:
         strategy = run.trainer.strategies[1]
         kept = tensor_bytes(strategy.state_dict())
         assert strategy.cost(run.trainer.state, BATCH_SIZE).buffer_bytes >= kept, f"state_dict() holds {kept} bytes"
+
+    def test_penalty_may_be_asked_twice(self, setting: Setting) -> None:
+        """Strategies that need the whole loss of a batch (`state.loss`) ask the others once more."""
+        if not overrides(self.make(), "penalty"):
+            pytest.skip("has no penalty")
+        run, asked = self.run(setting), self.train(setting, [self.make(), Curious()])
+        assert asked.losses == run.losses, "`penalty` must not change anything"
+        assert equal(asked.weights, run.weights)
 
     # how it goes on
 

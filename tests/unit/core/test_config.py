@@ -10,6 +10,7 @@ from cl.core import UserError
     ("arguments", "words"),
     [
         ({"precision": "fp8"}, "trainer.precision is 'fp8'; it must be one of fp32, bf16, fp16"),
+        ({"logit_mask": "class"}, "trainer.logit_mask is 'class'; it must be one of none, batch"),
         ({"evaluate": "some"}, "trainer.evaluate is 'some'"),
         ({"schedule_span": "epoch"}, "trainer.schedule_span is 'epoch'"),
         ({"eval_batch_size": 0}, "trainer.eval_batch_size is 0"),

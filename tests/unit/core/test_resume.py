@@ -10,10 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from cl.core import UserError
+from cl.core import Setting, UserError
+from cl.hooks import Strategy
 from cl.observe import Observer
 from cl.result import Result
 from cl.testing import equal
+from cl.testing.probe import train
 
 SCRIPT = Path(__file__).with_name("resumable.py")
 ROOT = Path(__file__).resolve().parents[3]
@@ -183,3 +185,42 @@ def test_checkpoint_files_are_few_and_safe(tmp_path):
     assert [file.name for file in files] == ["step-000000032.pt", "step-000000036.pt"]
     for file in files:
         torch.load(file, weights_only=True)
+
+
+class Grows(Strategy):
+    """Adds a parameter when the run starts: weights in a checkpoint that a fresh model has no place for."""
+
+    settings = frozenset(Setting)
+
+    def __init__(self):
+        self.width, self.calls = 0, []
+
+    def on_run_start(self, state):
+        self.width = 3
+        self._grow(state)
+
+    def on_resume(self, state):
+        self.calls.append(("on_resume", self.width))
+        self._grow(state)
+
+    def _grow(self, state):
+        state.model.register_parameter("grown", torch.nn.Parameter(torch.zeros(self.width)))
+
+    def on_step_end(self, state, batch, output):
+        with torch.no_grad():
+            state.model.grown += 1
+
+    def state_dict(self):
+        return {"width": self.width}
+
+    def load_state_dict(self, state):
+        self.width = state["width"]
+
+
+def test_a_strategy_puts_its_parameters_in_place_before_weights_are_loaded(tmp_path):
+    first = train(Setting.DOMAIN_INCREMENTAL, [Grows()], run_dir=tmp_path, stop_at=49)
+    grows = Grows()
+    second = train(Setting.DOMAIN_INCREMENTAL, [grows], run_dir=tmp_path, resume=True)
+    assert first.result.status == "interrupted"
+    assert grows.calls == [("on_resume", 3)]
+    assert second.weights["grown"].tolist() == [second.trainer.state.step] * 3
