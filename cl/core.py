@@ -190,19 +190,28 @@ class TensorData:
         inputs: (N, ...) any dtype.
         targets: (N,) int64.
         experience_id, task_id: one number for all rows, or (N,) int64.
+        view: inputs of some rows -> what they show, such as their pixels permuted; None shows them as they are. Only
+            rows that are asked for are changed, so that experiences which show the same images share their memory.
     """
 
     inputs: Tensor
     targets: Tensor
     experience_id: int | Tensor = 0
     task_id: int | Tensor | None = None
+    view: Callable[[Tensor], Tensor] | None = None
+
+    @property
+    def shown(self) -> Tensor:
+        """(N, ...) every row as `rows` gives it."""
+        return self.inputs if self.view is None else self.view(self.inputs)
 
     def __len__(self) -> int:
         return self.inputs.shape[0]
 
     def rows(self, index: Tensor) -> Batch:
+        inputs = self.inputs.index_select(0, index)
         return Batch(
-            self.inputs.index_select(0, index),
+            inputs if self.view is None else self.view(inputs),
             self.targets.index_select(0, index),
             _column(self.experience_id, index),
             index,
@@ -215,7 +224,7 @@ class TensorData:
         every = [(piece, torch.arange(len(piece))) for piece in pieces]
         has_tasks = pieces[0].task_id is not None
         return TensorData(
-            torch.cat([piece.inputs for piece in pieces]),
+            torch.cat([piece.shown for piece in pieces]),
             torch.cat([piece.targets for piece in pieces]),
             torch.cat([_column(piece.experience_id, index) for piece, index in every]),
             torch.cat([_column(piece.task_id, index) for piece, index in every if piece.task_id is not None])
@@ -253,6 +262,8 @@ class Experience:
         classes: classes that occur, counted within the head.
         task_id: head of the model; None where the setting gives no task label.
         order: order of the rows in each epoch.
+        practises: every domain that rows come from, where that is not `domain` alone: an experience that rehearses
+            earlier ones, or that teaches several domains at once (`domain` then need not name an `EvalSet`).
     """
 
     id: int
@@ -263,6 +274,7 @@ class Experience:
     classes: tuple[int, ...] = ()
     task_id: int | None = None
     order: Order = shuffled
+    practises: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -306,6 +318,9 @@ class Stream:
     Args:
         transform: raw rows (B, ...) -> inputs (B, ...); deterministic, the same for every experience.
         augment: inputs, generator -> inputs; training only.
+        augment_rows: rows in training order, generator -> inputs; for the rows that the stream itself delivers it takes
+            the place of `augment`, which goes on serving replayed rows.
+        check_batch: raises `UserError` for a batch size that the stream cannot be trained with.
     """
 
     info: StreamInfo
@@ -313,6 +328,8 @@ class Stream:
     eval_sets: Sequence[EvalSet]
     transform: Callable[[Tensor], Tensor] = field(default=as_stored)
     augment: Callable[[Tensor, torch.Generator], Tensor] | None = None
+    augment_rows: Callable[[Batch, torch.Generator], Tensor] | None = None
+    check_batch: Callable[[int], None] | None = None
 
     def prepare(self, rows: Batch, generator: torch.Generator | None = None) -> Batch:
         """Stored rows as the backbone reads them; augmented when a generator is given and the stream augments."""
@@ -324,7 +341,7 @@ class Stream:
     def first(self, num_experiences: int) -> Stream:
         """The first experiences, measured on what they teach."""
         kept = self.experiences[:num_experiences]
-        domains = {experience.domain for experience in kept}
+        domains = {domain for experience in kept for domain in (experience.domain, *experience.practises)}
         measured = [eval_set for eval_set in self.eval_sets if eval_set.domain in domains]
         info = replace(self.info, num_experiences=len(kept))
         return replace(self, info=info, experiences=kept, eval_sets=measured or self.eval_sets)
@@ -334,3 +351,14 @@ class Stream:
         """Column of R that each experience teaches; -1 where no single column does."""
         columns = {eval_set.domain: j for j, eval_set in enumerate(self.eval_sets)}
         return [columns.get(experience.domain, -1) for experience in self.experiences]
+
+    @property
+    def practised_domains(self) -> list[list[int]]:
+        """Columns of R whose rows each experience trains on; empty when that is `trained_domains` throughout."""
+        if not any(experience.practises for experience in self.experiences):
+            return []
+        columns = {eval_set.domain: j for j, eval_set in enumerate(self.eval_sets)}
+        return [
+            sorted(columns[name] for name in {each.domain, *each.practises} if name in columns)
+            for each in self.experiences
+        ]

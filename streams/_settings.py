@@ -45,22 +45,24 @@ def is_list(value: object, length: int) -> TypeGuard[Sequence[Any]]:
 
 @dataclass(frozen=True)
 class Piece:
-    """One experience of an image stream: the same view of the training rows and of the rows to measure on.
+    """One experience of an image stream: the same choice and view of the training rows and of the rows to measure on.
 
     Args:
-        view: is it training -> inputs, targets.
-        num_samples, num_eval: rows that the view holds for training and for measuring.
+        rows: is it training -> inputs, targets.
+        num_samples, num_eval: rows for training and for measuring.
         classes: classes that occur, counted within the head.
+        view: as in `TensorData`.
     """
 
     name: str
-    view: Callable[[bool], tuple[Tensor, Tensor]]
+    rows: Callable[[bool], tuple[Tensor, Tensor]]
     num_samples: int
     num_eval: int
     classes: tuple[int, ...]
+    view: Callable[[Tensor], Tensor] | None = None
 
     def load(self, is_train: bool, experience_id: int, task_id: int | None) -> TensorData:
-        return TensorData(*self.view(is_train), experience_id, task_id)
+        return TensorData(*self.rows(is_train), experience_id, task_id, self.view)
 
 
 def assemble(family: str, images: Images, setting: Setting, num_outputs: int, pieces: Iterable[Piece]) -> Stream:

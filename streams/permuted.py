@@ -7,7 +7,7 @@ here), so in the hypernetwork papers, which also pad the images to 32x32 first (
 
 from __future__ import annotations
 
-from functools import partial
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor
@@ -28,7 +28,7 @@ def permuted(
     first_identity: bool = False,
     seed: int = 0,
 ) -> Stream:
-    """Build the stream; images are permuted when an experience is loaded, so memory does not grow with its length.
+    """Build the stream; images are permuted when a batch is formed, so all experiences share the memory of one.
 
     Args:
         images: in the place of this argument a call gives the arguments of `open_images`.
@@ -47,23 +47,22 @@ def permuted(
     pieces = (
         Piece(
             f"permutation {k:02d}",
-            partial(_view, images, None if first_identity and k == 0 else derive_seed(seed, "permutation", k)),
+            images.part,
             len(images.targets),
             len(images.eval_targets),
             tuple(range(images.num_classes)),
+            None if first_identity and k == 0 else partial(_view, seed=derive_seed(seed, "permutation", k)),
         )
         for k in range(num_experiences)
     )
     return assemble("permuted", images, kind, images.num_classes, pieces)
 
 
+@lru_cache(maxsize=8)
 def permutation(num_pixels: int, seed: int) -> Tensor:
-    """A pure function, so that no experience keeps its permutation in memory."""
+    """A pure function; only the last few are kept, so that a long stream needs no memory for them."""
     return torch.randperm(num_pixels, generator=torch.Generator().manual_seed(seed))
 
 
-def _view(images: Images, seed: int | None, is_train: bool) -> tuple[Tensor, Tensor]:
-    inputs, targets = images.part(is_train)
-    if seed is not None:
-        inputs = remap(inputs, permutation(inputs[0].numel(), seed))
-    return inputs, targets
+def _view(inputs: Tensor, seed: int) -> Tensor:
+    return remap(inputs, permutation(inputs[0].numel(), seed))

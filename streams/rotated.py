@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import partial
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor
@@ -33,7 +33,7 @@ def rotated(
     first_identity: bool = False,
     seed: int = 0,
 ) -> Stream:
-    """Build the stream; images are rotated when an experience is loaded, so memory does not grow with its length.
+    """Build the stream; images are rotated when a batch is formed, so all experiences share the memory of one.
 
     Args:
         images: in the place of this argument a call gives the arguments of `open_images`.
@@ -56,10 +56,11 @@ def rotated(
     pieces = (
         Piece(
             f"rotation {k:02d} by {angle:.0f}",
-            partial(_view, images, angle),
+            images.part,
             len(images.targets),
             len(images.eval_targets),
             tuple(range(images.num_classes)),
+            partial(_view, angle=angle) if angle else None,
         )
         for k, angle in enumerate(degrees)
     )
@@ -84,6 +85,7 @@ def _uniform(seed: int) -> float:
     return torch.rand((), generator=torch.Generator().manual_seed(seed), dtype=torch.float64).item()
 
 
+@lru_cache(maxsize=8)
 def rotation(height: int, width: int, angle: float) -> Tensor:
     """For every pixel of the turned image the pixel it comes from, -1 outside; `angle` in degrees, counter-clockwise.
 
@@ -100,9 +102,5 @@ def rotation(height: int, width: int, angle: float) -> Tensor:
     return (from_y * width + from_x).where(is_inside, -1).flatten()
 
 
-def _view(images: Images, angle: float, is_train: bool) -> tuple[Tensor, Tensor]:
-    inputs, targets = images.part(is_train)
-    if angle:
-        _, height, width = images.shape
-        inputs = remap(inputs, rotation(height, width, angle))
-    return inputs, targets
+def _view(inputs: Tensor, angle: float) -> Tensor:
+    return remap(inputs, rotation(*inputs.shape[-2:], angle))

@@ -64,7 +64,7 @@ def test_stream_keeps_what_it_announces(data_root, name, setting):
 def test_seed_decides_everything(data_root, name):
     def content(seed):
         stream = built(name, data_root, seed=seed, eval_on="validation", validation_frac=0.5)
-        return [part.load().inputs.numpy().tobytes() for part in (stream.experiences[1], stream.eval_sets[1])]
+        return [part.load().shown.numpy().tobytes() for part in (stream.experiences[1], stream.eval_sets[1])]
 
     assert content(0) == content(0)
     assert not set(content(0)) & set(content(1))

@@ -31,24 +31,20 @@ def test_a_thousand_experiences_hold_no_images(family):
     assert stream.experiences[999].load().rows(torch.arange(1)).task_id.item() == 999
 
 
-@pytest.mark.parametrize("stream", [permuted("digits", 20), rotated("digits", 20)])
-def test_loading_one_after_another_peaks_at_one(stream):
-    def peak(count):
-        tracemalloc.reset_peak()
-        start = tracemalloc.get_traced_memory()[0]
-        for k in range(count):
-            stream.experiences[k].load()
-            stream.eval_sets[k].load()
-        return tracemalloc.get_traced_memory()[1] - start
-
+@pytest.mark.parametrize("stream", [permuted("digits", 20), rotated("digits", 20, angles="even")])
+def test_experiences_share_their_images(stream):
+    """All of them loaded at once hold the images of one; a batch costs its own rows."""
+    before = image_bytes()
+    loaded = [part.load() for pair in zip(stream.experiences, stream.eval_sets, strict=True) for part in pair]
+    assert image_bytes() == before
     tracemalloc.start()
     try:
-        peak(1)
-        one, all_of_them = peak(1), peak(20)
+        rows = [data.rows(torch.arange(10)).inputs for data in loaded]
+        peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    assert one >= 1437 * 64
-    assert all_of_them < 1.1 * one
+    assert len({row.numpy().tobytes() for row in rows}) == len(rows)
+    assert 10 * 64 * 40 <= peak < 10 * 64 * 1437
 
 
 def test_split_takes_the_rows_it_needs_and_no_more():

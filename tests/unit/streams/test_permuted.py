@@ -22,36 +22,36 @@ def test_training_and_measuring_share_one_bijection(data_root, first_identity):
     stream = permuted("mnist", 3, first_identity=first_identity, root=data_root)
     for k in range(3):
         train, held_out = stream.experiences[k].load(), stream.eval_sets[k].load()
-        match = columns_of(whole.inputs[:40], train.inputs[:40])
+        match = columns_of(whole.inputs[:40], train.shown[:40])
         assert match.sum(0).tolist() == [1] * 784
         assert match.sum(1).tolist() == [1] * 784
         source = match.int().argmax(0)
-        assert torch.equal(held_out.inputs.flatten(1), whole.eval_inputs.flatten(1)[:, source])
+        assert torch.equal(held_out.shown.flatten(1), whole.eval_inputs.flatten(1)[:, source])
         assert torch.equal(source, torch.arange(784)) == (first_identity and k == 0)
         assert torch.equal(train.targets, whole.targets)
         assert torch.equal(held_out.targets, whole.eval_targets)
 
 
 def test_every_experience_and_seed_has_its_own():
-    shown = [permuted("digits", 3, seed=s).experiences[k].load().inputs for s in (0, 1) for k in range(3)]
+    shown = [permuted("digits", 3, seed=s).experiences[k].load().shown for s in (0, 1) for k in range(3)]
     assert len({images.numpy().tobytes() for images in shown}) == 6
 
 
 def test_pure_function_of_seed_and_experience():
     short, long = permuted("digits", 2, seed=5), permuted("digits", 9, "task_incremental", seed=5)
     last = long.eval_sets[8].load()
-    assert torch.equal(short.experiences[1].load().inputs, long.experiences[1].load().inputs)
-    assert torch.equal(last.inputs, long.eval_sets[8].load().inputs)
+    assert torch.equal(short.experiences[1].load().shown, long.experiences[1].load().shown)
+    assert torch.equal(last.shown, long.eval_sets[8].load().shown)
 
 
 def test_first_identity_leaves_the_others_alone():
     plain, identity = permuted("digits", 2, seed=5), permuted("digits", 2, first_identity=True, seed=5)
-    assert torch.equal(plain.experiences[1].load().inputs, identity.experiences[1].load().inputs)
+    assert torch.equal(plain.experiences[1].load().shown, identity.experiences[1].load().shown)
 
 
 def test_padding_comes_before_permuting():
     """As in the hypernetwork papers: border pixels are permuted too, so the border is no longer blank."""
-    inputs = permuted("digits", 1, pad=2).experiences[0].load().inputs
+    inputs = permuted("digits", 1, pad=2).experiences[0].load().shown
     assert inputs.shape[1:] == (1, 12, 12)
     assert inputs.sum() == load_images("digits").inputs.sum()
     assert inputs[:, :, :2].any()

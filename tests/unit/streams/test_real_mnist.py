@@ -29,5 +29,5 @@ def test_hypernetwork_protocol_has_1024_inputs(real_root):
     stream = permuted("mnist", 10, first_identity=True, pad=2, root=real_root)
     assert stream.info.input_shape == (1, 32, 32)
     data = stream.experiences[9].load()
-    assert data.inputs.shape == (60000, 1, 32, 32)
-    assert data.inputs.sum() == load_images("mnist", real_root).inputs.sum()
+    assert data.shown.shape == (60000, 1, 32, 32)
+    assert data.shown.sum() == load_images("mnist", real_root).inputs.sum()

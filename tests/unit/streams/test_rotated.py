@@ -32,7 +32,7 @@ def test_four_quarter_turns_are_the_identity():
 
 def angle_of(stream, k):
     """The angle in whole degrees that reproduces the rows of experience k."""
-    shown, plain = stream.experiences[k].load().inputs[:20], load_images("digits").inputs[:20]
+    shown, plain = stream.experiences[k].load().shown[:20], load_images("digits").inputs[:20]
     return [a for a in range(360) if torch.equal(remap(plain, rotation(8, 8, a)), shown)]
 
 
@@ -66,10 +66,10 @@ def test_random_angles_fill_the_range_and_pair_by_seed():
 
 def test_training_and_measuring_share_the_angle():
     stream, whole = rotated("digits", 2, angles=[90, 0], seed=3), load_images("digits")
-    turned = stream.eval_sets[0].load().inputs
+    turned = stream.eval_sets[0].load().shown
     assert torch.equal(turned, tv.rotate(whole.eval_inputs, 90))
-    assert torch.equal(stream.experiences[0].load().inputs, tv.rotate(whole.inputs, 90))
-    assert stream.eval_sets[1].load().inputs is whole.eval_inputs
+    assert torch.equal(stream.experiences[0].load().shown, tv.rotate(whole.inputs, 90))
+    assert stream.eval_sets[1].load().shown is whole.eval_inputs
 
 
 @pytest.mark.parametrize(
