@@ -6,6 +6,7 @@ Usage: cl compare [strategies=a,b,[c,d]] [seeds=5] [name=value ...]
   cl compare 'strategies=naive,[derpp,refresh]' strategy.derpp.alpha=0.2   a composition in brackets
   cl compare seeds=3,7,11 jobs=2 out=FOLDER reference=naive
   cl compare launcher=submitit_slurm                                       one job per run on a cluster
+  cl compare 'tune={optimizer.lr: [0.03, 0.1, 0.3]}' tune_seeds=2          each strategy at its own best setting
 
 Every strategy gets the same seeds, so differences are tested in pairs. Each run has a process and a thread of its own;
 one that dies is reported and the others go on. The same command again goes on with what is unfinished and repeats
@@ -17,7 +18,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +30,10 @@ from cl.cli.compose import composed, import_from_here, node_name, plain, seeded
 from cl.cli.console import Pulse, progress_bars, progress_line
 from cl.cli.execute import CONFIG, RESULT, execute
 from cl.cli.pool import Job, run_jobs
-from cl.core import UserError
+from cl.core import StreamInfo, UserError
 from cl.result import Result
 
-OWN = ("strategies", "seeds", "reference", "jobs", "out", "launcher")
+OWN = ("strategies", "seeds", "reference", "jobs", "out", "launcher", "tune", "tune_seeds", "tune_on")
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,8 @@ class Plan:
 
     Args:
         runs: folder of each run -> its config.
+        compositions: label -> names of its strategies.
+        measure: of the stream, "accuracy" or "loss".
     """
 
     out: Path
@@ -48,6 +51,8 @@ class Plan:
     reference: str
     jobs: int
     suite: str
+    compositions: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    measure: str = "accuracy"
 
 
 def main(words: list[str]) -> int:
@@ -55,7 +60,13 @@ def main(words: list[str]) -> int:
     import_from_here()
     own, others = split_words(words)
     request = plain(composed("compare", [*own, *(word for word in others if not _strategy_of(word))]))
-    plan, console = make_plan(request, others), Console()
+    console = Console()
+    if request["tune"]:
+        from cl.cli.tune import tuned
+
+        plan = tuned(request, others, console)
+    else:
+        plan = make_plan(request, others)
     if request["launcher"] == "local":
         failures = run_all(plan, console)
     else:
@@ -78,6 +89,8 @@ def split_words(words: Sequence[str]) -> tuple[list[str], list[str]]:
         is_list = not _is_one(value) or (name == "strategies" and not value.startswith("["))
         if name in ("strategies", "seeds") and is_list:
             word = f"{name}=[{value}]"
+        if name == "tune_on":
+            word = f"{name}='{value}'"
         (own if name in OWN else others).append(word)
     return own, others
 
@@ -98,16 +111,21 @@ def _strategy_of(word: str) -> str:
     return parts[1] if parts[0] == "strategy" and len(parts) > 2 else ""
 
 
-def make_plan(request: Mapping[str, Any], words: Sequence[str]) -> Plan:
-    """Compose and check every composition; nothing is trained and nothing written."""
+def make_plan(request: Mapping[str, Any], words: Sequence[str], own: Mapping[str, Sequence[str]] | None = None) -> Plan:
+    """Compose and check every composition; nothing is trained and nothing written.
+
+    Args:
+        own: label of a composition -> words for it alone.
+    """
     compositions = [entry if isinstance(entry, list) else [entry] for entry in request["strategies"] or []]
     if not compositions:
         raise UserError("strategies is empty; name at least one, such as strategies=naive,replay")
     compositions = [[str(name) for name in names] for names in compositions]
     _check_words(words, {node_name(name) for names in compositions for name in names})
-    configs = {"+".join(map(node_name, names)): _config_of(names, words) for names in compositions}
-    if len(configs) < len(compositions):
-        raise UserError(f"strategies names a composition twice: {', '.join(configs)}")
+    labelled = {"+".join(map(node_name, names)): names for names in compositions}
+    if len(labelled) < len(compositions):
+        raise UserError(f"strategies names a composition twice: {', '.join(labelled)}")
+    configs = {label: _config_of(names, [*words, *(own or {}).get(label, ())]) for label, names in labelled.items()}
     reference = request["reference"]
     if reference not in configs and reference != "naive":
         raise UserError(f"reference is {reference!r}; it must be one of {', '.join(configs)}")
@@ -116,12 +134,12 @@ def make_plan(request: Mapping[str, Any], words: Sequence[str]) -> Plan:
         raise UserError(f"jobs is {jobs!r}; it must be an integer of at least 1")
 
     seeds = _seeds(request["seeds"])
-    streams = {check(seeded(config, seeds[0])) for config in configs.values()}
+    infos = [check(seeded(config, seeds[0])) for config in configs.values()]
     marks = sorted(build.fingerprint(seeded(config, 0)) for config in configs.values())
-    suite = f"{streams.pop()}-{hashlib.sha256(' '.join(marks).encode()).hexdigest()[:8]}"
+    suite = f"{infos[0].name}-{hashlib.sha256(' '.join(marks).encode()).hexdigest()[:8]}"
     out = Path(request["out"]) if request["out"] else Path("runs") / "compare" / suite
     runs = {out / label / f"seed-{seed}": seeded(config, seed) for seed in seeds for label, config in configs.items()}
-    return Plan(out, runs, reference, jobs, suite)
+    return Plan(out, runs, reference, jobs, suite, labelled, infos[0].measure)
 
 
 def _check_words(words: Sequence[str], known: set[str]) -> None:
@@ -152,10 +170,9 @@ def _seeds(given: Any) -> list[int]:
     return seeds
 
 
-def check(config: Mapping[str, Any]) -> str:
-    """Build a run without training it, so that what is wrong is said at once; returns the name of its stream."""
-    trainer = build.make_trainer(config, {}, run_dir=None, observers=())
-    return str(trainer.state.info.name)
+def check(config: Mapping[str, Any]) -> StreamInfo:
+    """Build a run without training it, so that what is wrong is said at once; returns what its stream says."""
+    return build.make_trainer(config, {}, run_dir=None, observers=()).state.info
 
 
 def run_all(plan: Plan, console: Console) -> dict[str, str]:

@@ -1,0 +1,147 @@
+"""Choose settings for each strategy before a comparison, on rows that the comparison does not measure.
+
+    cl compare strategies=naive,derpp seeds=5 'tune={optimizer.lr: [0.03, 0.1, 0.3]}' tune_seeds=2
+
+Every combination of the listed values is run for every composition with `tune_on` (held-out training rows, by default)
+and with seeds that the comparison does not use; the best mean final measure wins. Settings of a strategy are tried in
+the compositions that contain it. The runs stay in `<out>-tuning`, so the same command repeats nothing and `cl report`
+shows them; what was tried and chosen is in `<out>/tuning.json`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from cl.cli.compare import Plan, make_plan, run_all, words_for
+from cl.cli.execute import RESULT
+from cl.core import UserError
+from cl.result import Result, write_text
+
+FIRST_SEED = 1000
+"""Seeds of the tuning runs count from here, unless they are listed."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One combination of settings of one composition, and its runs on the tuning seeds."""
+
+    label: str
+    words: tuple[str, ...]
+    plan: Plan
+
+    @property
+    def final(self) -> float:
+        """Mean final measure over the seeds; NaN unless every run is done."""
+        paths = [folder / RESULT for folder in self.plan.runs]
+        results = [Result.load(path) for path in paths if path.is_file()]
+        finals = [result.metrics["final"] for result in results if result.status == "done"]
+        return math.fsum(finals) / len(finals) if len(finals) == len(paths) else math.nan
+
+
+def tuned(request: Mapping[str, Any], words: Sequence[str], console: Console) -> Plan:
+    """The comparison with the settings chosen for each composition; runs the trials that are not done.
+
+    Raises:
+        UserError: no values to choose from, seeds that the comparison uses too, or a composition whose every trial
+            failed.
+    """
+    values, seeds = _values(request["tune"]), _seeds(request)
+    plan = make_plan(request, words)
+    folder = plan.out.with_name(f"{plan.out.name}-tuning")
+    trials = []
+    for label, names in plan.compositions.items():
+        choices = grid(values, names)
+        # with nothing to choose from, a composition needs no trial
+        for choice in choices if len(choices) > 1 else ():
+            own = request | {"strategies": [list(names)], "seeds": seeds, "reference": label}
+            own["out"] = str(folder / label / ",".join(choice))
+            on = {label: (*choice, request["tune_on"])}
+            trials.append(Trial(label, choice, make_plan(own, words_for(names, words), on)))
+    runs = {path: config for trial in trials for path, config in trial.plan.runs.items()}
+    console.print(f"tuning {', '.join(values)} with {request['tune_on']}: {len(runs)} runs", highlight=False)
+    run_all(replace(plan, out=folder, runs=runs, suite=f"{plan.suite}-tuning"), console)
+    chosen = {
+        label: best([trial for trial in trials if trial.label == label], plan.measure) for label in _labels(trials)
+    }
+    _write(plan.out / "tuning.json", trials, chosen, request)
+    console.print(_table(trials, chosen))
+    return make_plan(request | {"out": str(plan.out)}, words, {label: trial.words for label, trial in chosen.items()})
+
+
+def _labels(trials: Sequence[Trial]) -> list[str]:
+    return list(dict.fromkeys(trial.label for trial in trials))
+
+
+def best(trials: Sequence[Trial], measure: str) -> Trial:
+    """The trial with the best mean; of equals the one listed first."""
+    done = [trial for trial in trials if not math.isnan(trial.final)]
+    if not done:
+        raise UserError(f"no setting of {trials[0].label} could be trained to the end; tune over other values")
+    return (min if measure == "loss" else max)(done, key=lambda trial: trial.final)
+
+
+def grid(values: Mapping[str, Sequence[Any]], names: Sequence[str]) -> list[tuple[str, ...]]:
+    """Every combination of the values that concern a composition, as words.
+
+    Example:
+        >>> grid({"optimizer.lr": [0.1, 0.2], "strategy.ewc.strength": [1]}, ["replay"])
+        [('optimizer.lr=0.1',), ('optimizer.lr=0.2',)]
+    """
+    columns = [[f"{key}={value}" for value in column] for key, column in values.items()]
+    columns = [column for column in columns if words_for(names, column)]
+    return list(itertools.product(*columns))
+
+
+def _values(given: Any) -> dict[str, list[Any]]:
+    is_grid = isinstance(given, Mapping) and all(isinstance(each, list) and each for each in given.values())
+    if not is_grid or not given:
+        raise UserError(
+            f"tune is {given!r}; it must name settings and lists of values, such as {{optimizer.lr: [0.03, 0.1]}}"
+        )
+    return dict(given)
+
+
+def _seeds(request: Mapping[str, Any]) -> list[int]:
+    given, used = request["tune_seeds"], request["seeds"]
+    seeds = [FIRST_SEED + k for k in range(given)] if isinstance(given, int) else given
+    shared = sorted(set(seeds or ()) & set(range(used) if isinstance(used, int) else used))
+    if not seeds or shared:
+        why = f"the comparison uses {', '.join(map(str, shared))} too" if shared else "that is none"
+        raise UserError(f"tune_seeds is {given!r}; it must be a number of seeds, or a list of other seeds: {why}")
+    return list(seeds)
+
+
+def _write(path: Path, trials: Sequence[Trial], chosen: Mapping[str, Trial], request: Mapping[str, Any]) -> None:
+    """Note what was tried and chosen; other compositions in the folder keep their lines."""
+    known = json.loads(path.read_text()) if path.is_file() else {}
+    for label, winner in chosen.items():
+        tried = {" ".join(trial.words): trial.final for trial in trials if trial.label == label}
+        known[label] = {
+            "chosen": list(winner.words),
+            "tried": {setting: None if math.isnan(final) else final for setting, final in tried.items()},
+            "seeds": [config["seed"] for config in winner.plan.runs.values()],
+            "on": request["tune_on"],
+        }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, json.dumps(known, indent=1) + "\n")
+
+
+def _table(trials: Sequence[Trial], chosen: Mapping[str, Trial]) -> Table:
+    table = Table(title="final measure of the trials", title_justify="left", box=None, pad_edge=False)
+    table.add_column("strategy", no_wrap=True)
+    table.add_column("setting", overflow="fold")
+    table.add_column("final", no_wrap=True, justify="right")
+    table.add_column("", no_wrap=True)
+    for trial in trials:
+        final = "failed" if math.isnan(trial.final) else f"{trial.final:.4f}"
+        table.add_row(trial.label, " ".join(trial.words), final, "chosen" if trial is chosen[trial.label] else "")
+    return table
