@@ -125,6 +125,7 @@ class Keeper:
             "strategies": [strategy.state_dict() for strategy in self.strategies],
             "ledger": self.ledger.state_dict(),
             "position": [next_experience, steps_done],
+            "content": self.state.stream.content,
         }
         self.ledger.last_checkpoint = save(self.folder, self.state.step, payload, self.fingerprint)
         self.ledger.tell("on_checkpoint", self.state, str(self.ledger.last_checkpoint))
@@ -134,6 +135,12 @@ class Keeper:
         if self.folder is None:
             raise ValueError("a run without run_dir keeps no checkpoint to resume from")
         self.ledger.last_checkpoint, saved = load_latest(self.folder, self.fingerprint)
+        content, found = saved.get("content", ""), self.state.stream.content
+        if content != found:
+            raise UserError(
+                f"the data of stream {self.state.info.name} changed since {self.ledger.last_checkpoint} was written "
+                f"(their hash was {content[:12]!r} and is {found[:12]!r}); put the old data back, or start a new run"
+            )
         for strategy, content in zip(self.strategies, saved["strategies"], strict=True):
             strategy.load_state_dict(tree_map_only(Tensor, lambda tensor: tensor.to(self.state.device), content))
             strategy.on_resume(self.state)

@@ -73,7 +73,7 @@ class Batch:
 
     Args:
         inputs: (B, ...) what the backbone reads: floats for images, token ids for text.
-        targets: (B,) class within the head, or (B, T) next tokens.
+        targets: (B,) class within the head, or (B, T) next tokens; `IGNORED` where one is not to be learnt.
         experience_id: (B,) experience each row was first seen in.
         sample_ids: (B,) row number in the data set of that experience.
         task_id: (B,) head each row belongs to; None where the setting gives no task label.
@@ -261,6 +261,7 @@ class Experience:
         num_samples: how many rows `load` returns; known without loading.
         classes: classes that occur, counted within the head.
         task_id: head of the model; None where the setting gives no task label.
+        merged: experiences whose rows it holds; a budget in steps or tokens is given once for each of them.
         order: order of the rows in each epoch.
         practises: every domain that rows come from, where that is not `domain` alone: an experience that rehearses
             earlier ones, or that teaches several domains at once (`domain` then need not name an `EvalSet`).
@@ -273,17 +274,37 @@ class Experience:
     num_samples: int
     classes: tuple[int, ...] = ()
     task_id: int | None = None
+    merged: int = 1
     order: Order = shuffled
     practises: tuple[str, ...] = ()
 
 
+Answer = Callable[[Batch], Output]
+"""Stored rows -> what the model, or a strategy in its place, says to them."""
+
+Score = Callable[[Data, Answer, int, int], dict[str, float]]
+"""(rows, how they are answered, how many of them to measure on, rows per batch) -> the measure first, then whatever
+else is worth a curve, by name."""
+
+IGNORED = -100
+"""Target of a token that is not to be learnt; torch's own default for a label to leave out."""
+
+
 @dataclass(frozen=True)
 class EvalSet:
-    """Held-out rows of one domain: one column of R."""
+    """Held-out rows of one domain: one column of R.
+
+    Args:
+        num_bytes: UTF-8 bytes of text behind all targets, for bits per byte; None where rows are no running text.
+        score: measures the domain where the answer to a row is no single prediction, such as text that is compared
+            with every label; None takes the share of right predictions, or the mean loss.
+    """
 
     domain: str
     load: Callable[[], Data]
     num_samples: int
+    num_bytes: int | None = None
+    score: Score | None = None
 
 
 @dataclass(frozen=True)
@@ -295,6 +316,9 @@ class StreamInfo:
         num_outputs: outputs of one head.
         num_heads: 1 unless the setting gives task labels.
         measure: what R holds; "accuracy" in [0, 1], or "loss" in nats.
+        separator: token that stands before every document of packed text: where it is read, attention and recurrent
+            state start anew. None where no row holds two documents.
+        tokenizer: digest of what turned text into tokens; a pretrained model must have been trained with the same.
     """
 
     name: str
@@ -304,6 +328,8 @@ class StreamInfo:
     num_experiences: int
     num_heads: int = 1
     measure: Literal["accuracy", "loss"] = "accuracy"
+    separator: int | None = None
+    tokenizer: str = ""
 
 
 def as_stored(raw: Tensor) -> Tensor:
@@ -321,6 +347,7 @@ class Stream:
         augment_rows: rows in training order, generator -> inputs; for the rows that the stream itself delivers it takes
             the place of `augment`, which goes on serving replayed rows.
         check_batch: raises `UserError` for a batch size that the stream cannot be trained with.
+        content: digest of the data; a run goes on only with the data that it began with. Empty where nobody checks.
     """
 
     info: StreamInfo
@@ -330,6 +357,7 @@ class Stream:
     augment: Callable[[Tensor, torch.Generator], Tensor] | None = None
     augment_rows: Callable[[Batch, torch.Generator], Tensor] | None = None
     check_batch: Callable[[int], None] | None = None
+    content: str = ""
 
     def prepare(self, rows: Batch, generator: torch.Generator | None = None) -> Batch:
         """Stored rows as the backbone reads them; augmented when a generator is given and the stream augments."""

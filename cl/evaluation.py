@@ -4,16 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from cl.config import TrainerConfig
-from cl.core import Batch, EvalSet, Output
+from cl.core import IGNORED, Batch, EvalSet, Output, Setting
 from cl.hooks import Strategy, overrides
 from cl.ledger import Ledger
+from cl.loader import tokens_per_row
 from cl.state import TrainState
+
+MAX_LOGITS = 1 << 26
+"""Text is measured in smaller batches than asked for where its logits would not fit: 256 MiB in float32."""
 
 
 def predict(state: TrainState, strategies: Sequence[Strategy], batch: Batch) -> Output:
@@ -40,20 +45,34 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def measure(
-    state: TrainState, strategies: Sequence[Strategy], eval_set: EvalSet, batch_size: int, max_rows: int | None = None
+    state: TrainState,
+    strategies: Sequence[Strategy],
+    eval_set: EvalSet,
+    batch_size: int,
+    max_rows: int | None = None,
+    extra: dict[str, float] | None = None,
 ) -> tuple[float, int]:
     """Accuracy in [0, 1], or mean loss in nats for streams that measure loss, over the rows of one domain.
 
     Args:
         max_rows: measure on the first rows only, always the same ones.
+        extra: filled with what the set's own `score` finds beside the measure.
 
     Returns:
         the measure, and how many rows it was taken on.
     """
     data = eval_set.load()
     num_rows = min(len(data), max_rows or len(data))
+    if state.info.setting == Setting.CONTINUAL_PRETRAINING:
+        batch_size = max(1, min(batch_size, MAX_LOGITS // (state.info.num_outputs * tokens_per_row(state.info))))
+    if eval_set.score is not None:
+        found = eval_set.score(data, lambda rows: predict(state, strategies, state.prepare(rows)), num_rows, batch_size)
+        (_, value), *others = found.items()
+        if extra is not None:
+            extra.update(others)
+        return value, num_rows
     is_loss = state.info.measure == "loss"
-    total, count = torch.zeros((), dtype=torch.float64, device=state.device), 0
+    total, count = torch.zeros((2,), dtype=torch.float64, device=state.device)
     for low in range(0, num_rows, batch_size):
         batch = state.prepare(data.rows(torch.arange(low, min(low + batch_size, num_rows))))
         logits = predict(state, strategies, batch).logits
@@ -61,8 +80,8 @@ def measure(
             total += F.cross_entropy(logits.flatten(0, -2).float(), batch.targets.flatten(), reduction="sum")
         else:
             total += (logits.argmax(-1) == batch.targets).sum()
-        count += batch.targets.numel()
-    return total.item() / count, num_rows
+        count += (batch.targets != IGNORED).sum()
+    return float(total / count), num_rows
 
 
 class Evaluator:
@@ -80,27 +99,39 @@ class Evaluator:
     def row(self) -> list[float | None]:
         """The measure on every domain, or on those trained so far; None elsewhere."""
         every = range(len(self.state.stream.eval_sets))
-        return self._measured(every if self.config.evaluate == "all" else self._seen(), self.config.eval_rows)
+        columns = every if self.config.evaluate == "all" else self._seen()
+        return self._measured(columns, self.config.eval_rows, self.ledger.result.extra)
 
     def within(self) -> None:
         """Measure the domains trained so far, inside an experience."""
         self.ledger.flush(self.state)
         row = self._measured(self._seen(), self.config.within_eval_rows or self.config.eval_rows)
-        stage = len(self.ledger.result.R)
+        stage = self._stage()
         self.ledger.result.within += [[stage, self.state.step, j, v] for j, v in enumerate(row) if v is not None]
         self.ledger.tell("on_within", self.state, row)
 
     def _seen(self) -> Sequence[int]:
-        experience, trained = self.state.experience, self.ledger.result.trained
-        seen = set(trained[: experience.id + 1]) if experience else set()
+        experience, result = self.state.experience, self.ledger.result
+        count = experience.id + 1 if experience else 0
+        seen = {j for columns in result.practises[:count] for j in columns} or set(result.trained[:count])
         return range(len(self.state.stream.eval_sets)) if -1 in seen else sorted(seen)
 
-    def _measured(self, columns: Sequence[int], max_rows: int | None) -> list[float | None]:
+    def _stage(self) -> int:
+        """The row of R that is being made; -1 before training."""
+        return len(self.ledger.result.R) if self.state.experience else -1
+
+    def _measured(
+        self, columns: Sequence[int], max_rows: int | None, extra: list[list[Any]] | None = None
+    ) -> list[float | None]:
         row: list[float | None] = [None] * len(self.state.stream.eval_sets)
         predictors = [strategy for strategy in self.strategies if overrides(strategy, "eval_forward")]
         with self.ledger.charged("eval_s"), evaluating(self.state.model):
             for j in columns:
                 eval_set = self.state.stream.eval_sets[j]
-                row[j], num_rows = measure(self.state, predictors, eval_set, self.config.eval_batch_size, max_rows)
+                beside: dict[str, float] = {}
+                size = self.config.eval_batch_size
+                row[j], num_rows = measure(self.state, predictors, eval_set, size, max_rows, beside)
                 self.ledger.clock["eval_rows"] += num_rows
+                if extra is not None:
+                    extra += [[name, self._stage(), j, value] for name, value in beside.items()]
         return row

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cl.metrics import EvalTable, summary
+from cl.loader import tokens_per_row
+from cl.metrics import EvalTable, language_summary, summary
 from cl.observe import Observer
 from cl.result import Result, environment
 from cl.state import TrainState
@@ -69,6 +70,7 @@ class Ledger:
             "clock": self.clock,
             "buffer_bytes": self.buffer_bytes,
             "result": [result.R, result.R_init, result.within, result.mlflow_run_id],
+            "extra": result.extra,
         }
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
@@ -76,6 +78,7 @@ class Ledger:
         self.buffer_bytes = saved["buffer_bytes"]
         result = self.result
         result.R, result.R_init, result.within, result.mlflow_run_id = saved["result"]
+        result.extra = saved.get("extra", [])
 
     def watch(self, state: TrainState, terms: Mapping[str, Tensor], lr: float) -> None:
         """Take note of a step's loss terms before its update.
@@ -115,6 +118,9 @@ class Ledger:
         table = EvalTable.from_result(vars(self.result))
         # a head that was never trained answers at chance, which says nothing about transfer
         self.result.metrics = summary(table.mask_untrained() if state.info.num_heads > 1 else table)
+        if self.result.num_bytes:
+            sizes = {"num_tokens": self.result.num_tokens, "num_bytes": self.result.num_bytes}
+            self.result.metrics |= language_summary(table, **sizes) if self.result.R else {}
         self.result.cost = {
             "train_samples_per_s": clock["train_rows"] / clock["train_s"] if clock["train_s"] else 0.0,
             "eval_samples_per_s": clock["eval_rows"] / clock["eval_s"] if clock["eval_s"] else 0.0,
@@ -134,6 +140,8 @@ class Ledger:
 def new_result(state: TrainState, seed: int, names: Mapping[str, Any]) -> Result:
     """The result of a run that is about to start. `names`: stream, strategy, backbone as they are to be reported."""
     stream = state.stream
+    sizes = [each.num_bytes for each in stream.eval_sets if each.num_bytes is not None]
+    is_text = len(sizes) == len(stream.eval_sets)
     return Result(
         **({"stream": stream.info.name, "backbone": type(state.model).__name__.lower()} | dict(names)),
         setting=str(stream.info.setting),
@@ -141,7 +149,10 @@ def new_result(state: TrainState, seed: int, names: Mapping[str, Any]) -> Result
         experiences=[experience.name for experience in stream.experiences],
         domains=[eval_set.domain for eval_set in stream.eval_sets],
         trained=stream.trained_domains,
+        practises=stream.practised_domains,
         measure=stream.info.measure,
+        num_tokens=[each.num_samples * tokens_per_row(stream.info) for each in stream.eval_sets] if is_text else [],
+        num_bytes=sizes if is_text else [],
         R_init=[None] * len(stream.eval_sets),
         env=environment() | {"device": str(state.device), "threads": torch.get_num_threads()},
     )

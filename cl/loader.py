@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from cl.core import Batch, Data, Experience, Setting, StreamInfo, UserError
+import torch
+from torch import Tensor
+
+from cl.core import Batch, Data, Experience, Setting, Stream, StreamInfo, UserError
 from cl.state import TrainState
 
 BLOCK_BYTES = 1 << 20
@@ -62,6 +65,21 @@ class Budget:
         return (self.epochs or 1) * self.steps_per_epoch(num_rows)
 
 
+def steps_in(experience: Experience, budget: Budget, info: StreamInfo) -> int:
+    """Optimizer steps on an experience, known without loading it.
+
+    One that holds the rows of several gets the steps or tokens of as many: joint training is as long as the course that
+    it is compared with, whatever the budget counts.
+    """
+    times = experience.merged
+    whole = replace(
+        budget,
+        max_steps=budget.max_steps and budget.max_steps * times,
+        max_tokens=budget.max_tokens and budget.max_tokens * times,
+    )
+    return whole.steps(experience.num_samples, tokens_per_row(info))
+
+
 def tokens_per_row(info: StreamInfo) -> int:
     """What one row takes from a budget in tokens; known without loading anything."""
     return math.prod(info.input_shape) if info.setting == Setting.CONTINUAL_PRETRAINING else 1
@@ -74,7 +92,7 @@ def steps_from(state: TrainState, experience: Experience, data: Data, budget: Bu
         start: optimizer steps already taken in this experience.
     """
     per_epoch = budget.steps_per_epoch(len(data))
-    step, last = start, budget.steps(len(data), tokens_per_row(state.info))
+    step, last = start, steps_in(experience, budget, state.info)
     while step < last:
         epoch, offset = divmod(step, per_epoch)
         batches = _epoch(state, experience, data, budget, epoch, offset * budget.accumulation)
@@ -117,14 +135,21 @@ def _epoch(
         block = stream.prepare(rows).to(state.device)
         for low in range(0, len(block), size):
             batch = block[low : low + size]
-            if stream.augment is not None:
+            if stream.augment_rows is not None or stream.augment is not None:
                 # a generator per micro-batch keeps augmentation a function of the position
                 generator = state.seeds.fresh("augment", experience.id, epoch, (at + low) // size)
-                batch.inputs = stream.augment(batch.inputs, generator)
+                batch.inputs = augmented(stream, batch, generator)
             yield batch
         at += block_rows
         row_bytes = max(1, block.inputs[0].numel() * block.inputs.element_size())
         block_rows = size * max(1, BLOCK_BYTES // (row_bytes * size))
+
+
+def augmented(stream: Stream, batch: Batch, generator: torch.Generator) -> Tensor:
+    """Inputs of rows that the stream delivers, changed at random as it says."""
+    if stream.augment_rows is not None:
+        return stream.augment_rows(batch, generator)
+    return batch.inputs if stream.augment is None else stream.augment(batch.inputs, generator)
 
 
 def check_rows(data: Data, experience: Experience) -> None:

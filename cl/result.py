@@ -28,7 +28,10 @@ class Result:
         R_init: measure on each domain before training.
         domains: column names of R; equal to `experiences` unless experiences share domains.
         trained: column that each experience teaches, -1 where no single one does.
+        practises: columns whose rows each experience trains on; empty when that is `trained` throughout.
+        num_tokens, num_bytes: size of each domain's held-out text; empty unless R holds losses of text.
         within: evaluations inside experiences, as [experience, step, domain, value].
+        extra: what else was measured beside R, as [name, experience, domain, value]; -1 is before training.
         metrics: every scalar of `cl.metrics`; None where undefined.
         status: "done", "interrupted" or "failed".
         error: sentence that says why a run failed.
@@ -46,6 +49,10 @@ class Result:
     R: list[list[float | None]] = field(default_factory=list)
     R_init: list[float | None] = field(default_factory=list)
     within: list[list[float]] = field(default_factory=list)
+    practises: list[list[int]] = field(default_factory=list)
+    extra: list[list[Any]] = field(default_factory=list)
+    num_tokens: list[int] = field(default_factory=list)
+    num_bytes: list[int] = field(default_factory=list)
     metrics: dict[str, float | None] = field(default_factory=dict)
     cost: dict[str, float] = field(default_factory=dict)
     env: dict[str, Any] = field(default_factory=dict)

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from cl.config import PRECISIONS, TrainerConfig
 from cl.core import Setting, Stream, StreamInfo, UserError
 from cl.hooks import Strategy, check_all
-from cl.loader import tokens_per_row
+from cl.loader import steps_in
 from cl.seeding import Seeds
 from cl.state import TrainState
 
@@ -29,9 +29,11 @@ def prepare(
     """The state before the first step, with a network drawn under the run's own seed.
 
     Raises:
-        UserError: a strategy cannot work on this stream, or the device cannot be used.
+        UserError: a strategy or the batch size cannot work on this stream, or the device cannot be used.
     """
     check_all(strategies, stream)
+    if stream.check_batch is not None:
+        stream.check_batch(config.batch_size)
     masks_absent = config.logit_mask == "batch"
     if masks_absent and stream.info.setting == Setting.CONTINUAL_PRETRAINING:
         raise UserError("trainer.logit_mask is 'batch', which needs rows with one class each; text must take 'none'")
@@ -46,6 +48,10 @@ def prepare(
     dtype = PRECISIONS[config.precision]
     autocast = nullcontext if dtype is None else partial(torch.autocast, device.type, dtype)
     state = TrainState(model, make_optimizer(model), stream, seeds, device, autocast, masks_absent=masks_absent)
-    row_tokens = tokens_per_row(stream.info)
-    state.total_steps = sum(config.budget.steps(each.num_samples, row_tokens) for each in stream.experiences)
+    state.total_steps = sum(experience_steps(stream, config))
     return state
+
+
+def experience_steps(stream: Stream, config: TrainerConfig) -> list[int]:
+    """Optimizer steps of each experience."""
+    return [steps_in(each, config.budget, stream.info) for each in stream.experiences]

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from cl.core import Batch, Data, Experience, Output, Part, Stream, StreamInfo
+from cl.core import IGNORED, Batch, Data, Experience, Output, Part, Stream, StreamInfo
 from cl.seeding import Seeds
 
 
@@ -48,6 +48,7 @@ class TrainState:
         total_steps: steps of the whole run.
         classes_seen: classes of this and every earlier experience, in order of appearance.
         masks_absent: the label loss leaves out logits of classes that no row of the batch has (`trainer.logit_mask`).
+        strategies: all of the run, in order; the list is the trainer's.
         loss: a batch that the strategies have prepared -> its output, and the terms of its loss by name.
     """
 
@@ -67,6 +68,7 @@ class TrainState:
     classes_seen: tuple[int, ...] = ()
     spent: Cost = field(default_factory=Cost)
     masks_absent: bool = False
+    strategies: Sequence[Any] = ()
     loss: Callable[[Batch], tuple[Output, dict[str, Tensor]]] = field(init=False, repr=False)
 
     @property
@@ -175,13 +177,47 @@ def without_absent(logits: Tensor, batch: Batch) -> Tensor:
     return logits.to(torch.promote_types(logits.dtype, torch.float32)).masked_fill(~present[head], -1e9)
 
 
+def first_views(batch: Batch) -> Tensor:
+    """(B,) for each row the first one of the batch with the same origin: itself, unless the row is shown again.
+
+    Example:
+        >>> ids = torch.tensor([7, 7, 2, 7])
+        >>> first_views(Batch(torch.zeros(4, 1), torch.zeros(4), torch.zeros(4), ids)).tolist()
+        [0, 0, 2, 0]
+    """
+    origins = torch.stack([batch.experience_id.long(), batch.sample_ids.long()], dim=1)
+    group = torch.unique(origins, dim=0, return_inverse=True)[1]
+    place = torch.arange(len(batch), device=group.device)
+    first = place.new_full((len(batch),), len(batch)).scatter_reduce(0, group, place, reduce="amin")
+    return first[group]
+
+
+def shares(batches: Sequence[Batch]) -> list[float]:
+    """What each micro-batch counts in its step: its part of the rows, or of the tokens to learn where rows are text.
+
+    Example:
+        >>> rows = [Batch(torch.zeros(n, 4), torch.zeros(n, 4), torch.zeros(n), torch.arange(n)) for n in (1, 3)]
+        >>> rows[1].targets[:, 1:] = IGNORED
+        >>> [round(share, 3) for share in shares(rows)]
+        [0.571, 0.429]
+    """
+    if len(batches) == 1:
+        return [1.0]
+    if batches[0].targets.dim() == 1:
+        counts = [len(batch) for batch in batches]
+    else:
+        counts = [int((batch.targets != IGNORED).sum()) for batch in batches]
+    return [count / max(1, sum(counts)) for count in counts]
+
+
 def current_rows(done: list[tuple[Batch, Output]]) -> tuple[Batch, Output]:
-    """The stream's own rows of a step's micro-batches, and their logits, detached."""
+    """The stream's own rows of a step's micro-batches, their logits and what the head read, detached."""
     rows = [batch.current() for batch, _ in done]
     logits = [output.logits[: batch.num_current].detach() for batch, output in done]
+    hidden = [output.hidden[: batch.num_current].detach() for batch, output in done if output.hidden is not None]
     if len(done) == 1:
-        return rows[0], Output(logits[0])
-    return Batch.cat(rows), Output(torch.cat(logits))
+        return rows[0], Output(logits[0], hidden[0] if hidden else None)
+    return Batch.cat(rows), Output(torch.cat(logits), torch.cat(hidden) if hidden else None)
 
 
 def tensor_bytes(*values: Any) -> int:

@@ -22,12 +22,12 @@ from cl.core import Batch, Experience, Output, Stream, StreamInfo
 from cl.evaluation import Evaluator
 from cl.hooks import Strategy, overrides
 from cl.ledger import Ledger, new_result
-from cl.loader import check_rows, steps_from, tokens_per_row
+from cl.loader import check_rows, steps_from, steps_in
 from cl.observe import Observer
 from cl.result import Result
-from cl.schedules import Schedule, constant, set_learning_rate
-from cl.setup import prepare
-from cl.state import clear_gradients, current_rows
+from cl.schedules import Schedule, constant, fitted, set_learning_rate
+from cl.setup import experience_steps, prepare
+from cl.state import clear_gradients, current_rows, shares
 
 STEP_HOOKS = ("on_batch", "penalty", "on_gradients", "step", "on_step_end", "make_optimizer")
 
@@ -66,19 +66,20 @@ class Trainer:
         fingerprint: str = "",
     ) -> None:
         self.config = config or TrainerConfig()
-        self.optimizer, self.schedule = optimizer, schedule
+        self.optimizer = optimizer
         self.settings = dict(settings or {})
         self._stop_requested = False
         self.strategies: list[Strategy] = []
         self.compose(strategies)
         self.state = prepare(stream, backbone, self.strategies, self._make_optimizer, self.config, seed)
+        self.schedule = fitted(schedule, experience_steps(self.state.stream, self.config), self.config.schedule_span)
         device = self.state.device
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.config.precision == "fp16")
         reported = {"strategy": [strategy.name for strategy in self.strategies]} | dict(names or {})
         self.ledger = Ledger(new_result(self.state, seed, reported), observers, run_dir, device)
         self.evaluator = Evaluator(self.state, self.config, self.ledger, self.strategies)
         self.keeper = Keeper(run_dir, fingerprint, self.state, self.scaler, self.strategies, self.ledger)
-        self.state.loss = self._loss
+        self.state.loss, self.state.strategies = self._loss, self.strategies
 
     def compose(self, strategies: Sequence[Strategy]) -> None:
         """Set who is called, and in which order; the loop skips hooks that a strategy does not override."""
@@ -135,7 +136,7 @@ class Trainer:
         with ledger.charged("train_s"):
             state.experience, state.data = experience, experience.load()
         check_rows(state.data, experience)
-        num_steps = config.budget.steps(len(state.data), tokens_per_row(state.info))
+        num_steps = steps_in(experience, config.budget, state.info)
         if steps_done == 0:
             self._enter(experience)
         ledger.tell("on_experience_start", state, num_steps)
@@ -183,8 +184,7 @@ class Trainer:
         num_rows = sum(map(len, batches))
         done: list[tuple[Batch, Output]] = []
         means: dict[str, Tensor] = {}
-        for state.micro_step, batch in enumerate(batches):
-            weight = len(batch) / num_rows
+        for state.micro_step, (batch, weight) in enumerate(zip(batches, shares(batches), strict=True)):
             state.tokens += batch.targets.numel()
             for strategy in hooked["on_batch"]:
                 batch = strategy.on_batch(state, batch)

@@ -6,26 +6,20 @@ Shape legend: B rows, C outputs.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad, vmap
 
 from cl.buffers.base import draw_without_replacement
 from cl.core import Batch, Output
 from cl.state import TrainState
 from strategies._checks import require_choice, require_count
 from strategies._modes import evaluation_mode
+from strategies._per_row import Function, Loss, Rows, VectorisedSum, add_by_loop
 from strategies._quadratic import Quadratic, Vectors
 
-Loss = Callable[[Tensor, Tensor], Tensor]
-"""(logits (B, C), targets (B,)) -> mean over rows."""
-Function = Callable[[Tensor], Tensor]
-
-MAX_NUMBERS = 1 << 21
-"""Numbers held at once in per-row gradients: they are read again at once, so they should still be in the cache."""
 ROWS_AT_A_TIME = 256
 
 
@@ -53,15 +47,7 @@ class DataImportance(Quadratic):
         num_rows, generator = len(state.data), state.seeds.named(self.name)
         index = draw_without_replacement(num_rows, self.importance_rows or num_rows, generator)
         group = self.batch_size if self.convention == "avalanche" else 1
-        add = _add_by_vmap if group == 1 and _can_be_vectorised(state.model) else _add_by_loop
-        total = {name: torch.zeros_like(p) for name, p in state.parameters().items()}
-        with evaluation_mode(state.model):
-            for some in index.split(max(1, ROWS_AT_A_TIME // group) * group):
-                batch = state.prepare(state.data.rows(some))
-                for targets, factors in _labels(state, batch, labels, generator):
-                    state.count(len(batch), len(batch))
-                    add(total, state, batch, targets, factors, loss, function, group)
-        return {name: vector / math.ceil(len(index) / group) for name, vector in total.items()}
+        return mean_over_rows(state, index, loss, function, labels, generator, group)
 
     def state_dict(self) -> dict[str, Any]:
         return super().state_dict() | {"batch_size": self.batch_size}
@@ -71,8 +57,42 @@ class DataImportance(Quadratic):
         self.batch_size = state["batch_size"]
 
 
+def mean_over_rows(
+    state: TrainState,
+    index: Tensor,
+    loss: Loss,
+    function: Function,
+    labels: str = "true",
+    generator: torch.Generator | None = None,
+    group: int = 1,
+) -> Vectors:
+    """Mean of `function` of the gradient of each row's loss, over rows of the running experience.
+
+    The square of the gradient of the cross-entropy gives the diagonal of the Fisher information.
+
+    Args:
+        index: (N,) rows of `state.data`.
+        labels: see `_labels`; "sampled" draws from `generator`.
+        group: take the gradient of the mean loss of so many rows in place of a row's.
+
+    Cost: N rows forward and backward, all in evaluation mode and counted.
+    """
+    total = {name: torch.zeros_like(p) for name, p in state.parameters().items()}
+    vectorised = VectorisedSum(state, total) if group == 1 and _can_be_vectorised(state.model) else None
+    with evaluation_mode(state.model):
+        for some in index.split(max(1, ROWS_AT_A_TIME // group) * group):
+            batch = state.prepare(state.data.rows(some))
+            for targets, factors in _labels(state, batch, labels, generator):
+                rows = Rows(batch, targets, factors, loss, function)
+                if vectorised is None:
+                    add_by_loop(state, total, rows, group)
+                else:
+                    vectorised.add(rows)
+    return {name: vector / math.ceil(len(index) / group) for name, vector in total.items()}
+
+
 def _labels(
-    state: TrainState, batch: Batch, labels: str, generator: torch.Generator
+    state: TrainState, batch: Batch, labels: str, generator: torch.Generator | None
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Labels (B,) to take gradients for, and factors (B,) of the rows' losses.
 
@@ -93,63 +113,6 @@ def _labels(
         return
     for label, probability_B in enumerate(probabilities_BC.unbind(1)):
         yield torch.full_like(batch.targets, label), probability_B.sqrt()
-
-
-def _add_by_vmap(
-    total: Vectors,
-    state: TrainState,
-    batch: Batch,
-    targets: Tensor,
-    factors: Tensor,
-    loss: Loss,
-    function: Function,
-    group: int,
-) -> None:
-    """Add `function` of each row's gradient, many rows at once."""
-    parameters = {name: p.detach() for name, p in state.parameters().items()}
-    size = max(1, MAX_NUMBERS // sum(p.numel() for p in parameters.values()))
-    for rows, task_id in _rows_by_task(batch):
-
-        def row_loss(parameters: Vectors, x: Tensor, y: Tensor, factor: Tensor, task_id: Any = task_id) -> Tensor:
-            row = Batch(x[None], y[None], batch.experience_id[:1], batch.sample_ids[:1], task_id)
-            logits = functional_call(state.model, parameters, (row,)).logits
-            return factor * loss(logits, y[None])
-
-        gradients = vmap(grad(row_loss), in_dims=(None, 0, 0, 0))
-        for some in rows.split(size):
-            for name, g in gradients(parameters, batch.inputs[some], targets[some], factors[some]).items():
-                total[name] += function(g).sum(0)
-
-
-def _rows_by_task(batch: Batch) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """Row numbers of each head: which head a row takes cannot differ within a vectorised call."""
-    if batch.task_id is None:
-        yield torch.arange(len(batch), device=batch.inputs.device), None
-        return
-    for task in batch.task_id.unique():
-        yield (batch.task_id == task).nonzero().squeeze(1), task[None]
-
-
-def _add_by_loop(
-    total: Vectors,
-    state: TrainState,
-    batch: Batch,
-    targets: Tensor,
-    factors: Tensor,
-    loss: Loss,
-    function: Function,
-    group: int,
-) -> None:
-    """Add `function` of the gradient of the mean loss of each `group` rows."""
-    parameters = state.parameters()
-    # cuDNN has no backward pass of recurrent layers in evaluation mode
-    with torch.backends.cudnn.flags(enabled=False):
-        for some in torch.arange(len(batch), device=batch.inputs.device).split(group):
-            value = (factors[some] * loss(state.model(batch[some]).logits, targets[some])).mean()
-            gradients = torch.autograd.grad(value, list(parameters.values()), allow_unused=True)
-            for name, g in zip(parameters, gradients, strict=True):
-                if g is not None:
-                    total[name] += function(g)
 
 
 def _can_be_vectorised(model: nn.Module) -> bool:

@@ -36,5 +36,6 @@ def _grown(experiences: Sequence[Experience]) -> Iterator[Experience]:
             load=partial(load_joined, seen),
             num_samples=sum(earlier.num_samples for earlier in seen),
             classes=joined_classes(seen),
+            merged=len(seen),
             order=shuffled if k else experience.order,
         )

@@ -2,9 +2,7 @@
 
 Source: the "joint" or "offline" row of the field's tables, such as van de Ven & Tolias, "Three scenarios for continual
 learning", 2019.
-Differences: none in the loss; the trainer's budget is per experience, so with `trainer.epochs` every row is seen as
-often as in the others, but with `trainer.max_steps` or `trainer.max_tokens` give it as many times the budget as there
-are experiences.
+Differences: none. The one experience gets the budget of all that it holds, in epochs, steps or tokens.
 """
 
 from __future__ import annotations
@@ -38,5 +36,6 @@ class Joint(Strategy):
             load=partial(load_joined, every),
             num_samples=sum(experience.num_samples for experience in every),
             classes=joined_classes(every),
+            merged=len(every),
         )
         return replace(stream, info=replace(stream.info, num_experiences=1), experiences=[whole])

@@ -1,8 +1,12 @@
 """One thread and no surprises: what every test may rely on."""
 
+import getpass
 import os
+import tempfile
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# tokenised text is kept from one session to the next, but not in the user's own cache
+os.environ.setdefault("CL_CACHE", os.path.join(tempfile.gettempdir(), f"cl-lab-tests-{getpass.getuser()}"))
 
 import torch
 

@@ -3,6 +3,6 @@
 One file, one backbone, one config; files whose names start with an underscore are what backbones share.
 """
 
-from cl.backbones._heads import Backbone, MultiHead
+from cl.backbones._heads import Backbone, MultiHead, Stage
 
-__all__ = ["Backbone", "MultiHead"]
+__all__ = ["Backbone", "MultiHead", "Stage"]

@@ -5,10 +5,14 @@ Shape legend: B rows, F features, C outputs of one head.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 
-from cl.core import Batch, Output, StreamInfo, UserError
+from cl.core import Batch, Output, Setting, StreamInfo, UserError
 
 
 class MultiHead(nn.Module):
@@ -43,23 +47,74 @@ class MultiHead(nn.Module):
         return logits_BC
 
 
+@dataclass(frozen=True)
+class Stage:
+    """One step of a backbone's features.
+
+    Args:
+        run: inputs of the stage -> its outputs (B, units, ...), activation included.
+        modules: whose parameters it uses.
+    """
+
+    run: Callable[[Tensor], Tensor]
+    modules: tuple[nn.Module, ...]
+
+
 class Backbone(nn.Module):
-    """Features, then a head. Subclasses define `features`: inputs (B, ...) -> hidden (B, F)."""
+    """Features, then a head. Subclasses define `features`: inputs (B, ...) -> hidden (B, F), or the `stages` of it.
+
+    Class attributes:
+        settings: of the streams whose rows it can read; images, unless a subclass says otherwise.
+
+    Attributes:
+        between: by number k, what is done to the outputs of the first k stages before the next one reads them;
+            strategies that work on inner layers put something here.
+    """
+
+    settings: ClassVar[frozenset[Setting]] = frozenset(Setting) - {Setting.CONTINUAL_PRETRAINING}
 
     def __init__(self, info: StreamInfo, num_features: int) -> None:
         super().__init__()
+        if info.setting not in self.settings:
+            raise UserError(
+                f"backbone {type(self).__name__.lower()} reads no rows of the {info.setting} setting, which stream "
+                f"{info.name} has; text is read by backbone=gpt and backbone=hf"
+            )
         self.num_features = num_features
+        self.between: dict[int, Callable[[Tensor], Tensor]] = {}
         self.head: nn.Module = (
             nn.Linear(num_features, info.num_outputs)
             if info.num_heads == 1
             else MultiHead(num_features, info.num_outputs, info.num_heads)
         )
 
-    def features(self, inputs: Tensor) -> Tensor:
-        raise NotImplementedError
+    def stages(self) -> Sequence[Stage]:
+        """The steps of `features`, in order: strategies that split a backbone, or mask its layers, do it by them."""
+        if type(self).features is Backbone.features:
+            raise NotImplementedError(f"{type(self).__name__} must define features or stages")
+        return (Stage(self.features, tuple(m for name, m in self.named_children() if name != "head")),)
 
-    def forward(self, batch: Batch) -> Output:
-        hidden_BF = self.features(batch.inputs)
+    def features(self, inputs: Tensor) -> Tensor:
+        return self._outputs(inputs)[-1]
+
+    def stage_outputs(self, inputs: Tensor, stop: int | None = None) -> list[Tensor]:
+        """Outputs of the first `stop` stages (all of them without it)."""
+        return self._outputs(inputs, stop=stop)
+
+    def _outputs(self, hidden: Tensor, start: int = 0, stop: int | None = None) -> list[Tensor]:
+        """Outputs of the stages `[start, stop)`; what they read where there is none."""
+        outputs = []
+        for number, stage in enumerate(self.stages()[start:stop], start + 1):
+            hidden = stage.run(hidden)
+            if number in self.between:
+                hidden = self.between[number](hidden)
+            outputs.append(hidden)
+        return outputs or [hidden]
+
+    def forward(self, batch: Batch, start: int = 0) -> Output:
+        """Predict; the inputs of the batch are what the first `start` stages would have handed on."""
+        is_plain = start == 0 and not self.between
+        hidden_BF = self.features(batch.inputs) if is_plain else self._outputs(batch.inputs, start)[-1]
         if isinstance(self.head, MultiHead):
             return Output(self.head(hidden_BF, batch.task_id), hidden_BF)
         return Output(self.head(hidden_BF), hidden_BF)

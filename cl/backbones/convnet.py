@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cl.backbones._heads import Backbone, require_image, require_width
+from cl.backbones._heads import Backbone, Stage, require_image, require_width
 from cl.core import StreamInfo, UserError
 
 KERNEL = 5
@@ -46,9 +46,20 @@ class Convnet(Backbone):
         self.conv2 = nn.Conv2d(channels[0], channels[1], KERNEL, padding=padding)
         self.fc = nn.Linear(channels[1] * _left(height, padding) * _left(width, padding), hidden)
 
-    def features(self, inputs: Tensor) -> Tensor:
-        hidden = F.relu(F.max_pool2d(self.conv1(inputs), 2))
-        hidden = F.relu(F.max_pool2d(self.conv2(hidden), 2))
+    def stages(self) -> Sequence[Stage]:
+        return (
+            Stage(self._first, (self.conv1,)),
+            Stage(self._second, (self.conv2,)),
+            Stage(self._third, (self.fc,)),
+        )
+
+    def _first(self, inputs: Tensor) -> Tensor:
+        return F.relu(F.max_pool2d(self.conv1(inputs), 2))
+
+    def _second(self, hidden: Tensor) -> Tensor:
+        return F.relu(F.max_pool2d(self.conv2(hidden), 2))
+
+    def _third(self, hidden: Tensor) -> Tensor:
         return F.relu(self.fc(hidden.flatten(1)))
 
 

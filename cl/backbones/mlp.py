@@ -8,7 +8,7 @@ from itertools import pairwise
 
 from torch import Tensor, nn
 
-from cl.backbones._heads import Backbone, require_width
+from cl.backbones._heads import Backbone, Stage, require_width
 from cl.core import StreamInfo, UserError
 
 
@@ -47,3 +47,10 @@ class Mlp(Backbone):
     def features(self, inputs: Tensor) -> Tensor:
         hidden: Tensor = self.body(inputs)
         return hidden
+
+    def stages(self) -> Sequence[Stage]:
+        """Every hidden layer with its ReLU; the first one flattens before."""
+        if len(self.body) == 1:
+            return (Stage(self.body[0], ()),)
+        layers = [self.body[:3], *(self.body[low : low + 2] for low in range(3, len(self.body), 2))]
+        return [Stage(layer, (layer,)) for layer in layers]

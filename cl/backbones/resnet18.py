@@ -7,10 +7,12 @@ pooling takes whatever is left.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cl.backbones._heads import Backbone, require_image, require_width
+from cl.backbones._heads import Backbone, Stage, require_image, require_width
 from cl.core import StreamInfo
 
 STRIDES = (1, 2, 2, 2)
@@ -64,6 +66,14 @@ class Resnet18(Backbone):
             width_in = wide
         self.blocks = nn.Sequential(*blocks)
 
-    def features(self, inputs: Tensor) -> Tensor:
-        hidden: Tensor = self.blocks(F.relu(self.bn(self.conv(inputs))))
-        return hidden.mean((2, 3))
+    def stages(self) -> Sequence[Stage]:
+        """The stem, eight blocks, the average."""
+        blocks = [Stage(block, (block,)) for block in self.blocks]
+        return [Stage(self._stem, (self.conv, self.bn)), *blocks, Stage(_average, ())]
+
+    def _stem(self, inputs: Tensor) -> Tensor:
+        return F.relu(self.bn(self.conv(inputs)))
+
+
+def _average(maps: Tensor) -> Tensor:
+    return maps.mean((2, 3))

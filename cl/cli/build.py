@@ -2,6 +2,7 @@
 
 Every object is made by calling the node's `_target_` with the node's other keys. What may be called is decided by
 what the node is for (a strategy node makes a `Strategy`, and so on), so that a config read from disk runs nothing else.
+A node below a stream node, such as `stream.base`, makes a stream as well.
 """
 
 from __future__ import annotations
@@ -56,6 +57,8 @@ def locate(dotted: str) -> Any:
     module, _, name = str(dotted).rpartition(".")
     try:
         return getattr(import_module(module), name)
+    except UserError:
+        raise
     except (ImportError, AttributeError, ValueError) as error:
         raise UserError(f"_target_ {dotted!r} cannot be imported: {error}") from None
 
@@ -106,7 +109,11 @@ def arguments(path: str, node: Mapping[str, Any]) -> dict[str, Any]:
 def make(path: str, node: Mapping[str, Any]) -> Any:
     """Call a node's target, or prepare the call where its first arguments come later."""
     target, kwargs = target_of(path, node), arguments(path, node)
-    given = {key: value for key, value in kwargs.items() if key in node}
+    given = {
+        key: make(f"{path}.{key}", value) if _is_nested(path, value) else value
+        for key, value in kwargs.items()
+        if key in node
+    }
     if KINDS[path.split(".")[0]].given:
         return partial(target, **given)
     try:
@@ -115,6 +122,11 @@ def make(path: str, node: Mapping[str, Any]) -> Any:
         raise
     except (TypeError, ValueError) as error:
         raise UserError(f"{path} cannot be made from {_shown(given)}: {error}") from error
+
+
+def _is_nested(path: str, value: Any) -> bool:
+    """Whether the value of a key is a node of the same kind: a stream around another one."""
+    return path.split(".")[0] == "stream" and isinstance(value, Mapping) and "_target_" in value
 
 
 def _shown(given: Mapping[str, Any]) -> str:
@@ -135,10 +147,18 @@ def settings(config: Mapping[str, Any]) -> dict[str, Any]:
     nodes = {name: config[name] for name in ("stream", "backbone", "optimizer", "schedule", "trainer")}
     nodes |= {f"strategy.{name}": config["strategy"][name] for name in strategy_names(config)}
     for path, node in nodes.items():
-        flat[path] = node.get("_target_") if isinstance(node, Mapping) else node
-        flat |= {
-            f"{path}.{key}": value for key, value in arguments(path, node).items() if key not in ("root", "download")
-        }
+        flat |= _flat(path, node)
+    return flat
+
+
+def _flat(path: str, node: Any) -> dict[str, Any]:
+    """The target of a node and its arguments, those of nested nodes below their own path."""
+    flat: dict[str, Any] = {path: node.get("_target_") if isinstance(node, Mapping) else node}
+    for key, value in arguments(path, node).items():
+        if _is_nested(path, value):
+            flat |= _flat(f"{path}.{key}", value)
+        elif key not in ("root", "download", "cache"):
+            flat[f"{path}.{key}"] = value
     return flat
 
 
@@ -166,7 +186,9 @@ def make_trainer(config: Mapping[str, Any], names: Mapping[str, Any], run_dir: P
         strategy.name = name
     optimizer = make("optimizer", config["optimizer"])
     check_optimizer(optimizer)
-    return Trainer(
+    # a strategy that brings a loop of its own says so
+    trainer = next((strategy.trainer for strategy in strategies if hasattr(strategy, "trainer")), Trainer)
+    return trainer(
         stream,
         make("backbone", config["backbone"]),
         strategies,

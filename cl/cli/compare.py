@@ -108,7 +108,7 @@ def _is_one(value: str) -> bool:
 def _strategy_of(word: str) -> str:
     """Name of the strategy that an option belongs to, or nothing."""
     parts = word.lstrip("+~").partition("=")[0].split(".")
-    return parts[1] if parts[0] == "strategy" and len(parts) > 2 else ""
+    return node_name(parts[1]) if parts[0] == "strategy" and len(parts) > 2 else ""
 
 
 def make_plan(request: Mapping[str, Any], words: Sequence[str], own: Mapping[str, Sequence[str]] | None = None) -> Plan:

@@ -14,13 +14,16 @@ from contextlib import contextmanager
 from typing import Any
 
 from hydra import compose, initialize_config_module
+from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from cl.core import UserError
+from cl.interop import catalog
 
+AVALANCHE = "avalanche/"
 OPEN_NODE = re.compile(r"^(strategy\.\w+|stream|backbone|optimizer|schedule|trainer|tracking)\.[\w.]+=")
 """Nodes whose keys are checked against a signature and not against what the YAML happens to mention."""
 
@@ -40,20 +43,42 @@ def open_signatures(overrides: Sequence[str]) -> list[str]:
         names = value.strip("[] ").split(",")
         if key == "strategy" and any("." in name for name in names):
             words.append(f"strategy=[{','.join(name for name in names if '.' not in name)}]")
-            words += [f"++strategy.{node_name(name)}._target_={name}" for name in names if "." in name]
+            words += [_own_strategy(name) for name in names if "." in name]
+        elif key == "stream" and value.startswith(AVALANCHE) and "." in value:
+            words += [f"stream={AVALANCHE}{catalog.OWN}", f"++stream.name={value.removeprefix(AVALANCHE)}"]
         else:
+            word = word.replace(f"strategy.{AVALANCHE}", "strategy.avalanche_", 1) if "=" in word else word
             words.append(f"++{word}" if OPEN_NODE.match(word) else word)
     return words
+
+
+def _own_strategy(name: str) -> str:
+    """A class of the user's, named in words: one of ours, or a template of Avalanche."""
+    if name.startswith(AVALANCHE):
+        made = f"{{_target_: cl.interop.avalanche.Own, template: {name.removeprefix(AVALANCHE)}}}"
+        return f"++strategy.{node_name(name)}={made}"
+    return f"++strategy.{node_name(name)}._target_={name}"
 
 
 def node_name(strategy: str) -> str:
     """Config node of a strategy: its own name, or the module of a dotted class name.
 
     Example:
-        >>> node_name("replay"), node_name("lab.my_ideas.Mine")
-        ('replay', 'my_ideas')
+        >>> node_name("replay"), node_name("lab.my_ideas.Mine"), node_name("avalanche/EWC")
+        ('replay', 'my_ideas', 'avalanche_EWC')
     """
+    if strategy.startswith(AVALANCHE):
+        return catalog.node_name(strategy.removeprefix(AVALANCHE))
     return strategy.split(".")[-2] if "." in strategy else strategy
+
+
+def register_avalanche() -> None:
+    """Make `stream=avalanche/NAME` and `strategy=avalanche/NAME` known to Hydra, without a file for each."""
+    for (group, name), node in catalog.configs().items():
+        ConfigStore.instance().store(name=name, node=node, group=group, package="_global_", provider="cl.interop")
+
+
+register_avalanche()
 
 
 @contextmanager

@@ -17,6 +17,12 @@ from cl.state import TrainState
 MAX_COLUMNS = 12
 """Wider tables of R are cut to the first and last domains."""
 
+MAX_BOXED = 8
+"""Domains up to which a table has a box."""
+
+MAX_ROWS = 30
+"""Longer tables of R are cut to the first and last experiences."""
+
 
 class Pulse(Observer):
     """Tells `sink` how a run stands, a few times a second.
@@ -78,21 +84,31 @@ def progress_bars(console: Console) -> Progress:
 def matrix_table(result: Result) -> Table:
     """R as a table: a row per experience trained, a column per domain measured."""
     is_loss = result.measure == "loss"
-    table = Table(title=f"{'loss in nats' if is_loss else 'accuracy in %'} on each domain after each experience")
-    table.add_column("after", no_wrap=True)
-    shown = _shown_columns(len(result.domains))
+    shown = _shown(len(result.domains), MAX_COLUMNS)
+    title = f"{'loss in nats' if is_loss else 'accuracy in %'} on each domain after each experience"
+    if len(shown) > MAX_BOXED:
+        # without a box, so that the numbers of ten domains fit into 80 characters
+        table = Table(title=title, box=None, padding=(0, 1, 0, 0), pad_edge=False)
+        table.add_column("after", no_wrap=True, max_width=17)
+    else:
+        table = Table(title=title)
+        table.add_column("after", no_wrap=True)
     for j in shown:
         table.add_column("..." if j is None else str(j), justify="right", no_wrap=True)
-    for i, (name, row) in enumerate(zip(result.experiences, result.R, strict=False)):
-        cells = ["" if j is None else _cell(row[j], is_loss) for j in shown]
-        table.add_row(f"{i} {name}", *cells)
+    for i in _shown(len(result.R), MAX_ROWS):
+        if i is None:
+            table.add_row(f"... {len(result.R) - MAX_ROWS} more")
+            continue
+        cells = ["" if j is None else _cell(result.R[i][j], is_loss) for j in shown]
+        table.add_row(f"{i} {result.experiences[i]}", *cells)
     return table
 
 
-def _shown_columns(count: int) -> list[int | None]:
-    if count <= MAX_COLUMNS:
+def _shown(count: int, most: int) -> list[int | None]:
+    """All numbers below `count`, or the first and last ones with None where some are left out."""
+    if count <= most:
         return list(range(count))
-    half = MAX_COLUMNS // 2
+    half = most // 2
     return [*range(half), None, *range(count - half, count)]
 
 
@@ -105,6 +121,9 @@ def _cell(value: float | None, is_loss: bool) -> str:
 def metrics_line(result: Result) -> str:
     """The numbers that a comparison is about, in one line."""
     names = {"final": "final", "average": "average", "forgetting_max": "forgetting (max)", "bwt": "BWT", "fwt": "FWT"}
+    if len(result.R) > MAX_ROWS:
+        # a long stream swings from row to row, so that its last row says little
+        names = {"late_average": "mean of the last fifth"} | names
     words = []
     for key, name in names.items():
         value = result.metrics.get(key)

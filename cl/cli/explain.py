@@ -1,17 +1,20 @@
-"""Look inside one step: where the rows come from, what the loss is made of, which hooks run, what it costs.
+"""Look inside one step: learning rate, where rows come from, what the loss is made of, which hooks run, what it costs.
 
 Usage: cl explain [name=value ...] [at=STEP]
 
   cl explain stream=split_digits 'strategy=[derpp,ewc]' at=200
+  cl explain stream=split_digits sensitivity=5 figure=modules.png   which modules react most to a new experience
 
 Trains silently up to step `at` (default: the first step of the second experience), then takes that step apart. Takes
-every override that `cl run` takes; writes nothing.
+every override that `cl run` takes; writes nothing. With sensitivity=STEPS it compares the weights of a whole run every
+STEPS steps instead; `figure=FILE.png` draws what it finds.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -19,11 +22,13 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from cl.cli import build
+from cl.cli import build, sensitivity
 from cl.cli.compose import composed, import_from_here, plain
+from cl.cli.plot import curve
 from cl.core import Batch, Output, Part, UserError
 from cl.hooks import Strategy, overrides
 from cl.observe import Observer
+from cl.setup import experience_steps
 from cl.state import Cost, TrainState
 
 HOOKS = (
@@ -116,6 +121,8 @@ class Losses(Observer):
 
 def main(words: list[str]) -> int:
     """Explain one step of a run."""
+    if any(word.startswith("sensitivity=") for word in words):
+        return sensitivity.main(words)
     import_from_here()
     at = [word.removeprefix("at=") for word in words if word.startswith("at=")]
     config = plain(composed("run", [word for word in words if not word.startswith("at=")]))
@@ -125,8 +132,13 @@ def main(words: list[str]) -> int:
     # the probes join before anything has run, so the hooks they need are looked up as for any strategy
     trainer.compose([Head(seen, strategies), *strategies, Tail(seen)])
     trainer.ledger.observers.append(Losses(seen, trainer.request_stop))
+    plot = schedule_plot(trainer)
     trainer.run()
-    show(Console(), seen, strategies)
+    console = Console()
+    console.print(f"learning rate over {trainer.state.total_steps} steps, with the first of each experience")
+    console.print(plot, highlight=False, soft_wrap=True)
+    console.print()
+    show(console, seen, strategies)
     return 0
 
 
@@ -138,8 +150,20 @@ def _step_number(text: str, total: int) -> int:
 
 def _second_experience(trainer: Any) -> int:
     experiences = trainer.state.stream.experiences
-    steps = int(trainer.config.budget.steps(experiences[0].num_samples))
+    steps = experience_steps(trainer.state.stream, trainer.config)[0]
     return steps if len(experiences) > 1 else steps - 1
+
+
+def schedule_plot(trainer: Any) -> str:
+    """The learning rate over the whole run; ticks are the first steps of the experiences."""
+    config, steps = trainer.config, experience_steps(trainer.state.stream, trainer.config)
+    base = max(group.get("initial_lr", group["lr"]) for group in trainer.state.optimizer.param_groups)
+    starts = list(accumulate(steps[:-1], initial=0))
+    if config.schedule_span == "experience":
+        factors = [trainer.schedule(step, count) for count in steps for step in range(count)]
+    else:
+        factors = [trainer.schedule(step, sum(steps)) for step in range(sum(steps))]
+    return curve([base * factor for factor in factors], starts)
 
 
 def show(console: Console, seen: Seen, strategies: Sequence[Strategy]) -> None:

@@ -1,6 +1,6 @@
 """List what exists: streams, strategies, backbones, schedules, kernels and ready experiments.
 
-Usage: cl list [streams|strategies|backbones|schedules|kernels|experiments] [format=table|markdown]
+Usage: cl list [streams|strategies|backbones|schedules|kernels|experiments|avalanche] [format=table|markdown]
 
 Read from the first lines of the files without importing them, so it answers at once. The tables in docs/ are made by
 `make docs` with format=markdown.
@@ -13,6 +13,8 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+
+from cl.interop import catalog
 
 ROOT = Path(__file__).resolve().parents[2]
 IMAGE_SETTINGS = ("task_incremental", "class_incremental", "domain_incremental")
@@ -92,8 +94,18 @@ def experiments() -> Iterator[Entry]:
         yield Entry(config.stem, lines[0] if lines else "", _relative(config))
 
 
+def avalanche() -> Iterator[Entry]:
+    """What Avalanche has, by the words that choose it; those that do not run say why."""
+    file = _relative(ROOT / "cl" / "interop" / "catalog.py")
+    for name, method in catalog.METHODS.items():
+        line = method.line if not method.broken else f"{method.line} Does not run: it {method.broken}."
+        yield Entry(f"strategy=avalanche/{name}", line, file, () if method.broken else method.settings)
+    for name, benchmark in catalog.BENCHMARKS.items():
+        yield Entry(f"stream=avalanche/{name}", benchmark.line, file)
+
+
 LISTS: dict[str, Callable[[], Iterator[Entry]]] = {
-    list_.__name__: list_ for list_ in (streams, strategies, backbones, schedules, kernels, experiments)
+    list_.__name__: list_ for list_ in (streams, strategies, backbones, schedules, kernels, experiments, avalanche)
 }
 
 

@@ -43,6 +43,7 @@ class Claim:
         metric: key of `Result.metrics`; written in percent.
         expected, tolerance: ours holds when its mean over seeds is no further off.
         above, below: bounds instead of a tolerance.
+        each_above: bound that also every single seed must keep.
         minus: name of another claim; the metric is then the difference to it, paired by seed.
         published: the number in the source, which `expected` may differ from for a stated reason.
         note: what a reader should know of the protocol; printed below the table.
@@ -56,6 +57,7 @@ class Claim:
     tolerance: float = math.nan
     above: float = -math.inf
     below: float = math.inf
+    each_above: float = -math.inf
     minus: str = ""
     published: float | None = None
     source: str = ""
@@ -68,15 +70,20 @@ class Claim:
         """The expectation in words."""
         what = f"minus {self.minus} " if self.minus else ""
         what = f"{self.metric} " * (self.metric != "final") + what
+        each = f", each seed > {self.each_above:g}" * math.isfinite(self.each_above)
         if not math.isnan(self.expected):
-            return f"{what}{self.expected:g} ± {self.tolerance:g}"
+            return f"{what}{self.expected:g} ± {self.tolerance:g}{each}"
         bounds = [f"> {self.above:g}"] * math.isfinite(self.above) + [f"< {self.below:g}"] * math.isfinite(self.below)
-        return what + ", ".join(bounds)
+        return what + ", ".join(bounds) + each
 
-    def holds(self, value: float) -> bool:
+    def holds(self, values: Sequence[float]) -> bool:
+        """Whether the mean over seeds is where it should be, and every seed beyond its bound."""
+        mean = sum(values) / len(values)
+        if min(values) <= self.each_above:
+            return False
         if not math.isnan(self.expected):
-            return abs(value - self.expected) <= self.tolerance
-        return self.above < value < self.below
+            return abs(mean - self.expected) <= self.tolerance
+        return self.above < mean < self.below
 
 
 def main(words: list[str]) -> int:
@@ -148,7 +155,7 @@ def judged(claim: Claim, results: Mapping[str, Sequence[Result]]) -> tuple[str, 
         return (*head, "", "", "" if not results else "not done", claim.source)
     mean = sum(values) / len(values)
     spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
-    verdict = "holds" if claim.holds(mean) else "FAILS"
+    verdict = "holds" if claim.holds(values) else "FAILS"
     return (*head, f"{mean:.2f}{spread}", str(len(values)), verdict, claim.source)
 
 

@@ -207,6 +207,9 @@ def forgetting_by_lag(table: EvalTable) -> dict[int, float]:
 
     f(lag) = mean over {(i, j): last visit of j up to i is u, i - u = lag} of R[u, j] - R[i, j] (negated for a loss)
 
+    A visit is an experience that is there to teach the domain (`EvalTable.taught`); what a stream rehearses on the side
+    is none. `cl.metrics.recurrence.revisit_curve` counts from the last practice of either kind.
+
     Returns: lag in experiences (1, 2, ...) -> forgetting, positive means worse. Pairs that were not evaluated are
         left out, and so are lags without any pair.
     Source: definition of this project, for streams in which domains re-occur.
@@ -217,9 +220,8 @@ def forgetting_by_lag(table: EvalTable) -> dict[int, float]:
     """
     last_visit: dict[int, int] = {}
     by_lag: dict[int, list[float]] = {}
-    for i, taught in enumerate(table.trained):
-        if taught is not None:
-            last_visit[taught] = i
+    for i, taught in enumerate(table.taught):
+        last_visit.update(dict.fromkeys(np.flatnonzero(taught).tolist(), i))
         for j, visit in last_visit.items():
             forgotten = float(table.worsening(table.R[visit, j], table.R[i, j]))
             if i > visit and not math.isnan(forgotten):

@@ -1,7 +1,8 @@
 """The evaluation table: what was measured, where and when. Every metric is a pure function of it.
 
 Rows are experiences in training order, columns are evaluated domains. The two differ: a domain may be taught by
-several experiences (a revisit), by none (a held-out set), or together with others in one experience.
+several experiences (a revisit), by none (a held-out set), or together with others in one experience; and an experience
+may rehearse domains that are not its own.
 Shape legend: T experiences, D domains.
 """
 
@@ -10,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -54,7 +56,9 @@ class EvalTable:
         domains: [D] distinct column names.
         experiences: [T] row names.
         measure: "accuracy" (higher is better) or "loss" (lower is better).
-        within: evaluations inside experiences; only `cl.metrics.stability` reads them.
+        within: evaluations inside experiences; only `cl.metrics.stability` and `cl.metrics.facilitation` read them.
+        practises: [T] domains whose rows each experience trains on, where that is not `trained` alone; empty where it
+            is `trained` throughout.
 
     Raises:
         ValueError: lengths disagree, an index points nowhere, a domain name occurs twice, an accuracy leaves [0, 1].
@@ -70,6 +74,7 @@ class EvalTable:
     experiences: tuple[str, ...]
     measure: str = "accuracy"
     within: tuple[WithinPoint, ...] = ()
+    practises: tuple[tuple[int, ...], ...] = ()
 
     def __post_init__(self) -> None:
         if self.measure not in MEASURES:
@@ -83,6 +88,10 @@ class EvalTable:
         for domain in self.trained:
             if domain is not None:
                 _require_index("trained", domain, self.num_domains, "domain")
+        if self.practises:
+            _require_length("practises", self.practises, self.num_experiences, "row of R")
+        for domain in (domain for row in self.practises for domain in row):
+            _require_index("practises", domain, self.num_domains, "domain")
         for point in self.within:
             _require_index("within", point.experience, self.num_experiences, "experience")
             _require_index("within", point.domain, self.num_domains, "domain")
@@ -106,6 +115,7 @@ class EvalTable:
         experiences: Sequence[str] | None = None,
         measure: str = "accuracy",
         within: Iterable[Sequence[float]] = (),
+        practises: Sequence[Sequence[int]] = (),
     ) -> EvalTable:
         """Build a table from plain lists, in which None, NaN and infinity (a diverged run) mean "not evaluated".
 
@@ -140,6 +150,7 @@ class EvalTable:
             experiences=tuple(map(str, range(T) if experiences is None else experiences)),
             measure=measure,
             within=tuple(point for point in map(_within_point, within) if not math.isnan(point.value)),
+            practises=tuple(tuple(map(int, row)) for row in practises),
         )
 
     @classmethod
@@ -147,8 +158,8 @@ class EvalTable:
         """Read the table of a `result.json`; what an interrupted run lists beyond its last row of R is left out.
 
         Args:
-            result: `R`, and where present `R_init`, `experiences`, `domains`, `trained`, `measure`, `within`. Without
-                `domains` every experience is a domain of its own.
+            result: `R`, and where present `R_init`, `experiences`, `domains`, `trained`, `practises`, `measure`,
+                `within`. Without `domains` every experience is a domain of its own.
 
         Raises:
             ValueError: as for `from_rows`.
@@ -173,6 +184,7 @@ class EvalTable:
             experiences=None if experiences is None else experiences[: len(rows)],
             measure=result.get("measure", "accuracy"),
             within=[point for point in within if point.experience < len(rows)],
+            practises=(result.get("practises") or ())[: len(rows)],
         )
 
     def to_result(self) -> dict[str, Any]:
@@ -185,6 +197,7 @@ class EvalTable:
             "trained": [-1 if domain is None else domain for domain in self.trained],
             "measure": self.measure,
             "within": [list(point) for point in self.within],
+            "practises": [list(row) for row in self.practises],
         }
 
     @property
@@ -197,14 +210,38 @@ class EvalTable:
         """D."""
         return int(self.R.shape[1])
 
+    @cached_property
+    def taught(self) -> BoolArray:
+        """[T, D], what experience i is there to teach: its own domain, or where it has none all that it practises."""
+        own = [() if domain is None else (domain,) for domain in self.trained]
+        return self._cells(one or all_of for one, all_of in zip(own, self.practises or own, strict=True))
+
+    @cached_property
+    def practised(self) -> BoolArray:
+        """[T, D], whether experience i trains on rows of domain j: what it teaches, and what it rehearses."""
+        practised = self.taught | self._cells(self.practises) if self.practises else self.taught
+        practised.setflags(write=False)
+        return practised
+
+    def _cells(self, columns: Iterable[Sequence[int]]) -> BoolArray:
+        """[T, D], True in the given columns of each row."""
+        cells = np.zeros((self.num_experiences, self.num_domains), dtype=bool)
+        rows = [(i, j) for i, row in enumerate(columns) for j in row]
+        if rows:
+            cells[tuple(np.array(rows).T)] = True
+        cells.setflags(write=False)
+        return cells
+
     @property
+    def recurs(self) -> bool:
+        """Whether a domain comes back: taught, or rehearsed by the stream, in more than one experience."""
+        return bool((self.practised.sum(axis=0) > 1).any())
+
+    @cached_property
     def first_visit(self) -> IntArray:
         """[D], the experience that taught each domain first; T for a domain that was never taught."""
-        first = np.full(self.num_domains, self.num_experiences)
-        for experience, domain in reversed(list(enumerate(self.trained))):
-            if domain is not None:
-                first[domain] = experience
-        return first
+        taught = self.taught
+        return np.where(taught.any(axis=0), _first_true(taught), self.num_experiences)
 
     @property
     def visited(self) -> BoolArray:
@@ -215,7 +252,7 @@ class EvalTable:
     def seen(self) -> BoolArray:
         """[T, D], `visited`, but all True as long as no experience has taught a single domain.
 
-        SCoLe trains on subsets and evaluates on the full test set; a joint run trains on everything at once.
+        A joint run trains on everything at once.
         """
         return self.visited | ~self.visited.any(axis=1, keepdims=True)
 
@@ -260,6 +297,7 @@ class EvalTable:
             trained=self.trained[:num_experiences],
             experiences=self.experiences[:num_experiences],
             within=tuple(point for point in self.within if point.experience < num_experiences),
+            practises=self.practises[:num_experiences],
         )
 
     def mask_untrained(self) -> EvalTable:
@@ -278,6 +316,11 @@ class EvalTable:
             R_init=np.full(self.num_domains, np.nan),
             within=tuple(point for point in self.within if self.visited[point.experience, point.domain]),
         )
+
+
+def _first_true(flags: BoolArray) -> IntArray:
+    """Row of the first True of each column; 0 where there is none."""
+    return flags.argmax(axis=0) if len(flags) else np.zeros(flags.shape[1], dtype=np.int64)
 
 
 def _numbers(name: str, values: Any, num_axes: int) -> FloatArray:

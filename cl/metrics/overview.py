@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
-from cl.metrics import forgetting, stability
+from cl.metrics import facilitation, forgetting, recurrence, stability
 from cl.metrics.matrix import EvalTable
 
 _SCALARS = (
@@ -25,6 +25,9 @@ _SCALARS = (
     stability.wc_acc,
     stability.stability_gap,
     stability.recovery,
+    recurrence.late_average,
+    recurrence.retention_exponent,
+    facilitation.forward_facilitation,
 )
 
 
@@ -41,7 +44,8 @@ def summary(
         num_samples: [D] test sizes, for `final_micro`.
 
     Returns: always the same keys: final, final_micro, average, learning, bwt, fwt, forgetting_max, forgetting_first,
-        intransigence, aufc, min_acc, wc_acc, stability_gap, recovery. docs/metrics.md has the formulas.
+        intransigence, aufc, min_acc, wc_acc, stability_gap, recovery, late_average, retention_exponent,
+        forward_facilitation. docs/metrics.md has the formulas.
 
     Example:
         >>> metrics = summary(EvalTable.from_rows([[1.0, 0.25], [0.5, 1.0]], R_init=[0.0, 0.0]))

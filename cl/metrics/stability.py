@@ -43,17 +43,19 @@ def min_acc(table: EvalTable) -> float:
 def wc_acc(table: EvalTable) -> float:
     """Worst-case accuracy: the current domain now, the others at their worst.
 
-    WC-ACC = 1/k A(c, now) + (1 - 1/k) min-ACC, with k visited domains
+    WC-ACC = 1/k A(c, now) + (1 - 1/k) min-ACC, with k visited domains; where the last experience teaches several
+    domains together, their values now count in place of the one, and min-ACC for the others
 
-    Returns: unit of the measure; A(c, now) when T = 1. NaN when the last experience teaches no single domain.
+    Returns: unit of the measure; A(c, now) when no other domain was visited. NaN when the last experience teaches no
+        evaluated domain.
     Source: De Lange, van de Ven & Tuytelaars (2023).
     """
-    current = table.trained[-1] if table.trained else None
-    if current is None:
+    current = table.taught[-1] if table.num_experiences else np.zeros(0, dtype=bool)
+    if not current.any():
         return math.nan
-    now = float(table.last[current])
+    now, num_now = mean(table.last[current]), int(np.count_nonzero(current))
     k = int(np.count_nonzero(table.visited[-1]))
-    return now if k == 1 else (now + (k - 1) * min_acc(table)) / k
+    return now if k == num_now else (num_now * now + (k - num_now) * min_acc(table)) / k
 
 
 def stability_gap(table: EvalTable) -> float:
@@ -95,8 +97,4 @@ def _lowest_inside(table: EvalTable) -> FloatArray:
 
 def _bystanders(table: EvalTable) -> BoolArray:
     """[T, D], the domains visited before experience i that it does not teach."""
-    bystanders = table.visited
-    for i, taught in enumerate(table.trained):
-        if taught is not None:
-            bystanders[i, taught] = False
-    return bystanders
+    return table.visited & ~table.taught

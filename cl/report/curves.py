@@ -17,12 +17,17 @@ from cl.report.comparison import NOT_CONTINUAL, StrategyRow, estimate, section_r
 from cl.report.load import Section, table_of
 from cl.report.more import Column, more_columns
 from cl.report.ranks import Ranks, rank
+from cl.report.revisit import Revisit, retention
 from cl.report.style import UNITS, Look, Unit, looks
 from cl.report.within import Within, first_domains, inside
 from cl.result import Result
 
 MAX_BANDS = 12
 """Domains up to which every forgetting curve gets an interval, at the cost of a bootstrap per point."""
+
+
+MAX_RAW = 60
+"""Experiences up to which curves are drawn as they are; where domains come back, longer ones swing too fast to read."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +97,7 @@ class StrategyView:
         curves: [D] one per domain, of `matrices[0]`; empty band ends where bands are not drawn.
         fronts: cost keys for which no other strategy is both cheaper and better.
         within: the first domains inside experiences, where the runs were evaluated there.
+        revisit: the measure against the time since last practice, where domains come back.
     """
 
     label: str
@@ -104,6 +110,7 @@ class StrategyView:
     curves: list[Band]
     fronts: frozenset[str] = frozenset()
     within: Within | None = None
+    revisit: Revisit | None = None
 
 
 @dataclass(frozen=True)
@@ -130,6 +137,12 @@ class SectionView:
     def num_experiences(self) -> int:
         """Rows of the longest R."""
         return max((len(view.average.x) for view in self.strategies), default=0)
+
+    @property
+    def smoothing(self) -> int:
+        """Experiences that a point of a forgetting curve is the mean of; 1 draws the measure itself."""
+        comes_back = any(view.revisit for view in self.strategies)
+        return self.num_experiences // 20 if comes_back and self.num_experiences > MAX_RAW else 1
 
     def find(self, label: str) -> StrategyView | None:
         return next((view for view in self.strategies if view.label == label), None)
@@ -168,6 +181,7 @@ def view(section: Section, reference: str = "naive", palette: dict[str, Look] | 
                 fronts=frozenset(cost for cost, names in fronts.items() if row.strategy in names),
                 # in a single experience nothing can fall
                 within=None if is_bound or longest < 2 else inside(shown, tables, domains),
+                revisit=retention(tables.values()),
             )
         )
     ranks = rank(rows)

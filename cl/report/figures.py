@@ -15,14 +15,13 @@ from cl.report.comparison import NOT_CONTINUAL, Estimate
 from cl.report.curves import COSTS, Cost, SectionView, StrategyView
 from cl.report.matrix_figures import accuracy_matrix, forgetting_curves
 from cl.report.rank_figure import average_ranks
+from cl.report.revisit_figure import LINE_STYLES, revisits
 from cl.report.style import beside, scale_of, short
 from cl.report.within_figure import inside_experiences
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-LINE_STYLES = {"solid": "-", "dashed": (0, (4, 2)), "dotted": (0, (1, 1.5)), "dashdot": (0, (4, 1.5, 1, 1.5))}
 
 
 def save_figures(view: SectionView, folder: Path) -> list[Path]:
@@ -36,6 +35,8 @@ def save_figures(view: SectionView, folder: Path) -> list[Path]:
         drawn.append(("ranks", average_ranks(view)))
     if any(strategy.within for strategy in view.strategies):
         drawn.append(("within", inside_experiences(view)))
+    if any(strategy.revisit for strategy in view.strategies):
+        drawn.append(("revisit", revisits(view)))
     names = file_names([strategy.label for strategy in view.strategies])
     is_single = len(view.strategies) == 1
     for strategy in view.strategies:

@@ -12,10 +12,11 @@ from string import Template
 from cl.report.comparison import NOT_CONTINUAL, Estimate, StrategyRow, metrics_of
 from cl.report.curves import COSTS, SectionView
 from cl.report.payload import css_colour, is_thinned, payload
+from cl.report.revisit import law_text
 from cl.report.style import Unit, bytes_text, count_text, looks, seconds_text
 from cl.report.words import facts, glossary, headline, reason, unfinished
 
-SCRIPTS = ("draw.js", "charts.js", "ranks.js", "matrix.js", "within.js", "page.js")
+SCRIPTS = ("draw.js", "charts.js", "ranks.js", "revisit.js", "matrix.js", "within.js", "page.js")
 
 
 def page(views: Sequence[SectionView], title: str, date: str = "", warnings: Sequence[str] = ()) -> str:
@@ -162,6 +163,10 @@ def _charts(view: SectionView, thinned: bool) -> str:
             if any(getattr(row, cost.key) > 0 for row in rows):
                 label = f"Final {name} against cost: {cost.label}."
                 figures.append(_figure("cost", cost.title, label, key=cost.key))
+    if any(strategy.revisit for strategy in view.strategies):
+        laws = "; ".join(f"{s.label} {law_text(s.revisit)}" for s in view.strategies if s.revisit)
+        label = f"{view.unit.name} against the time since last practice: {laws}."
+        figures.append(_figure("revisit", "What is left since last practice", label, "wide"))
     if view.ranks:
         means = ", ".join(f"{label} {mean:.2f}" for label, mean in view.ranks.average.items())
         title = f"Average rank by final {name}"

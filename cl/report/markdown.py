@@ -68,6 +68,8 @@ def save_tables(view: SectionView, folder: Path) -> list[Path]:
     if any(strategy.within for strategy in view.strategies):
         columns = ("strategy", "seed", "experience", "step", "domain", "value")
         tables["within"] = (columns, _within_rows(view))
+    if any(strategy.revisit for strategy in view.strategies):
+        tables["revisit"] = (("strategy", "lag", "pairs", "value"), _revisit_rows(view))
     paths = []
     for name, (columns, rows) in tables.items():
         data = [row for row in rows if not math.isnan(row[-1])]
@@ -135,6 +137,16 @@ def _within_rows(view: SectionView) -> Iterable[tuple[Any, ...]]:
             for point in table.within:
                 domain = table.domains[point.domain]
                 yield strategy.label, run.seed, point.experience + 1, point.step, domain, point.value
+
+
+def _revisit_rows(view: SectionView) -> Iterable[tuple[Any, ...]]:
+    """`lag` counts experiences since the last practice; the points of the figure, over all seeds."""
+    for strategy in view.strategies:
+        if found := strategy.revisit:
+            yield from (
+                (strategy.label, int(lag), int(count), float(value))
+                for lag, count, value in zip(found.lag, found.count, found.value, strict=True)
+            )
 
 
 def _plain(text: str) -> str:

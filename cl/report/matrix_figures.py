@@ -115,7 +115,10 @@ def forgetting_curves(view: SectionView) -> Figure:
         if num_domains <= MAX_PRINTED:
             taught = [j for j in range(num_domains) if strategy.matrices[0].seen[:, j].any()]
             curves = [(j, strategy.curves[j]) for j in taught]
-            ends = [(c.x[-1], c.mean[-1] * view.unit.factor, str(j + 1), colours[j]) for j, c in curves]
+            since = [int(np.argmax(strategy.matrices[0].seen[:, j])) - len(strategy.matrices[0].seen) for j in taught]
+            means = [np.array(c.mean)[k:] for k, (_, c) in zip(since, curves, strict=True)]
+            last = [running_mean(mean, view.smoothing)[-1] * view.unit.factor for mean in means]
+            ends = [(c.x[-1], y, str(j + 1), colours[j]) for (j, c), y in zip(curves, last, strict=True)]
             label_ends(axes, ends, size=7, offset=4)
     for index, axes in enumerate(grid.flat):
         axes.set_visible(index < len(panels))
@@ -136,13 +139,31 @@ def draw_domain(axes: Axes, view: SectionView, matrix: Matrix, j: int, curve: Ba
     start = int(taught[0]) + 1 if taught.size else x[-1] + 1
     many = len(view.section.domains) > MAX_PRINTED
     before, after = x <= start, x >= start
+    window = view.smoothing
+    if window > 1:
+        axes.plot(x[after], y[after], color=colour, lw=0.4, alpha=0.12)
     if view.section.measure == "loss":
         axes.plot(x[before], y[before], color=colour, lw=0.8, alpha=0.15 if many else 0.4)
     marker: Any = {"marker": "o", "markersize": 2.8} if view.num_experiences <= 20 else {}
-    axes.plot(x[after], y[after], color=colour, lw=0.9 if many else 1.6, alpha=0.8 if many else 1, **marker)
+    width, alpha = (0.9, 0.8) if many else (1.6, 1.0)
+    axes.plot(x[after], running_mean(y[after], window), color=colour, lw=width, alpha=alpha, **marker)
     low, high = (np.array(ends) * view.unit.factor for ends in (curve.low, curve.high))
-    if len(view.section.domains) <= MAX_DRAWN_BANDS and not np.isnan(low[after]).all():
+    if len(view.section.domains) <= MAX_DRAWN_BANDS and window == 1 and not np.isnan(low[after]).all():
         axes.fill_between(x[after], low[after], high[after], color=colour, alpha=0.16, lw=0)
+
+
+def running_mean(values: Any, window: int) -> Any:
+    """Mean of each value and the `window - 1` before it; of as many as there are, at the start.
+
+    Example:
+        >>> running_mean(np.array([1.0, 3.0, 5.0, 7.0]), 2).tolist()
+        [1.0, 2.0, 4.0, 6.0]
+    """
+    known = ~np.isnan(values)
+    total, count = (np.cumsum(np.concatenate([[0.0], each])) for each in (np.where(known, values, 0.0), known))
+    first = np.maximum(np.arange(1, len(values) + 1) - window, 0)
+    count = count[1:] - count[first]
+    return np.where(count > 0, (total[1:] - total[first]) / np.maximum(count, 1), np.nan)
 
 
 def value_range(view: SectionView) -> tuple[float, float]:
@@ -184,7 +205,7 @@ def _draw_behind(axes: Axes, view: SectionView, naive: StrategyView) -> None:
         taught = np.flatnonzero(naive.matrices[0].seen[:, j])
         x, y = np.array(curve.x), np.array(curve.mean) * view.unit.factor
         after = x > taught[0] if taught.size else x < 0
-        axes.plot(x[after], y[after], color="#bdbdbd", lw=0.9, zorder=1)
+        axes.plot(x[after], running_mean(y[after], view.smoothing), color="#bdbdbd", lw=0.9, zorder=1)
 
 
 def _draw_stair(axes: Axes, seen: Any) -> None:
@@ -230,6 +251,8 @@ def _order_bar(figure: Figure, grid: Any, num_domains: int) -> None:
 def _curves_title(view: SectionView, naive: StrategyView | None, joint: StrategyView | None) -> str:
     is_many = len(view.section.domains) > MAX_PRINTED
     parts = ["One line per domain" if is_many else "One line per domain, by number"]
+    if view.smoothing > 1:
+        parts.append(f"mean of the last {view.smoothing} experiences")
     if naive and not naive.is_bound and len(view.strategies) > 1:
         parts.append("grey: mean of naive" if is_many else "grey: naive")
     if joint and joint.is_bound:

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from cl import metrics
+from cl.metrics.facilitation import period_of
 from cl.report.comparison import NOT_CONTINUAL, Estimate, Metric, StrategyRow, estimate
 from cl.report.load import Section, table_of
 from cl.report.ranks import Ranks
 from cl.report.style import UNITS, Unit
-from cl.report.within import period_of
 
 MIN_SEEDS_FOR_IQM = 4
 """A quarter of fewer runs is less than one, and the mean of all is in the main table."""
 
+EXPONENT = Unit("Forgetting exponent", "", 1.0, 2, higher_is_better=False)
 RANK = Unit("Average rank", "", 1.0, 2, higher_is_better=False)
 
 
@@ -56,6 +57,7 @@ def more_columns(section: Section, rows: Sequence[StrategyRow], ranks: Ranks | N
         )
         average = {label: Estimate(mean) for label, mean in ranks.average.items()}
         columns.append(Column("average_rank", RANK.name, note, RANK, average))
+    columns += _recurring(section, rows, unit)
     columns += _inside(section, rows, unit)
     return [column for column in columns if column.values]
 
@@ -110,6 +112,30 @@ def _interquartile(section: Section, rows: Sequence[StrategyRow], unit: Unit) ->
         f"its 95 % bootstrap interval, from {MIN_SEEDS_FOR_IQM} seeds on"
     )
     return Column("iqm", "Interquartile mean", note, unit, values)
+
+
+def _recurring(section: Section, rows: Sequence[StrategyRow], unit: Unit) -> list[Column]:
+    """For streams in which domains come back; see `cl.metrics.recurrence`."""
+    tables = {
+        row.strategy: {run.seed: table for run in section.finished(row.strategy) if (table := table_of(run)).recurs}
+        for row in rows
+    }
+
+    def of_all(metric: Callable[[metrics.EvalTable], float]) -> dict[str, Estimate]:
+        found = {
+            label: estimate({seed: metric(table) for seed, table in of_seeds.items()})
+            for label, of_seeds in tables.items()
+        }
+        return {label: value for label, value in found.items() if value.is_defined}
+
+    note = f"{unit.name.lower()} over all domains, mean over the last fifth of the experiences"
+    law = (
+        "b of the power law value ~ lag^-b, lag in experiences since a domain was last practised; larger forgets faster"
+    )
+    return [
+        Column("late_average", "Late average", note, unit, of_all(metrics.late_average)),
+        Column("retention_exponent", EXPONENT.name, law, EXPONENT, of_all(metrics.retention_exponent)),
+    ]
 
 
 def _inside(section: Section, rows: Sequence[StrategyRow], unit: Unit) -> list[Column]:

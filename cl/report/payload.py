@@ -13,6 +13,7 @@ from cl.metrics.matrix import FloatArray
 from cl.report.comparison import Estimate
 from cl.report.curves import COSTS, Band, Matrix, SectionView, StrategyView
 from cl.report.ranks import Ranks
+from cl.report.revisit import Revisit
 from cl.report.style import GOODNESS, ORDER, Look
 from cl.report.within import Within
 
@@ -70,6 +71,7 @@ def _section(view: SectionView, budget: int) -> dict[str, Any]:
         "domains": domains,
         "longest": view.num_experiences,
         "step": step,
+        "smooth": max(1, round(view.smoothing / step)),
         "strategies": [_strategy(view, strategy, with_seeds, step, names) for strategy in view.strategies],
         "rows": names,
         "ranks": _ranks(view.ranks) if view.ranks else None,
@@ -103,6 +105,18 @@ def _strategy(
         if any(_has_number(curve.low) for curve in strategy.curves)
         else [],
         "within": _within(strategy.within, view.unit.higher_is_better) if strategy.within else None,
+        "revisit": _revisit(strategy.revisit) if strategy.revisit else None,
+    }
+
+
+def _revisit(found: Revisit) -> dict[str, Any]:
+    law = found.law
+    return {
+        "lag": found.lag.tolist(),
+        "value": _numbers(found.value.tolist()),
+        "count": found.count.tolist(),
+        "practised": _number(found.practised),
+        "law": {"scale": _number(law.scale), "exponent": _number(law.exponent)} if law.is_defined else None,
     }
 
 

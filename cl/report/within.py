@@ -8,11 +8,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import TypeAlias
 
 import numpy as np
 
+from cl.metrics.facilitation import period_of
 from cl.metrics.matrix import EvalTable, FloatArray
 from cl.result import Result
 
@@ -77,19 +77,6 @@ def inside(runs: Sequence[Result], tables: Mapping[int, EvalTable], domains: Seq
         return None
     periods = {period_of(tables[run.seed]) for run in used}
     return Within(steps, np.array(values).T, is_end, periods.pop() if len(periods) == 1 else 0, len(used))
-
-
-def period_of(table: EvalTable) -> int:
-    """Steps between evaluations inside experiences; 0 where it cannot be told.
-
-    Example:
-        >>> period_of(EvalTable.from_rows([[0.9, 0.1], [0.8, 0.7]], within=[(0, 20, 0, 0.5), (1, 70, 0, 0.6)]))
-        20
-    """
-    steps = [sorted({p.step for p in table.within if p.experience == i}) for i in range(table.num_experiences)]
-    if steps and steps[0]:
-        return steps[0][0]
-    return min((b - a for each in steps for a, b in pairwise(each)), default=0)
 
 
 def _courses(run: Result, table: EvalTable) -> list[Course]:

@@ -7,11 +7,13 @@ class TestMine(BackboneContract):
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
+from cl.backbones import Backbone
 from cl.core import Batch, Output, Setting, StreamInfo, UserError
 from cl.hooks import ALL_SETTINGS
 from cl.seeding import Seeds
@@ -77,6 +79,27 @@ class BackboneContract:
         widths = {layer.in_features for layer in model.modules() if isinstance(layer, nn.Linear)}
         assert hidden.shape[-1] in widths, f"no linear layer reads {hidden.shape[-1]} features; there are {widths}"
         assert hidden.shape[-1] == getattr(model, "num_features", hidden.shape[-1])
+
+    def test_stages_are_the_features_cut_in_steps(self, setting: Setting) -> None:
+        """Strategies freeze, quantise and mask inner layers by them."""
+        model, batch = self.build(setting).eval(), self.batch(setting)
+        if not isinstance(model, Backbone):
+            pytest.skip("is no cl.backbones.Backbone, so it cannot be split")
+        try:
+            stages = model.stages()
+        except NotImplementedError as reason:
+            pytest.skip(f"cannot be split: {reason}")
+        whole, outputs = model(batch), model.stage_outputs(batch.inputs)
+        assert len(outputs) == len(stages)
+        assert equal(outputs[-1], whole.hidden)
+        for start, hidden in enumerate(outputs, 1):
+            assert equal(model(replace(batch, inputs=hidden, raw=None), start=start).logits, whole.logits)
+        owned = [id(p) for stage in stages for module in stage.modules for p in module.parameters()]
+        assert len(owned) == len(set(owned)), "a parameter belongs to two stages"
+        wanted = {id(p) for name, p in model.named_parameters() if not name.startswith("head.")}
+        assert set(owned) == wanted, "every parameter but the head's belongs to a stage"
+        model.between[1] = torch.zeros_like
+        assert equal(model(batch).logits, model(replace(batch, inputs=torch.zeros_like(outputs[0])), start=1).logits)
 
     def test_same_seed_same_network(self, setting: Setting) -> None:
         left, right, other = self.build(setting), self.build(setting), self.build(setting, seed=1)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import reduce
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -70,7 +73,7 @@ class Config:
     Args:
         group: such as "strategy".
         name: path below the group's folder, without ending; what is written on the command line.
-        node: its content.
+        node: its content, nested nodes of its defaults list included.
     """
 
     group: str
@@ -91,7 +94,30 @@ class Config:
         Raises:
             AttributeError: the module has no such name.
         """
-        return getattr(import_module(self.module), self.node["_target_"].rpartition(".")[2])
+        return _named(self.node["_target_"])
+
+    def arguments(self, **values: Any) -> dict[str, Any]:
+        """What the target is called with: interpolations resolved from `values`, nested nodes made.
+
+        Example:
+            >>> next(c for c in configs("stream") if c.name == "split_digits").arguments(seed=3)
+            {'dataset': 'digits', 'seed': 3}
+        """
+        return {key: _made(value, values) for key, value in self.node.items() if key != "_target_"}
+
+
+def _named(dotted: str) -> Any:
+    module, _, name = dotted.rpartition(".")
+    return getattr(import_module(module), name)
+
+
+def _made(value: Any, values: Mapping[str, Any]) -> Any:
+    """What a nested node makes, what `${a.b}` stands for, and any other value as it is."""
+    if isinstance(value, dict) and "_target_" in value:
+        given = {key: _made(each, values) for key, each in value.items() if key != "_target_"}
+        return _named(value["_target_"])(**given)
+    named = re.fullmatch(r"\$\{([\w.]+)\}", value) if isinstance(value, str) else None
+    return reduce(lambda node, key: node[key], named[1].split("."), values) if named else value
 
 
 def configs(group: str) -> list[Config]:
@@ -101,10 +127,21 @@ def configs(group: str) -> list[Config]:
         >>> [config.node["_target_"] for config in configs("strategy") if config.name == "naive"]
         ['strategies.naive.Naive']
     """
-    import yaml
-
     folder = Path(next(iter(import_module("configs").__path__))) / group
     return [
-        Config(group, path.relative_to(folder).with_suffix("").as_posix(), yaml.safe_load(path.read_text()) or {})
+        Config(group, path.relative_to(folder).with_suffix("").as_posix(), _node(path))
         for path in sorted(folder.rglob("*.yaml"))
     ]
+
+
+def _node(path: Path) -> dict[str, Any]:
+    """A file's content; an entry `/GROUP@KEY: NAME` of its defaults list becomes a node under KEY."""
+    import yaml
+
+    content: dict[str, Any] = yaml.safe_load(path.read_text()) or {}
+    top = next(iter(import_module("configs").__path__))
+    for entry in content.pop("defaults", []) if "_target_" in content else []:
+        for place, name in entry.items() if isinstance(entry, dict) else ():
+            group, _, key = place.lstrip("/").partition("@")
+            content[key] = _node(Path(top) / group / f"{name}.yaml") | content.get(key, {})
+    return content

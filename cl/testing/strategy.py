@@ -10,7 +10,8 @@ import inspect
 import io
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
+from functools import cache, partial
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -24,7 +25,7 @@ from cl.core import Setting, Stream, UserError
 from cl.hooks import Strategy, overrides
 from cl.state import tensor_bytes
 from cl.testing.companion import Companion, Curious
-from cl.testing.probe import BATCH_SIZE, Record, buffers_of, equal, train
+from cl.testing.probe import BATCH_SIZE, LEARNING_RATE, RECIPE, Record, buffers_of, equal, train, weights_of
 from cl.testing.toy import ToyNet, toy_stream
 
 STOPS = {"inside an experience": 49, "at the end of an experience": 35}
@@ -206,6 +207,27 @@ class StrategyContract:
         assert equal(second.weights, whole.weights)
         states = [[s.state_dict() for s in record.trainer.strategies] for record in (second, whole)]
         assert equal(*states), "the weights agree, but the state of a strategy does not"
+
+    def test_through_the_avalanche_adapter_the_weights_match(self, setting: Setting) -> None:
+        """Avalanche's template with the strategy as a plugin is the same training; skipped where it is not installed."""
+        if find_spec("avalanche") is None:
+            pytest.skip("avalanche-lib is not installed")
+        if setting == Setting.CONTINUAL_PRETRAINING:
+            pytest.skip("Avalanche's data sets have one class per row")
+        from cl.interop.avalanche import train_in_template
+
+        template = train_in_template(
+            toy_stream(setting),
+            type(self).backbone,
+            [self.make()],
+            optimizer=partial(torch.optim.SGD, lr=LEARNING_RATE),
+            epochs=RECIPE["epochs"],
+            batch_size=BATCH_SIZE,
+        )
+        found, wanted = weights_of(template.our_plugin.state.model), self.run(setting).weights
+        assert found.keys() == wanted.keys()
+        for name in wanted:
+            torch.testing.assert_close(found[name], wanted[name], rtol=1e-6, atol=1e-7, msg=lambda m, n=name: f"{n}: {m}")
 
     # where it works, and what it is good for
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cl.core import Data, EvalSet, Experience, Setting, Stream, UserError
+from cl.core import IGNORED, Data, EvalSet, Experience, Setting, Stream, UserError
 from cl.seeding import Seeds
 from cl.state import tensor_bytes
 from cl.testing.probe import equal
@@ -65,7 +65,9 @@ class StreamContract:
     def test_domains_are_measured(self) -> None:
         domains = [eval_set.domain for eval_set in self.stream.eval_sets]
         assert len(set(domains)) == len(domains), "one eval set per domain: a domain is a column of R"
-        assert -1 not in self.stream.trained_domains, "every experience needs the eval set of its domain"
+        for experience in self.stream.experiences:
+            taught = set(experience.practises) or {experience.domain}
+            assert taught <= set(domains), f"every experience needs the eval sets of its domains, {taught}"
 
     # data
 
@@ -110,14 +112,19 @@ class StreamContract:
                 torch.int64 if info.setting == Setting.CONTINUAL_PRETRAINING else torch.float32
             )
             assert rows.targets.dtype == torch.int64
-            assert 0 <= rows.targets.min() <= rows.targets.max() < info.num_outputs
+            learnt = rows.targets[rows.targets != IGNORED]
+            assert 0 <= learnt.min() <= learnt.max() < info.num_outputs
             if info.num_heads > 1:
                 assert rows.task_id is not None, "more than one head, but no task_id"
                 assert 0 <= rows.task_id.min() <= rows.task_id.max() < info.num_heads
             else:
                 assert rows.task_id is None, "one head, but a task_id"
             assert rows.raw is not None
-            assert rows.sample_ids.tolist() == _sample(len(data)).tolist(), "sample_ids are row numbers"
+            if getattr(item, "practises", ()):
+                origins = list(zip(rows.experience_id.tolist(), rows.sample_ids.tolist(), strict=True))
+                assert len(set(origins)) == len(origins), "experience_id and sample_ids tell rows apart"
+            else:
+                assert rows.sample_ids.tolist() == _sample(len(data)).tolist(), "sample_ids are row numbers"
 
     def test_experiences_say_what_they_hold(self) -> None:
         for experience in self.ends():

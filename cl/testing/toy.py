@@ -139,6 +139,8 @@ class ToyNet(Backbone):
     Its `tally` counts the rows that pass, whoever sends them: the trainer, a strategy, a copy kept as teacher.
     """
 
+    settings = frozenset(Setting)
+
     def __init__(self, info: StreamInfo, num_features: int = 12) -> None:
         super().__init__(info, num_features)
         self.row_numel = math.prod(info.input_shape)
@@ -153,7 +155,12 @@ class ToyNet(Backbone):
         hidden: Tensor = self.first(inputs if self.is_text else inputs.flatten(1))
         return hidden.relu()
 
-    def forward(self, batch: Batch) -> Output:
-        output = super().forward(batch)
-        self.tally.note(batch.inputs, self.first.weight, output, self.row_numel)
+    def forward(self, batch: Batch, start: int = 0) -> Output:
+        output = super().forward(batch, start)
+        self.tally.note(batch.inputs, self.first.weight, output, self.num_features if start else self.row_numel)
         return output
+
+    def stage_outputs(self, inputs: Tensor, stop: int | None = None) -> list[Tensor]:
+        outputs = super().stage_outputs(inputs, stop)
+        self.tally.note(inputs, self.first.weight, Output(outputs[-1]), self.row_numel)
+        return outputs

@@ -2,7 +2,8 @@
 
 | section | step | names |
 |---|---|---|
-| `accuracy/`, `loss/`, `perplexity/` | experiences seen, from 1 | `task_00`: the measure on column 0 of R |
+| `accuracy/`, `loss/`, `perplexity/`, `bpb/` | experiences seen, from 1 | `task_00`: the measure on column 0 of R |
+| `format_valid/`, ... | experiences seen | what a stream measures beside R: well-formed answers |
 | `forgetting/` | experiences seen | `task_00`: `max` definition, from the experience after the first visit |
 | `summary/` | experiences seen | `accuracy_avg` (domains visited so far), `forgetting_avg`, `bwt` |
 | `final/`, `cost/` | experiences seen | one point each, when the run is done |
@@ -20,7 +21,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
-from cl.metrics import EvalTable, Progress, perplexity, progress
+from cl.metrics import EvalTable, Progress, bits_per_byte, perplexity, progress
 from cl.result import Result
 
 TRAIN = "train/"
@@ -169,6 +170,12 @@ def _evaluation(result: Result, stage: int, now: Progress) -> list[Point]:
     if measure == "loss":
         found += [Point(task_name("perplexity", j, width), perplexity(value), step) for j, value in cells]
         found.append(Point("summary/perplexity_avg", perplexity(now.seen_average), step))
+    for name, experience, j, value in result.extra:
+        if experience == stage:
+            found.append(Point(task_name(legal_name(name), j, width), value, step))
+    if result.num_bytes:
+        bits = {j: float(bits_per_byte(value, result.num_tokens[j], result.num_bytes[j])) for j, value in cells}
+        found += [Point(task_name("bpb", j, width), value, step) for j, value in bits.items()]
     found += [Point(task_name("forgetting", j, width), value, step) for j, value in now.forgetting.items()]
     return [
         *found,

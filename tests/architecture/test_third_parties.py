@@ -10,7 +10,7 @@ HOMES = {
     "omegaconf": r"cl\.cli(\..*)?",
     "mlflow": r"cl\.tracking(\..*)?",
     "avalanche": r"cl\.interop(\..*)?",
-    "triton": r"kernels\.\w+\.triton|kernels\.(common|aot)(\..*)?",
+    "triton": r"kernels\.\w+\.triton\w*|kernels\.(common|aot)(\..*)?",
     "datasets": r"streams(\..*)?",
     "torchvision": r"streams(\..*)?",
     "transformers": r"cl\.backbones\.hf|strategies\._?\w*lora\w*",

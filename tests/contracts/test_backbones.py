@@ -1,12 +1,18 @@
 """Every file in cl/backbones/ keeps the contract of a backbone."""
 
+from cl.core import Setting
+from cl.hooks import ALL_SETTINGS
 from cl.testing import BackboneContract, discover
 
 PLUGINS = discover("cl.backbones")
 
 for plugin in PLUGINS:
     name = f"Test{plugin.class_name}"
-    globals()[name] = type(name, (BackboneContract,), {"backbone": plugin.load()})
+    backbone = plugin.load()
+    members = {"backbone": backbone, "settings": getattr(backbone, "settings", ALL_SETTINGS)}
+    if Setting.CONTINUAL_PRETRAINING in members["settings"]:
+        members["input_shape"] = (16,)
+    globals()[name] = type(name, (BackboneContract,), members)
 
 
 def test_backbones_are_found():

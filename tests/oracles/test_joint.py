@@ -7,7 +7,9 @@ import torch
 
 from cl.core import Setting
 from cl.testing import toy_stream
+from strategies.cumulative import Cumulative
 from strategies.joint import Joint
+from strategies.naive import Naive
 
 
 @pytest.mark.parametrize("setting", list(Setting))
@@ -45,3 +47,16 @@ def test_one_experience_is_left_as_it_is(lab):
     stream = toy_stream(Setting.DOMAIN_INCREMENTAL, num_experiences=1)
     (joint, _), (naive, _) = lab.run([Joint()], stream), lab.run([], stream)
     lab.close(joint.steps[-1].after, naive.steps[-1].after, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("budget", "steps"), [({"max_steps": 7}, [7, 14, 21]), ({"max_tokens": 100}, [7, 13, 19])], ids=["steps", "tokens"]
+)
+def test_a_budget_counts_once_for_every_experience(lab, budget, steps):
+    """Batches of 16: naive training takes 7 steps on each of three experiences, for either budget."""
+    runs = {strategy.name: lab.run([strategy], epochs=None, **budget) for strategy in (Naive(), Joint(), Cumulative())}
+    taken = {name: [step.experience for step in recorder.steps] for name, (recorder, _) in runs.items()}
+    assert [taken["naive"].count(k) for k in range(3)] == [7, 7, 7]
+    assert len(taken["joint"]) == steps[-1]
+    assert [taken["cumulative"].count(k) for k in range(3)] == steps
+    assert all(trainer.state.total_steps == trainer.state.step for _, trainer in runs.values())

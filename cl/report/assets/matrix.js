@@ -153,6 +153,14 @@ function scaleBar(box, section, range) {
   box.root.append(svg("text", { x: left + width + 5, y: 11, style: "font-size:11px" }, write(range[1])));
 }
 
+// mean of each value and the `window` - 1 before it; where domains come back, a long line swings too fast to read
+function runningMean(line, window) {
+  return line.map((value, i) => {
+    const known = value === null ? [] : line.slice(Math.max(0, i - window + 1), i + 1).filter((v) => v !== null);
+    return known.length ? known.reduce((sum, v) => sum + v, 0) / known.length : null;
+  });
+}
+
 function drawCurves(place, section, strategy, index, label) {
   const unit = section.unit;
   const table = unpack(section, strategy.matrices[index]);
@@ -161,15 +169,17 @@ function drawCurves(place, section, strategy, index, label) {
   const longest = Math.max(...table.domains.map((name) => cut(name, 16).length));
   const box = canvas(place, 396, { left: 46, right: direct ? longest * 7 + 22 : 14, top: 42, bottom: 40 }, label);
   const drawnAt = (i, j) => table.seen(i, j) || section.measure === "loss";
-  const withBands = index === 0 && section.step === 1;
+  const withBands = index === 0 && section.step === 1 && section.smooth === 1;
   const bands = withBands ? strategy.bands.map((band, j) => band && band.map((end) => end.map((v, i) => (drawnAt(i, j) ? v : null)))) : [];
   const from = table.x(0);
   const last = Math.max(section.longest, table.x(table.values.length - 1));
-  const lines = table.domains.map((_, j) => table.values.map((row, i) => (drawnAt(i, j) ? row[j] : null)));
+  const raw = table.domains.map((_, j) => table.values.map((row, i) => (drawnAt(i, j) ? row[j] : null)));
+  const lines = section.smooth > 1 ? raw.map((line) => runningMean(line, section.smooth)) : raw;
   const naive = section.strategies.find((s) => s.label === "naive" && s !== strategy && !s.bound);
   const joint = section.strategies.find((s) => s.label === "joint" && s !== strategy && s.bound);
   const behind = naive && count <= 12 ? unpack(section, naive.matrices[0]) : null;
   const greys = behind ? behind.domains.map((_, j) => behind.values.map((row, i) => (behind.seen(i, j) ? row[j] : null))) : [];
+  if (section.smooth > 1) greys.forEach((grey, j) => (greys[j] = runningMean(grey, section.smooth)));
   const level = joint ? joint.average.mean[0] : null;
   const average = naive && !behind ? naive.average : null;
   // what a loss was before training may be far off, and would leave no room for what is forgotten
@@ -181,7 +191,8 @@ function drawCurves(place, section, strategy, index, label) {
   const y = linear(low, high, box.bottom - 4, box.top);
   const at = (value) => y(value * unit.factor);
   axisY(box, y, ticks(low, high, 8), plain, axisTitle(unit));
-  axisX(box, x, ticks(from, last, Math.min(10, last), true), plain, "experiences seen");
+  const smoothed = section.smooth > 1 ? `; mean of the last ${section.smooth * section.step}` : "";
+  axisX(box, x, ticks(from, last, Math.min(10, last), true), plain, `experiences seen${smoothed}`);
   for (const grey of greys) box.root.append(svg("path", { d: path(behind.values.map((_, i) => behind.x(i)), grey, x, at), style: "stroke:var(--axis);fill:none" }));
   if (average) box.root.append(svg("path", { d: path(average.x, average.mean, x, at), style: "stroke:var(--naive);fill:none", "stroke-width": 2 }));
   if (level !== null) box.root.append(svg("path", { d: `M${x(from)} ${at(level)}H${x(last)}`, style: "stroke:var(--joint);fill:none", "stroke-dasharray": DASH.dashed }));

@@ -87,7 +87,7 @@ class SectionPage {
     const shown = this.section.strategies.filter((s) => !this.hidden.has(s));
     for (const figure of this.root.querySelectorAll(".chart")) {
       const { chart, key, label } = figure.dataset;
-      const draw = { course: drawCourse, dots: drawDots, cost: drawCost, ranks: drawRanks }[chart];
+      const draw = { course: drawCourse, dots: drawDots, cost: drawCost, ranks: drawRanks, revisit: drawRevisit }[chart];
       if (draw) draw(figure.querySelector(".canvas"), this.section, shown, label, key);
     }
   }

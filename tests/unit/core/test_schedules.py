@@ -1,25 +1,80 @@
-"""Learning-rate factors: range, ends, warm-up; numbers by hand are in the doctests."""
+"""Learning-rate factors against their formulas, written out again here; numbers by hand are in the doctests."""
+
+from functools import partial
+from math import cos, pi, sqrt
 
 import pytest
+import torch
 
-from cl.schedules import constant, cosine, linear
+from cl.config import TrainerConfig
+from cl.core import Setting, UserError
+from cl.observe import Observer
+from cl.schedules import (
+    autoregressive,
+    constant,
+    cosine,
+    fitted,
+    infinite,
+    inverse_square_root,
+    linear,
+    rewarmed_cosine,
+    warmup_stable_decay,
+)
+from cl.testing import configs
+from cl.testing.toy import ToyNet, toy_stream
+from cl.trainer import Trainer
+from strategies.naive import Naive
 
-SCHEDULES = [constant, linear, cosine]
+EVERY = [
+    constant,
+    linear,
+    cosine,
+    rewarmed_cosine,
+    infinite,
+    warmup_stable_decay,
+    inverse_square_root,
+    autoregressive,
+]
+RISING = [constant, linear, cosine, warmup_stable_decay]
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
+def named(schedule):
+    return schedule.__name__
+
+
+def test_every_schedule_has_a_config_and_is_tested_here():
+    assert {config.node["_target_"].rpartition(".")[2] for config in configs("schedule")} == set(map(named, EVERY))
+
+
+@pytest.mark.parametrize("schedule", EVERY, ids=named)
 @pytest.mark.parametrize("total", [1, 2, 7, 100])
-@pytest.mark.parametrize("warmup_frac", [0.0, 0.1, 1.0])
+@pytest.mark.parametrize("warmup_frac", [0.0, 0.1, 0.2])
 def test_factors_stay_in_the_unit_interval(schedule, total, warmup_frac):
-    for step in range(total + 3):
+    for step in range(total + 30):
         assert 0.0 <= schedule(step, total, warmup_frac=warmup_frac) <= 1.0
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("schedule", EVERY, ids=named)
+@pytest.mark.parametrize("starts", [None, (0, 40), (0, 20, 70)])
+def test_nothing_rises_again_after_the_end(schedule, starts):
+    """torch's and transformers' cosines climb back to 1 in a run that is longer than planned."""
+    arguments = {} if starts is None or schedule in RISING else {"starts": starts}
+    after = [schedule(step, 100, **arguments) for step in range(100, 260)]
+    assert after == sorted(after, reverse=True)
+    assert max(after) <= schedule(99, 100, **arguments) + 1e-12
+
+
+@pytest.mark.parametrize("schedule", RISING, ids=named)
 def test_warmup_rises_to_one_and_no_step_is_lost_at_rate_zero(schedule):
     ramp = [schedule(step, 20, warmup_frac=0.25) for step in range(5)]
     assert ramp == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
     assert schedule(5, 20, warmup_frac=0.25) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("schedule", EVERY, ids=named)
+def test_warmup_in_steps_is_warmup_in_shares(schedule):
+    for step in range(40):
+        assert schedule(step, 40, warmup_steps=8) == schedule(step, 40, warmup_frac=0.2)
 
 
 @pytest.mark.parametrize("schedule", [linear, cosine])
@@ -32,3 +87,157 @@ def test_ends_at_the_final_factor_and_stays_there(schedule):
 def test_cosine_is_slow_at_both_ends():
     values = [cosine(step, 4) for step in range(5)]
     assert values == pytest.approx([1.0, 0.8535534, 0.5, 0.1464466, 0.0])
+
+
+def test_rewarmed_cosine_is_a_cosine_per_experience():
+    course = partial(rewarmed_cosine, total=300, warmup_frac=0.1, final=0.1, rewarm=0.5, starts=(0, 100))
+    for n in (10, 37, 99):
+        assert course(n) == pytest.approx(0.1 + 0.45 * (1 + cos(pi * (n - 10) / 90)))
+    for n in (120, 200, 299, 300):
+        assert course(n) == pytest.approx(0.1 + 0.2 * (1 + cos(pi * (n - 120) / 180)))
+    # the re-warm climbs from where the decay ended
+    assert [course(n) for n in (100, 109, 119)] == pytest.approx([0.1 + 0.4 / 20, 0.1 + 0.4 / 2, 0.5])
+    assert course(0) == pytest.approx(0.1)
+
+
+def test_infinite_at_the_points_of_the_official_form():
+    """gpt-neox, branch infinite_lr: warm-up, cool-down, constant, anneal with eta_c (eta_min / eta_c)^(m / N_a)."""
+    course = partial(
+        infinite, total=1000, warmup_frac=0.1, cooldown_frac=0.4, anneal_frac=0.2, constant=0.5, final=0.05
+    )
+    assert course(49) == pytest.approx(0.5)
+    for k in (0, 100, 399):
+        assert course(100 + k) == pytest.approx(0.5 + 0.25 * (1 + cos(pi * k / 400)))
+    assert {course(n) for n in (500, 650, 800)} == {0.5}
+    for m in (1, 77, 199):
+        assert course(800 + m) == pytest.approx(0.5 * 0.1 ** (m / 200))
+    assert course(1000) == course(5000) == 0.05
+    values = [course(n) for n in range(99, 1100)]
+    assert values == sorted(values, reverse=True), "it rises after the warm-up"
+
+
+def test_infinite_with_the_inverse_square_root():
+    course = partial(
+        infinite, total=1000, warmup_frac=0, cooldown_frac=0.5, constant=0.4, cooldown="inverse_sqrt", timescale=3.0
+    )
+    for k in (0, 125, 499):
+        f = 1 / sqrt(1 + 3 * k / 500) - 1
+        assert course(k) == pytest.approx(1 + (0.4 - 1) / (1 / sqrt(4) - 1) * f)
+    assert course(500) == 0.4
+
+
+def test_infinite_does_not_look_at_experiences_unless_each_is_annealed():
+    steps = {"warmup_steps": 5, "cooldown_steps": 10}
+    plain = partial(infinite, total=100, anneal_steps=10, **steps)
+    assert [plain(n, starts=(0, 50)) for n in range(100)] == [plain(n) for n in range(100)]
+    each = partial(infinite, total=100, anneal_frac=0.2, is_annealed_each=True, starts=(0, 50), **steps)
+    assert each(40) == each(50) == each(89) == 0.55
+    assert each(45) == each(95) == pytest.approx(0.55 * (0.1 / 0.55) ** 0.5)
+
+
+def test_warmup_stable_decay_matches_transformers():
+    transformers = pytest.importorskip("transformers")
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    for shape in ("linear", "cosine"):
+        theirs = transformers.get_wsd_schedule(
+            optimizer, num_warmup_steps=10, num_stable_steps=60, num_decay_steps=30, decay_type=shape, min_lr_ratio=0.1
+        ).lr_lambdas[0]
+        course = partial(warmup_stable_decay, total=100, warmup_frac=0.1, decay_frac=0.3, final=0.1, decay=shape)
+        # warm-ups differ: theirs climbs from the final rate
+        assert [course(n) for n in range(10, 101)] == pytest.approx([theirs(n) for n in range(10, 101)])
+
+
+def test_inverse_square_root_at_the_points_of_the_card():
+    """transformers, timescale = warm-up [measured]: 1.0 at 10, 0.5 at 40, 0.25 at 160; our step n is number n + 1."""
+    course = partial(inverse_square_root, total=1000, warmup_steps=10)
+    assert [course(n - 1) for n in (10, 40, 160)] == pytest.approx([1.0, 0.5, 0.25])
+
+
+def test_inverse_square_root_cools_down_in_every_round_and_goes_on_with_the_curve():
+    course = partial(inverse_square_root, total=200, warmup_steps=4, cooldown_steps=20, final=0.05, starts=(0, 100))
+    curve = lambda n: 0.95 * sqrt(4 / n) + 0.05  # noqa: E731
+    assert course(79) == pytest.approx(curve(80))
+    assert course(90) == pytest.approx(0.5 * (curve(81) + 0.05))
+    assert course(100) == pytest.approx(curve(101))
+    assert course(200) == 0.05
+
+
+def test_autoregressive_peaks_lie_on_one_cosine_over_all_steps_so_far():
+    """TiC-LM: round i of S steps peaks at the value, at step iS + w, of one cosine that spans (i + 1)S steps."""
+    total, warmup = 50, 5
+    starts = tuple(range(0, 4 * total, total))
+    for i in range(4):
+        span = (i + 1) * total
+        peak = 0.55 + 0.45 * cos(pi * (i * total + warmup - warmup) / (span - warmup))
+        course = partial(autoregressive, total=4 * total, warmup_frac=0.1, final=0.1, starts=starts)
+        assert course(i * total + warmup - 1) == pytest.approx(peak)
+        assert course(i * total + warmup) == pytest.approx(peak)
+        middle = i * total + warmup + 15
+        assert course(middle) == pytest.approx(0.1 + (peak - 0.1) / 2 * (1 + cos(pi * 15 / 45)))
+
+
+@pytest.mark.parametrize(
+    ("schedule", "arguments", "words"),
+    [
+        (infinite, {"warmup_steps": 60, "cooldown_steps": 50}, "60 of warmup and 50 of cooldown"),
+        (infinite, {"constant": 0.1, "final": 0.5}, "schedule.final is 0.5"),
+        (infinite, {"cooldown": "linear"}, "cosine or inverse_sqrt"),
+        (warmup_stable_decay, {"warmup_frac": 0.6, "decay_frac": 0.6}, "more steps than the 100"),
+        (warmup_stable_decay, {"decay": "none"}, "one of linear"),
+        (warmup_stable_decay, {"decay": "exponential"}, "must be above 0"),
+        (rewarmed_cosine, {"warmup_steps": 30, "starts": (0, 80)}, "30 of warmup"),
+        (rewarmed_cosine, {"rewarm": 2.0}, "from 0 to 1"),
+        (cosine, {"warmup_frac": -0.1}, "schedule.warmup_frac is -0.1"),
+        (cosine, {"warmup_steps": 1.5}, "schedule.warmup_steps is 1.5"),
+        (autoregressive, {"starts": (0, 200)}, "schedule.starts"),
+        (inverse_square_root, {"cooldown_frac": 3}, "schedule.cooldown_frac is 3"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_bad_phases_are_one_sentence(schedule, arguments, words):
+    with pytest.raises(UserError) as error:
+        [schedule(step, 100, **arguments) for step in range(100)]
+    assert words in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_fitted_fills_in_the_starts_of_the_experiences():
+    course = fitted(partial(rewarmed_cosine, final=0.0, warmup_frac=0.0), [10, 30], "run")
+    assert course(10, 40) == 1.0
+    assert course(25, 40) == pytest.approx(0.5)
+    own = fitted(partial(rewarmed_cosine, final=0.0, warmup_frac=0.0, starts=(0, 20)), [10, 30], "run")
+    assert own(20, 40) == 1.0, "starts given by the user stay"
+    assert fitted(cosine, [10, 30], "experience") is cosine
+
+
+def trainer(schedule, **config):
+    return Trainer(
+        toy_stream(Setting.CONTINUAL_PRETRAINING),
+        ToyNet,
+        [Naive()],
+        optimizer=partial(torch.optim.SGD, lr=0.5),
+        schedule=schedule,
+        config=TrainerConfig(batch_size=16, device="cpu", **config),
+    )
+
+
+def test_trainer_follows_the_schedule():
+    run = trainer(partial(rewarmed_cosine, warmup_steps=2), max_steps=6)
+    rates = []
+
+    class Rates(Observer):
+        def on_step(self, state, losses, lr):
+            rates.append(lr)
+
+    run.ledger.observers.append(Rates())
+    run.run()
+    wanted = [0.5 * rewarmed_cosine(n, 18, warmup_steps=2, starts=(0, 6, 12)) for n in range(18)]
+    assert rates == pytest.approx(wanted)
+    assert max(rates[12:]) == pytest.approx(0.5)
+
+
+def test_trainer_refuses_a_schedule_that_does_not_fit_before_it_trains():
+    with pytest.raises(UserError, match="more steps than the 18"):
+        trainer(partial(infinite, warmup_steps=15, cooldown_steps=10), max_steps=6)
+    with pytest.raises(UserError, match="more steps than the 6"):
+        trainer(partial(cosine, warmup_steps=15), max_steps=6, schedule_span="experience")

@@ -23,6 +23,9 @@ KEYS = {
     "wc_acc",
     "stability_gap",
     "recovery",
+    "late_average",
+    "retention_exponent",
+    "forward_facilitation",
 }
 
 
@@ -44,7 +47,11 @@ def test_all_keys_with_all_inputs():
             "wc_acc": 0.6,
             "stability_gap": 0.5,
             "recovery": 0.2,
-        }
+            "late_average": 0.7,
+            "retention_exponent": math.nan,
+            "forward_facilitation": math.nan,
+        },
+        nan_ok=True,
     )
 
 

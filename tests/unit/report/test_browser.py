@@ -61,6 +61,12 @@ def results(make_result, kind):
     if kind == "long":
         R = [[0.9 - 0.004 * abs(i - j) for j in range(60)] for i in range(60)]
         return [make_result(name, 0, R) for name in ("naive", "replay")]
+    if kind == "recurring":
+        # ninety experiences on three classes in turn, which fade when they are left alone
+        order = [i % 3 for i in range(90)]
+        R = [[0.9 - 0.2 * ((i - j) % 3) for j in range(3)] for i in range(90)]
+        again = {"trained": [-1] * 90, "practises": [[c] for c in order], "experiences": [f"class {c}" for c in order]}
+        return [make_result(name, 0, R, **again) for name in ("naive", "replay")]
     if kind == "one":
         return [make_result("naive", 0, [[0.9]])]
     if kind == "extras":
@@ -78,7 +84,7 @@ def results(make_result, kind):
     ]
 
 
-@pytest.mark.parametrize("kind", ["accuracy", "loss", "long", "one", "extras"])
+@pytest.mark.parametrize("kind", ["accuracy", "loss", "long", "one", "extras", "recurring"])
 def test_the_page_runs(tmp_path, make_result, kind):
     views = [view(section) for section in sections(results(make_result, kind))]
     dom, said = open_in_browser(tmp_path, page(views, "A title"))

@@ -5,12 +5,13 @@ import numpy as np
 import pytest
 
 from cl.metrics import EvalTable
+from cl.metrics.facilitation import period_of
 from cl.report import payload, write_report
 from cl.report.curves import view
 from cl.report.html import page
 from cl.report.load import sections, table_of
 from cl.report.payload import worst_points
-from cl.report.within import Within, first_domains, inside, period_of
+from cl.report.within import Within, first_domains, inside
 from cl.report.within_figure import inside_experiences
 from cl.report.words import glossary
 

@@ -2,6 +2,7 @@
 
 import gzip
 import hashlib
+import json
 import os
 import pickle
 from pathlib import Path
@@ -94,3 +95,33 @@ def real_root():
         if candidate is not None and (Path(candidate) / "MNIST" / "raw").is_dir():
             return str(candidate)
     pytest.skip("no MNIST at CL_DATA_ROOT or ../shared/data")
+
+
+@pytest.fixture(scope="session")
+def real_text():
+    """Data root with the development text."""
+    here = Path(__file__).parents[3]
+    for candidate in (os.environ.get("CL_DATA_ROOT"), here.parent / "shared" / "data"):
+        if candidate is not None and (Path(candidate) / "text" / "c4").is_dir():
+            return str(candidate)
+    pytest.skip("no text at CL_DATA_ROOT or ../shared/data")
+
+
+@pytest.fixture
+def text_root(tmp_path, monkeypatch):
+    """A folder with small domains of every format, and a cache of its own."""
+    monkeypatch.setenv("CL_CACHE", str(tmp_path / "cache"))
+    news = [f"news number {k} about the weather" for k in range(40)]
+    code = "".join(f"def f{k}(x):\n    return x + {k}\n\n" for k in range(60))
+    folder = tmp_path / "data"
+    (folder / "many").mkdir(parents=True)
+    lines = [json.dumps({"text": text, "id": k}) + "\n" for k, text in enumerate(news)]
+    (folder / "news.jsonl").write_text("".join(lines))
+    (folder / "held.jsonl").write_text("".join(lines[:5]))
+    (folder / "news.jsonl.gz").write_bytes(gzip.compress("".join(lines).encode()))
+    (folder / "code.txt").write_text(code)
+    (folder / "qa.jsonl").write_text("".join(json.dumps({"q": f"{k}+1?", "a": f"{k + 1}!"}) + "\n" for k in range(60)))
+    (folder / "many" / "b.txt").write_text("second file\n" * 5)
+    (folder / "many" / "a.txt").write_text("first file\n" * 5)
+    (folder / "many" / "readme.pdf").write_text("not text")
+    return folder

@@ -1,0 +1,275 @@
+"""Where text comes from: local txt, jsonl or parquet, or a hub id, all through one path of `datasets`."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from cl.core import UserError
+from cl.hub import hub_address, hub_answers, offline
+from streams._settings import require_integer
+from streams._shards import Piece
+
+FORMATS = {".txt": "text", ".text": "text", ".md": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+PACKED = (".gz", ".zst", ".xz", ".bz2")
+
+
+@dataclass(frozen=True)
+class Domain:
+    """One kind of text: where it is, and how much of it is trained on.
+
+    Args:
+        name: what tables and figures show; a column of R.
+        path: a file (txt, jsonl, parquet; also gzipped), a folder of such files, or a list; relative to data.root.
+        hub, config, split, revision: a data set on the hub.
+        field: column with the text; a list of columns is joined by line ends.
+        starts: regular expression of the rows (lines of a txt) with which a document begins; the others go on with the
+            document before. Without it a txt file is one document, and so is every other row.
+        eval_path, eval_split: text to measure on.
+        eval_frac: share of the documents to measure on, where neither of the two is given.
+        tokens: to train on; more than there are repeats the text, fewer take the first ones. None takes `passes`.
+        passes: over the text.
+        weight: share in a mixture, relative to the other domains in it; None takes every row as often as the others'.
+    """
+
+    name: str
+    path: str | Sequence[str] | None = None
+    hub: str | None = None
+    config: str | None = None
+    split: str = "train"
+    revision: str | None = None
+    field: str | Sequence[str] = "text"
+    starts: str | None = None
+    eval_path: str | Sequence[str] | None = None
+    eval_split: str | None = None
+    eval_frac: float = 0.05
+    tokens: int | None = None
+    passes: int = 1
+    weight: float | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not self.name:
+            raise UserError(f"stream.domains has a name {self.name!r}; it must be a word")
+        if (self.path is None) == (self.hub is None):
+            raise UserError(
+                f"domain {self.name!r} needs either `path` (local txt, jsonl or parquet) or `hub` (an id), not "
+                f"{'none' if self.path is None else 'both'} of them"
+            )
+        if not isinstance(self.eval_frac, int | float) or not 0 < self.eval_frac <= 0.5:
+            raise UserError(f"domain {self.name!r} has eval_frac {self.eval_frac!r}; it must be in (0, 0.5]")
+        if self.tokens is not None:
+            require_integer(f"tokens of domain {self.name!r}", self.tokens)
+        require_integer(f"passes of domain {self.name!r}", self.passes)
+        if self.weight is not None and not (isinstance(self.weight, int | float) and self.weight > 0):
+            raise UserError(f"domain {self.name!r} has weight {self.weight!r}; it must be positive, or null")
+        try:
+            re.compile(self.starts or "")
+        except re.error as error:
+            raise UserError(
+                f"domain {self.name!r} has starts {self.starts!r}, no regular expression: {error}"
+            ) from None
+
+    @classmethod
+    def of(cls, node: Any, where: str) -> Domain:
+        """A domain from a config node.
+
+        Raises:
+            UserError: no mapping, an unknown key, or a value outside its range.
+        """
+        known = [each.name for each in fields(cls)]
+        if not isinstance(node, Mapping):
+            raise UserError(f"{where} is {node!r}; it must be a mapping such as {{name: news, path: news.jsonl}}")
+        for key in node:
+            if key not in known:
+                raise UserError(f"{where} has no key {key!r}; its keys are {', '.join(known)}")
+        if "name" not in node:
+            raise UserError(f"{where} has no name; it needs one, such as {{name: news, path: news.jsonl}}")
+        return cls(**node)
+
+
+class Source:
+    """The documents of one part of a domain.
+
+    Args:
+        part: "train" or "eval".
+        root: folder that relative paths start from; None takes the working directory.
+        download: fetch what is on the hub only.
+    """
+
+    def __init__(self, domain: Domain, part: str, root: str | None, download: bool) -> None:
+        self.domain, self.part, self.root, self.download = domain, part, root, download
+        has_own = domain.eval_path is not None or domain.eval_split is not None
+        self.paths = domain.eval_path if part == "eval" and domain.eval_path is not None else domain.path
+        self.split = domain.eval_split if part == "eval" and domain.eval_split is not None else domain.split
+        self.files = [] if self.paths is None else self._found(self.paths)
+        # every n-th document is measured on
+        self.every = None if has_own else round(1 / domain.eval_frac)
+
+    def key(self) -> str:
+        """Digest of everything that the documents depend on: local files by their bytes, the hub by its names."""
+        domain = self.domain
+        where = (
+            [_digest(file) for file in self.files]
+            if self.files
+            else [domain.hub, domain.config, self.split, domain.revision]
+        )
+        parts = (where, domain.field, domain.starts, self.every, self.part if self.every else "")
+        return hashlib.sha256(json.dumps(parts, default=list).encode()).hexdigest()[:20]
+
+    def pieces(self) -> Iterator[Piece]:
+        """Its text, read as it goes."""
+        number, is_ours, is_any = -1, False, False
+        for text, is_start in self._documents():
+            if is_start:
+                number += 1
+                is_ours = self.every is None or (number % self.every == self.every - 1) == (self.part == "eval")
+            if is_ours:
+                is_any = True
+                yield text, is_start
+        if self.part == "eval" and not is_any and number >= 0 and self.every:
+            raise UserError(
+                f"domain {self.domain.name!r} has {number + 1} documents, too few to hold out one of {self.every}; "
+                "give it eval_path or eval_split, a larger eval_frac, or `starts` to cut its text into documents"
+            )
+
+    def _documents(self) -> Iterator[Piece]:
+        starts = re.compile(self.domain.starts) if self.domain.starts else None
+        for rows, is_text in self._tables():
+            is_first, is_broken = True, True
+            for text in rows:
+                if starts is not None:
+                    is_start = is_first or starts.search(text) is not None
+                    yield (text if is_broken or is_start else "\n" + text), is_start
+                elif text.strip() or is_text:
+                    yield text, is_first or not is_text
+                is_first, is_broken = False, text.endswith("\n")
+
+    def _tables(self) -> Iterator[tuple[Iterator[str], bool]]:
+        """Rows of each file, and whether they are lines."""
+        if not self.files:
+            yield self._column(self._hub_rows()), False
+        for file in self.files:
+            kind = _format(file)
+            yield self._column(self._file_rows(file, kind)), kind == "text"
+
+    def _column(self, rows: Iterable[Mapping[str, Any]]) -> Iterator[str]:
+        names = [self.domain.field] if isinstance(self.domain.field, str) else list(self.domain.field)
+        for row in rows:
+            for name in names:
+                if name not in row:
+                    raise UserError(
+                        f"domain {self.domain.name!r} has no field {name!r} in {self._where()}; its fields are "
+                        f"{', '.join(map(str, row))}"
+                    )
+            values = [row[name] for name in names if row[name] is not None]
+            if not all(isinstance(value, str) for value in values):
+                raise UserError(f"domain {self.domain.name!r} has values that are no text in {'+'.join(names)}")
+            yield "\n".join(values)
+
+    def _where(self) -> str:
+        return ", ".join(map(str, self.files[:2])) if self.files else str(self.domain.hub)
+
+    # local files
+
+    def _found(self, paths: str | Sequence[str]) -> list[Path]:
+        wanted = [paths] if isinstance(paths, str) else list(paths)
+        return [file for each in wanted for file in self._files(str(each))]
+
+    def _files(self, wanted: str) -> list[Path]:
+        path = Path(wanted).expanduser()
+        if not path.is_absolute() and self.root is not None:
+            path = Path(self.root).expanduser() / path
+        if path.is_dir():
+            files = sorted(file for file in path.rglob("*") if file.is_file() and _format(file))
+        else:
+            files = [path] if path.is_file() else []
+        if not files:
+            beside = "" if self.root else "; data.root is not set, so it is looked for from the working directory"
+            raise UserError(f"domain {self.domain.name!r}: no txt, jsonl or parquet at {path}{beside}")
+        for file in files:
+            if _format(file) is None:
+                raise UserError(
+                    f"domain {self.domain.name!r}: {file} is of no known kind; it must end in "
+                    f"{', '.join(FORMATS)}, or one of these and {', '.join(PACKED)}"
+                )
+        return files
+
+    def _file_rows(self, file: Path, kind: str | None) -> Iterator[Mapping[str, Any]]:
+        options = {"keep_linebreaks": True} if kind == "text" else {}
+        try:
+            yield from _library().load_dataset(kind, data_files=[str(file)], split="train", streaming=True, **options)
+        except UserError:
+            raise
+        except Exception as error:  # the library raises what its readers raise
+            cause = str(error.__cause__ or error).splitlines() or [type(error).__name__]
+            raise UserError(f"domain {self.domain.name!r}: {file} cannot be read as {kind}: {cause[0][:160]}") from None
+
+    # the hub
+
+    def _hub_rows(self) -> Iterator[Mapping[str, Any]]:
+        """Streamed over the network when asked for, else what the hub's own cache on this machine holds.
+
+        Raises:
+            UserError: at once, where neither is possible; the sentence names the id, the local way and the flag.
+        """
+        _library()  # before `offline`, which changes what is there
+        domain = self.domain
+        way = (
+            f"give domain {domain.name!r} local files with `path` and `eval_path` (txt, jsonl or parquet, relative to "
+            "data.root)"
+        )
+        try:
+            with offline():
+                rows = _load(domain, self.split, streaming=False)
+        except Exception:
+            if not self.download:
+                raise UserError(
+                    f"data set {domain.hub} is not on this machine; {way}, or let it be fetched with data.download=true"
+                ) from None
+        else:
+            yield from rows
+            return
+        if not hub_answers():
+            raise UserError(
+                f"data set {domain.hub} cannot be fetched: {hub_address()} does not answer; {way}"
+            ) from None
+        try:
+            yield from _load(domain, self.split, streaming=True)
+        except UserError:
+            raise
+        except Exception as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0][:160]
+            raise UserError(f"data set {domain.hub} cannot be fetched: {reason}; {way}") from None
+
+
+def _library() -> Any:
+    """The library `datasets`, which tells of itself when it is imported."""
+    logging.getLogger("datasets").setLevel(logging.WARNING)
+    import datasets
+
+    return datasets
+
+
+def _load(domain: Domain, split: str, streaming: bool) -> Any:
+    return _library().load_dataset(
+        domain.hub, domain.config, split=split, revision=domain.revision, streaming=streaming
+    )
+
+
+def _format(file: Path) -> str | None:
+    suffix = file.with_suffix("").suffix if file.suffix in PACKED else file.suffix
+    return FORMATS.get(suffix)
+
+
+def _digest(file: Path) -> str:
+    try:
+        with open(file, "rb") as opened:
+            return hashlib.file_digest(opened, "sha256").hexdigest()
+    except OSError as error:
+        raise UserError(f"{file} cannot be read: {error.strerror}") from None

@@ -1,0 +1,85 @@
+"""Text that every Python carries, no download: documentation, then source code, then sums told in words.
+
+English to Python is a weak shift, both to arithmetic a strong one: a model of half a million weights forgets measurably
+in a minute (docs/language.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+
+from cl.core import Setting, Stream, UserError
+from streams import _builtin_sources as sources
+from streams._language import Entry, Text, language_stream
+from streams._settings import require_choice, require_flag, require_integer
+from streams._shards import Piece, cache_folder, corpus_of
+from streams._tokenizers import Bytes, trained_bpe
+
+DOMAINS: dict[str, Callable[[], Iterator[str]]] = {
+    "docs": sources.docs,
+    "code": sources.code,
+    "arithmetic": sources.arithmetic,
+}
+
+
+def builtin_text(
+    order: Sequence[Entry] | None = None,
+    tokenizer: str = "bytes",
+    vocabulary: int = 1024,
+    context: int = 128,
+    train_tokens: int | Mapping[str, int] | None = None,
+    eval_tokens: int | None = 32_768,
+    general: bool = True,
+    cache: str | None = None,
+) -> Stream:
+    """Build the stream; about 1.4, 3.7 and 2.0 million bytes of docs, code and arithmetic.
+
+    Args:
+        order: the experiences, as in `text_domains`; None takes docs, code, arithmetic.
+        tokenizer: "bytes", or "bpe" trained on the documentation.
+        vocabulary: tokens of a trained BPE.
+        context: T, tokens of a row.
+        train_tokens: of each domain, or a mapping from domain to its own; more than there are repeats the text, and
+            None takes one pass.
+        eval_tokens: measure on so many tokens of each domain, from all over its held-out text; None takes all.
+        general: also measure on text that is never trained on: what the compiled modules say of themselves.
+        cache: folder for tokenised text; None takes `$CL_CACHE`, or cl-lab in the user's cache folder.
+
+    Raises:
+        UserError: a value outside its range.
+    """
+    require_integer("stream.context", context)
+    require_flag("stream.general", general)
+    budgets = train_tokens if isinstance(train_tokens, Mapping) else dict.fromkeys(DOMAINS, train_tokens)
+    for name in budgets:
+        require_choice("a key of stream.train_tokens", name, tuple(DOMAINS))
+    for name, value in (("eval_tokens", eval_tokens), *((f"train_tokens of {key}", v) for key, v in budgets.items())):
+        if value is not None:
+            require_integer(f"stream.{name}", value, smallest=context + 1)
+    folder, key = cache_folder(cache), sources.version_key()
+    if tokenizer == "bytes":
+        chosen = Bytes()
+    elif tokenizer == "bpe":
+        require_integer("stream.vocabulary", vocabulary, smallest=258)
+        chosen = trained_bpe((text for text, _ in _part(sources.docs(), is_train=True)), vocabulary, folder, key)
+    else:
+        raise UserError(f"stream.tokenizer is {tokenizer!r}; it must be bytes or bpe")
+    texts = []
+    for name, documents in DOMAINS.items():
+        corpora = [
+            corpus_of(name, _part(documents(), is_train), chosen, folder, f"{key}-{name}-{is_train}")
+            for is_train in (True, False)
+        ]
+        texts.append(Text(name, *corpora, tokens=budgets.get(name)))
+    if general:
+        pieces = ((text, True) for text in sources.general())
+        texts.append(Text("general", None, corpus_of("general", pieces, chosen, folder, f"{key}-general")))
+    sources.library.cache_clear()
+    setting = Setting.CONTINUAL_PRETRAINING
+    return language_stream("builtin_text", setting, texts, order, chosen, context, eval_tokens)
+
+
+def _part(documents: Iterable[str], is_train: bool) -> Iterator[Piece]:
+    for number, text in enumerate(documents):
+        if (number % sources.HOLD_OUT != sources.HOLD_OUT - 1) == is_train:
+            yield text, True

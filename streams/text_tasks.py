@@ -1,0 +1,229 @@
+"""Text classification as questions and answers, task after task; answers are scored by likelihood or by generation.
+
+Each task is a folder with `train.jsonl`, `test.jsonl` (fields text and label) and `labels.json`, the words to answer
+with. `order=long` is the order of fifteen tasks of O-LoRA and GeRe, of which the tasks that are there are taken.
+
+Source: Wang et al., "Orthogonal Subspace Learning for Language Model Continual Learning", 2023 (the fifteen tasks,
+exact match of the generated label); likelihood over labels as in lm-evaluation-harness.
+Differences: one template for all tasks, which lists the possible answers, where O-LoRA writes one per task.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from cl.core import EvalSet, Experience, Setting, Stream, StreamInfo, UserError
+from streams._answers import SCORES, Questions
+from streams._packing import as_ids
+from streams._settings import require_choice, require_integer
+from streams._shards import cache_folder
+from streams._tokenizers import Bytes, Tokenizer, read_tokenizer, trained_bpe
+
+LONG = (
+    "yelp", "amazon", "mnli", "cb", "copa", "qqp", "rte", "imdb", "sst2", "dbpedia", "agnews", "yahoo", "multirc",
+    "boolqa", "wic",
+)  # fmt: skip
+"""The order of O-LoRA's long sequence."""
+NO_LABEL = "-"
+"""Rows on which those who were asked did not agree, as MNLI marks them; left out."""
+TEMPLATE = "{text}\nOptions: {options}\nAnswer:"
+
+
+@dataclass(frozen=True)
+class Task:
+    """Where a task is, and how much of it is used; its rows are read when they are asked for.
+
+    Args:
+        place: its folder.
+        limits: rows of train.jsonl and of test.jsonl; None takes all.
+    """
+
+    name: str
+    place: str
+    labels: tuple[str, ...]
+    limits: tuple[int | None, int | None]
+
+    def rows(self, is_train: bool) -> list[tuple[str, int]]:
+        """Text and number of the right label.
+
+        Raises:
+            UserError: a row that is not as described, or none.
+        """
+        path = Path(self.place) / ("train.jsonl" if is_train else "test.jsonl")
+        found = list(_rows(path, self.labels, self.limits[0 if is_train else 1]))
+        if not found:
+            raise UserError(f"task {self.name!r} is empty: {path} has no row")
+        return found
+
+
+def text_tasks(
+    order: str | Sequence[str] = "long",
+    folder: str = "text/tasks",
+    score: str = "likelihood",
+    tokenizer: str = "bytes",
+    vocabulary: int = 4096,
+    context: int = 256,
+    train_rows: int | None = None,
+    eval_rows: int | None = None,
+    template: str = TEMPLATE,
+    root: str | None = None,
+    cache: str | None = None,
+    download: bool = False,
+) -> Stream:
+    """Build the stream.
+
+    Args:
+        order: names of tasks, or "long" for those of O-LoRA's fifteen that are in the folder.
+        folder: of the tasks; relative to `root`.
+        score: "likelihood", or "generation", which also measures the share of well-formed answers (`format_valid`).
+        tokenizer, vocabulary: as in `text_domains`; a BPE is trained on the first task.
+        context: T, tokens of a row; the text of a longer question is cut at its end.
+        train_rows, eval_rows: of each task, the first ones; None takes all.
+        template: of a question; {text} and {options} are filled in. The answer follows after a blank.
+        root: folder that a relative `folder` starts from.
+        cache: folder for trained tokenizers; None takes `$CL_CACHE`, or cl-lab in the user's cache folder.
+        download: fetch a tokenizer that is on the hub and not on this machine.
+
+    Raises:
+        UserError: a task that is not there or not as described, or a value outside its range.
+    """
+    require_choice("stream.score", score, tuple(SCORES))
+    require_integer("stream.context", context, smallest=8)
+    for name, value in (("train_rows", train_rows), ("eval_rows", eval_rows)):
+        if value is not None:
+            require_integer(f"stream.{name}", value)
+    if not isinstance(template, str) or "{text}" not in template:
+        raise UserError(f"stream.template is {template!r}; it must hold {{text}}, and may hold {{options}}")
+    place = Path(folder).expanduser()
+    if not place.is_absolute() and root is not None:
+        place = Path(root).expanduser() / place
+    tasks = [_read(place, name, train_rows, eval_rows) for name in _names(order, place, root)]
+    first = [text for text, _ in tasks[0].rows(is_train=True)]
+    chosen = _tokenizer(tokenizer, vocabulary, [*first, *map(_options, tasks)], cache, download)
+    experiences, eval_sets, digest = [], [], hashlib.sha256()
+    for number, task in enumerate(tasks):
+        _room(task, chosen, context, template)
+        load = partial(_load, task, chosen, context, template, number)
+        parts = [task.rows(is_train) for is_train in (True, False)]
+        digest.update(json.dumps([task.labels, parts]).encode())
+        experiences.append(Experience(number, task.name, task.name, partial(load, True), len(parts[0])))
+        eval_sets.append(EvalSet(task.name, partial(load, False), len(parts[1]), score=SCORES[score]))
+    info = StreamInfo(
+        "text_tasks",
+        Setting.CONTINUAL_PRETRAINING,
+        (context,),
+        chosen.vocabulary,
+        len(tasks),
+        separator=chosen.separator,
+        tokenizer=chosen.digest,
+    )
+    return Stream(info, experiences, eval_sets, as_ids, content=digest.hexdigest())
+
+
+def _names(order: str | Sequence[str], place: Path, root: str | None) -> list[str]:
+    there = sorted(path.parent.name for path in place.glob("*/labels.json"))
+    if not there:
+        hint = "" if root else "; data.root is not set, so it is looked for from the working directory"
+        raise UserError(f"no task in {place}: a task is a folder with train.jsonl, test.jsonl and labels.json{hint}")
+    if order == "long":
+        found = [name for name in LONG if name in there]
+        if not found:
+            raise UserError(f"none of the tasks {', '.join(LONG)} is in {place}; there are {', '.join(there)}")
+        return found
+    if isinstance(order, str) or not isinstance(order, Sequence) or not order:
+        raise UserError(f"stream.order is {order!r}; it must be long, or a list of tasks such as [sst2,agnews]")
+    for name in order:
+        if name not in there:
+            raise UserError(f"stream.order names {name!r}, which is not in {place}; there are {', '.join(there)}")
+    if len(set(order)) != len(order):
+        raise UserError(f"stream.order is {list(order)}; every task comes once")
+    return list(order)
+
+
+def _read(place: Path, name: str, train_rows: int | None, eval_rows: int | None) -> Task:
+    try:
+        labels = json.loads((place / name / "labels.json").read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{place / name / 'labels.json'} cannot be read: {error}") from None
+    if not isinstance(labels, list) or len(labels) < 2 or not all(isinstance(each, str) and each for each in labels):
+        raise UserError(f"{place / name / 'labels.json'} is no list of at least two words")
+    return Task(name, str(place / name), tuple(labels), (train_rows, eval_rows))
+
+
+def _rows(path: Path, labels: Sequence[str], limit: int | None) -> Iterator[tuple[str, int]]:
+    try:
+        lines = path.read_text("utf-8").strip("\n").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
+    count = 0
+    for number, line in enumerate(lines, 1):
+        if count == limit or not line:
+            return
+        try:
+            row = json.loads(line)
+            text, label = row["text"], row["label"]
+        except (ValueError, TypeError):
+            raise UserError(f"{path}, line {number}, is no JSON object") from None
+        except KeyError as error:
+            raise UserError(f"{path}, line {number}, has no field {error}; it needs text and label") from None
+        if label == NO_LABEL:
+            continue
+        if label not in labels:
+            raise UserError(f"{path}, line {number}, has the label {label!r}; it must be one of {', '.join(labels)}")
+        count += 1
+        yield text, labels.index(label)
+
+
+def _options(task: Task) -> str:
+    return ", ".join(task.labels)
+
+
+def _tokenizer(wanted: str, vocabulary: int, texts: Sequence[str], cache: str | None, download: bool) -> Tokenizer:
+    if wanted == "bytes":
+        return Bytes()
+    if wanted != "bpe":
+        return read_tokenizer(wanted, download)
+    require_integer("stream.vocabulary", vocabulary, smallest=258)
+    key = hashlib.sha256("\n".join(texts).encode()).hexdigest()[:20]
+    return trained_bpe(texts, vocabulary, cache_folder(cache), key)
+
+
+def _load(
+    task: Task, tokenizer: Tokenizer, context: int, template: str, experience_id: int, is_train: bool
+) -> Questions:
+    """The rows of a task, as tokens."""
+    rows = task.rows(is_train)
+    head, tail, answers, room = _room(task, tokenizer, context, template)
+    texts = tokenizer.encode([text.strip() for text, _ in rows])
+    end = np.array([tokenizer.separator])
+    prompts = [np.concatenate((end, head, tokens[:room], tail)).astype(np.int32) for tokens in texts]
+    labels = np.array([label for _, label in rows])
+    return Questions(prompts, labels, answers, task.labels, context, tokenizer, experience_id)
+
+
+def _room(
+    task: Task, tokenizer: Tokenizer, context: int, template: str
+) -> tuple[np.ndarray, np.ndarray, list[np.ndarray], int]:
+    """Tokens before and after the text of a question, those of the answers, and how many are left for the text.
+
+    Raises:
+        UserError: none are left.
+    """
+    before, after = template.replace("{options}", _options(task)).split("{text}", 1)
+    head, tail = tokenizer.encode([before])[0], tokenizer.encode([after])[0]
+    end = np.array([tokenizer.separator])
+    answers = [np.concatenate((tokens, end)) for tokens in tokenizer.encode([f" {label}" for label in task.labels])]
+    room = context + 1 - max(map(len, answers)) - len(head) - len(tail) - 1
+    if room < 1:
+        raise UserError(
+            f"stream.context is {context}, too short for the options and the longest answer of task {task.name!r}; it "
+            f"must be at least {context + 1 - room}"
+        )
+    return head, tail, answers, room

@@ -1,0 +1,51 @@
+"""When a claim holds: the mean within its tolerance or bounds, and every seed beyond the bound for single seeds."""
+
+import pytest
+
+from cl.cli.reproduce import Claim, judged
+from cl.result import Result
+
+
+@pytest.mark.parametrize(
+    ("claim", "values", "holds"),
+    [
+        ({"expected": 3, "tolerance": 1}, [1.5, 3.5, 2.5], True),
+        ({"expected": 3, "tolerance": 1}, [1.0, 1.5, 2.5], False),
+        ({"expected": 3, "tolerance": 1, "each_above": 0}, [0.1, 4.0, 4.9], True),
+        ({"expected": 3, "tolerance": 1, "each_above": 0}, [0.0, 4.0, 5.0], False),
+        ({"above": 98}, [97.0, 100.0], True),
+        ({"above": 98}, [97.0, 98.0], False),
+        ({"below": 25, "each_above": 20}, [21.0, 28.0], True),
+        ({"below": 25, "each_above": 20}, [19.0, 28.0], False),
+    ],
+)
+def test_holds(claim, values, holds):
+    assert Claim("name", "line", **claim).holds(values) is holds
+
+
+def test_difference_is_paired_and_the_bound_is_said():
+    def result(name, seed, final):
+        metrics = {"final": final}
+        return Result(
+            name,
+            [name],
+            "mlp",
+            "class_incremental",
+            seed,
+            ["a"],
+            ["a"],
+            [0],
+            "accuracy",
+            metrics=metrics,
+            status="done",
+        )
+
+    runs = {"ours": [result("ours", s, f) for s, f in ((0, 0.90), (1, 0.91), (2, 0.5))]}
+    runs["theirs"] = [result("theirs", s, f) for s, f in ((1, 0.88), (0, 0.86))]
+    claim = Claim("ours", "line", expected=3.5, tolerance=0.1, each_above=2.5, minus="theirs")
+    row = judged(claim, runs)
+    assert row[2] == "minus theirs 3.5 ± 0.1, each seed > 2.5"
+    assert row[3:6] == ("3.50 ± 0.71", "2", "holds")
+    assert (
+        judged(Claim("ours", "line", expected=3.5, tolerance=0.1, each_above=3.2, minus="theirs"), runs)[5] == "FAILS"
+    )

@@ -1,0 +1,238 @@
+"""The decoder against attention written out token by token, and against what packing promises."""
+
+import math
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from cl.backbones._mixers import MIXERS, Attention, rotary_angles, rotated
+from cl.backbones.gpt import Gpt
+from cl.core import Batch, Setting, StreamInfo, UserError
+from cl.seeding import Seeds
+
+SEPARATOR, VOCABULARY, CONTEXT = 10, 11, 24
+
+
+def info(separator=SEPARATOR, context=CONTEXT):
+    return StreamInfo(
+        "text", Setting.CONTINUAL_PRETRAINING, (context,), VOCABULARY, 1, measure="loss", separator=separator
+    )
+
+
+def model(separator=SEPARATOR, **options):
+    with Seeds(0).as_global("init"):
+        made = Gpt(info(separator), **({"width": 16, "num_layers": 2, "num_heads": 2} | options))
+    # weights of 0.02 hardly let one token feel another
+    with torch.no_grad():
+        for p in made.parameters():
+            p.mul_(10 if p.dim() > 1 else 1)
+    return made.eval()
+
+
+def batch(tokens):
+    ids = torch.arange(len(tokens))
+    return Batch(tokens, tokens.roll(-1, 1), torch.zeros_like(ids), ids)
+
+
+def packed(seed=0, num_rows=3):
+    """Random tokens with a document border at 7 and at 15."""
+    tokens = torch.randint(SEPARATOR, (num_rows, CONTEXT), generator=torch.Generator().manual_seed(seed))
+    tokens[:, 7] = tokens[:, 15] = SEPARATOR
+    return tokens
+
+
+def attended_plainly(mixer, x, reset):
+    """softmax(q k / sqrt(K)) v, one token, head and earlier token at a time; rotation as complex numbers."""
+    width, heads, groups = mixer.head_width, mixer.num_heads, mixer.num_kv_heads
+    rate = torch.tensor([mixer.rope_base ** (-2 * i / width) for i in range(width // 2)], dtype=torch.float64)
+
+    def turned(vector, position):
+        pairs = torch.complex(vector[: width // 2], vector[width // 2 :]) * torch.exp(1j * position * rate)
+        return torch.cat((pairs.real, pairs.imag))
+
+    outputs = torch.zeros_like(x)
+    document = reset.long().cumsum(1)
+    for b in range(x.shape[0]):
+        q, k, v = (layer(x[b]) for layer in (mixer.query, mixer.key, mixer.value))
+        for t in range(x.shape[1]):
+            found = []
+            for h in range(heads):
+                g = h // (heads // groups)
+                query = turned(q[t, h * width : (h + 1) * width], t)
+                seen = [s for s in range(t + 1) if document[b, s] == document[b, t]]
+                keys = torch.stack([turned(k[s, g * width : (g + 1) * width], s) for s in seen])
+                values = torch.stack([v[s, g * width : (g + 1) * width] for s in seen])
+                found.append(torch.softmax(keys @ query / math.sqrt(width), 0) @ values)
+            outputs[b, t] = mixer.out(torch.cat(found))
+    return outputs
+
+
+@pytest.mark.parametrize("groups", [4, 2, 1])
+def test_attention_is_the_sum_written_out(groups):
+    torch.manual_seed(0)
+    mixer = Attention(24, 4, groups).double()
+    x = torch.randn(2, 9, 24, dtype=torch.float64)
+    reset = torch.zeros(2, 9, dtype=torch.bool)
+    reset[0, 4] = reset[1, 0] = reset[1, 7] = True
+    y, _ = mixer(x, reset)
+    # rotation is float32 on both sides of the dot product
+    torch.testing.assert_close(y, attended_plainly(mixer, x, reset), atol=1e-5, rtol=1e-5)
+    open_y, _ = mixer(x)
+    torch.testing.assert_close(open_y, attended_plainly(mixer, x, torch.zeros_like(reset)), atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(y, open_y, atol=1e-3)
+
+
+def test_rotary_angles_see_differences_only():
+    q, k = torch.randn(2, 1, 1, 1, 8, generator=torch.Generator().manual_seed(0))
+
+    def score(at, before):
+        turned = [rotated(x, *rotary_angles(place, 1, 8, 1e4, x.device)) for x, place in ((q, at), (k, before))]
+        return (turned[0] * turned[1]).sum()
+
+    assert score(9, 4) == pytest.approx(score(105, 100).item(), abs=1e-5)
+    assert score(9, 4) != pytest.approx(score(9, 8).item(), abs=1e-3)
+
+
+def test_nothing_leaks_from_the_future():
+    network, tokens = model(), packed()
+    other = tokens.clone()
+    other[:, 18:] = (other[:, 18:] + 1) % SEPARATOR
+    left, right = network(batch(tokens)).logits, network(batch(other)).logits
+    assert torch.equal(left[:, :18], right[:, :18])
+    assert not torch.allclose(left[:, 18:], right[:, 18:], atol=1e-3)
+
+
+def test_nothing_leaks_from_one_document_into_the_next():
+    """Packed documents give what each gives alone; the separator belongs to the document that it begins."""
+    network, tokens = model(), packed()
+    whole = network(batch(tokens)).logits
+    for low, high in ((0, 7), (7, 15), (15, CONTEXT)):
+        alone = network(batch(tokens[:, low:high])).logits
+        torch.testing.assert_close(whole[:, low:high], alone, atol=1e-4, rtol=1e-4)
+    other = tokens.clone()
+    other[:, :7] = (other[:, :7] + 1) % SEPARATOR
+    assert torch.equal(network(batch(other)).logits[:, 7:], whole[:, 7:])
+    blind = model(separator=None)
+    assert not torch.allclose(blind(batch(other)).logits[:, 7:], blind(batch(tokens)).logits[:, 7:], atol=1e-3)
+
+
+@pytest.mark.parametrize("cuts", [[1] * CONTEXT, [5, 2, 8, 1, 8], [CONTEXT]])
+@pytest.mark.parametrize("separator", [SEPARATOR, None])
+def test_reading_in_pieces_gives_what_the_whole_gives(cuts, separator):
+    network, tokens = model(separator, num_heads=4, num_kv_heads=2), packed()
+    whole, state, pieces = network(batch(tokens)).logits, None, []
+    for piece in tokens.split(cuts, 1):
+        output = network.step(batch(piece), state)
+        state = output.state
+        pieces.append(output.logits)
+    torch.testing.assert_close(torch.cat(pieces, 1), whole, atol=1e-4, rtol=1e-4)
+
+
+def test_is_the_published_layout():
+    """One block by hand: h + attention(norm h), then h + SwiGLU(norm h), then the head on norm h."""
+    network, tokens = model(num_layers=1), packed()
+    h = network.embedding.weight[tokens]
+    block = network.blocks[0]
+
+    def norm(x, layer):
+        return x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * layer.weight
+
+    h = h + block.mixer(norm(h, block.mixer_norm), tokens == SEPARATOR)[0]
+    n = norm(h, block.mlp_norm)
+    h = h + (F.silu(n @ block.mlp.gate.weight.T) * (n @ block.mlp.up.weight.T)) @ block.mlp.out.weight.T
+    hidden = norm(h, network.norm)
+    output = network(batch(tokens))
+    torch.testing.assert_close(output.hidden, hidden, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(output.logits, hidden @ network.head.weight.T, atol=1e-4, rtol=1e-4)
+    assert output.loss is None, "the trainer weighs the parts of a batch"
+
+
+def test_number_of_weights():
+    """The size of the card's toy: 12 D^2 a block, embedding and head."""
+    width, layers = 96, 3
+    made = Gpt(StreamInfo("text", Setting.CONTINUAL_PRETRAINING, (96,), 257, 1))
+    count = sum(p.numel() for p in made.parameters())
+    assert count == 2 * 257 * width + layers * (4 * width**2 + 3 * width * 256 + 2 * width) + width
+    tied = model(is_tied=True)
+    assert tied.head.weight is tied.embedding.weight
+
+
+def test_initial_loss_is_that_of_a_uniform_guess():
+    with Seeds(0).as_global("init"):
+        made = Gpt(info())
+    rows = batch(packed(num_rows=20))
+    loss = F.cross_entropy(made(rows).logits.flatten(0, 1), rows.targets.flatten())
+    assert loss.item() == pytest.approx(math.log(VOCABULARY), abs=0.05)
+
+
+def test_checkpointing_changes_memory_only():
+    losses, gradients = [], []
+    for is_checkpointed in (False, True):
+        network = model(is_checkpointed=is_checkpointed).train()
+        rows = batch(packed())
+        loss = F.cross_entropy(network(rows).logits.flatten(0, 1), rows.targets.flatten())
+        loss.backward()
+        losses.append(loss.item())
+        gradients.append([p.grad for p in network.parameters()])
+    assert losses[0] == losses[1]
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*gradients, strict=True))
+
+
+def test_dropout_acts_in_training_only():
+    network = model(dropout=0.3)
+    rows = batch(packed())
+    assert torch.equal(network(rows).logits, network(rows).logits)
+    network.train()
+    assert not torch.equal(network(rows).logits, network(rows).logits)
+
+
+def test_other_mixers_join_by_name():
+    """What a recurrent layer needs: tokens, document starts, and a state to hand on."""
+
+    class RunningMean(torch.nn.Module):
+        def __init__(self, width, num_heads, gain=1.0):
+            super().__init__()
+            self.gain = torch.nn.Parameter(torch.full((width,), gain))
+
+        def forward(self, x, reset=None, state=None):
+            seen.append((tuple(x.shape), reset.sum().item()))
+            return self.gain * x, {}
+
+    seen = []
+    MIXERS["running_mean"] = RunningMean
+    try:
+        network = model(num_layers=3, mixers=["running_mean", "attention"])
+        assert [type(block.mixer).__name__ for block in network.blocks] == ["RunningMean", "Attention", "RunningMean"]
+        network(batch(packed()))
+        assert seen == [((3, CONTEXT, 16), 6)] * 2
+        assert model(mixers="running_mean", mixer_options={"gain": 3.0}).blocks[0].mixer.gain[0] == 3.0
+    finally:
+        del MIXERS["running_mean"]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"width": 15}, "backbone.width is 15 for backbone.num_heads=2"),
+        ({"width": 6}, "multiple of twice the heads"),
+        ({"num_heads": 4, "num_kv_heads": 3}, "backbone.num_kv_heads is 3"),
+        ({"num_layers": 0}, "backbone.num_layers is 0"),
+        ({"mixers": "mamba"}, "backbone.mixers names 'mamba'; the mixers are attention"),
+        ({"mixers": []}, "backbone.mixers is empty"),
+        ({"mixer_options": {"window": 3}}, "do not fit the mixer attention"),
+        ({"dropout": 1.0}, "backbone.dropout is 1.0"),
+        ({"rope_base": 0}, "backbone.rope_base is 0"),
+    ],
+)
+def test_bad_values_are_one_sentence(options, words):
+    with pytest.raises(UserError) as error:
+        model(**options)
+    assert words in str(error.value)
+
+
+def test_refuses_images():
+    images = StreamInfo("split_digits", Setting.CLASS_INCREMENTAL, (1, 8, 8), 10, 5)
+    with pytest.raises(UserError, match="reads rows of tokens"):
+        partial(Gpt)(images)

@@ -1,0 +1,119 @@
+"""What text streams refuse, and how fast: one sentence each, and nothing lost."""
+
+import time
+
+import pytest
+import torch
+
+from cl.core import UserError
+from streams import _documents
+from streams.text_domains import text_domains
+
+CONTEXT = 16
+NEWS_DOMAIN = {"name": "news", "path": "news.jsonl", "eval_path": "held.jsonl"}
+CODE_DOMAIN = {"name": "code", "path": "code.txt", "starts": "^def "}
+
+
+def built(root, domains, **options):
+    return text_domains(list(domains), root=str(root), context=CONTEXT, **options)
+
+
+def first_text(data):
+    return bytes(token for token in data.rows(torch.arange(2)).inputs.flatten().tolist() if token < 256).decode()
+
+
+BAD = [
+    ({"domains": []}, "stream.domains is []"),
+    ({"domains": "news"}, "it must be a list"),
+    ({"domains": ["news"]}, "stream.domains[0] is 'news'"),
+    ({"domains": [{"path": "news.jsonl"}]}, "has no name"),
+    ({"domains": [{"name": "news", "pth": "news.jsonl"}]}, "has no key 'pth'; its keys are name, path"),
+    ({"domains": [{"name": "news"}]}, "needs either `path`"),
+    ({"domains": [NEWS_DOMAIN | {"hub": "a/b"}]}, "not both of them"),
+    ({"domains": [NEWS_DOMAIN | {"path": "lost.jsonl"}]}, "lost.jsonl"),
+    ({"domains": [NEWS_DOMAIN | {"path": "many/readme.pdf"}]}, "it must end in .txt"),
+    ({"domains": [NEWS_DOMAIN | {"field": "body"}]}, "has no field 'body'"),
+    ({"domains": [NEWS_DOMAIN | {"field": "body"}]}, "its fields are text, id"),
+    ({"domains": [NEWS_DOMAIN | {"field": "id"}]}, "are no text in id"),
+    ({"domains": [NEWS_DOMAIN | {"tokens": 0}]}, "tokens of domain 'news' is 0"),
+    ({"domains": [NEWS_DOMAIN | {"passes": 1.5}]}, "passes of domain 'news' is 1.5"),
+    ({"domains": [NEWS_DOMAIN | {"weight": -1}]}, "weight -1"),
+    ({"domains": [NEWS_DOMAIN | {"starts": "("}]}, "no regular expression"),
+    ({"domains": [NEWS_DOMAIN | {"eval_path": None, "eval_frac": 2}]}, "eval_frac 2"),
+    ({"domains": [{"name": "code", "path": "code.txt"}]}, "too few to hold out"),
+    ({"domains": [NEWS_DOMAIN, NEWS_DOMAIN]}, "names 'news' twice"),
+    ({"domains": [NEWS_DOMAIN | {"path": "empty.jsonl"}]}, "is empty"),
+    ({"domains": [NEWS_DOMAIN | {"path": "broken.jsonl"}]}, "cannot be read as json"),
+    ({"order": []}, "stream.order"),
+    ({"order": "news"}, "stream.order is 'news'"),
+    ({"order": ["sports"]}, "stream.order names 'sports'"),
+    ({"order": [{"news": 0}]}, "the weight 0"),
+    ({"order": [[]]}, "an experience without domains"),
+    ({"tokenizer": "bpe", "vocabulary": 100}, "stream.vocabulary is 100"),
+    ({"tokenizer": "no/such-model"}, "stream.tokenizer is 'no/such-model'"),
+    ({"context": 100_000}, "fewer than a row of stream.context=100000"),
+    (
+        {"shard_tokens": 40, "domains": [CODE_DOMAIN | {"starts": None, "eval_path": "held.jsonl"}]},
+        "does not fit a shard",
+    ),
+]
+
+
+@pytest.mark.parametrize(("options", "words"), BAD, ids=[words[:40] for _, words in BAD])
+def test_bad_requests_are_one_sentence(text_root, options, words):
+    (text_root / "empty.jsonl").write_text('{"text": ""}\n')
+    (text_root / "broken.jsonl").write_text('{"text": "a"\nnot json\n')
+    arguments = {"domains": [NEWS_DOMAIN, CODE_DOMAIN], "root": str(text_root), "context": CONTEXT} | options
+    if arguments["context"] > 1000:
+        arguments["shard_tokens"] = 1 << 20
+    with pytest.raises(UserError) as error:
+        text_domains(**arguments)
+    assert words in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+HUB = {"name": "math", "hub": "nobody/nothing", "eval_split": "test"}
+
+
+def test_no_network_is_said_at_once(text_root, monkeypatch):
+    """The id, the local way and the flag; not after 23 seconds of retries."""
+    monkeypatch.setattr(_documents, "hub_answers", lambda: False)
+    monkeypatch.setenv("HF_HOME", str(text_root / "hub"))
+    import datasets  # noqa: F401  (its import is not what is timed)
+
+    for download, words in ((False, "data.download=true"), (True, "does not answer")):
+        begin = time.perf_counter()
+        with pytest.raises(UserError) as error:
+            built(text_root, [NEWS_DOMAIN, HUB], download=download)
+        assert time.perf_counter() - begin < 5
+        for word in ("nobody/nothing", "'math'", "`path`", "data.root", words):
+            assert word in str(error.value)
+
+
+def test_a_hub_set_is_streamed_no_further_than_it_is_used(text_root, monkeypatch):
+    """The loading path itself, with rows that never end in the hub's place."""
+    taken = []
+
+    def load_dataset(name, config, *, split, revision, streaming):
+        if not streaming:
+            raise ConnectionError("not in the cache")
+
+        def rows():
+            for number in range(10**9):
+                taken.append(split)
+                yield {"text": f"row {number} of {split}"}
+
+        assert (name, config, revision) == ("nobody/nothing", None, None)
+        return rows()
+
+    monkeypatch.setattr(_documents, "hub_answers", lambda: True)
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    domain = HUB | {"tokens": 2000}
+    stream = built(text_root, [domain], download=True, eval_tokens=200)
+    assert 16 * stream.experiences[0].num_samples == 2000
+    assert first_text(stream.experiences[0].load()).startswith("row 0 of train")
+    assert first_text(stream.eval_sets[0].load()).startswith("row 0 of test")
+    # a megabyte of text is tokenised at a time
+    assert len(taken) < 2 * 1.2e6 / len("row 10000 of test")
+    monkeypatch.setattr(_documents, "hub_answers", lambda: False)
+    assert built(text_root, [domain], eval_tokens=200).content == stream.content, "what is prepared needs no network"

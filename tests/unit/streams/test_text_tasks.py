@@ -1,0 +1,240 @@
+"""Questions and answers: rows by hand, both ways to score against models whose answers are known."""
+
+import json
+import math
+from functools import partial
+
+import pytest
+import torch
+
+from cl.backbones.gpt import Gpt
+from cl.config import TrainerConfig
+from cl.core import IGNORED, Output, UserError
+from cl.testing import StreamContract
+from cl.tracking.points import points
+from cl.trainer import Trainer
+from strategies.naive import Naive
+from strategies.replay import Replay
+from streams._answers import by_generation, by_likelihood, written
+from streams._tokenizers import Bytes
+from streams.text_tasks import LONG, text_tasks
+
+COLOURS = [("grass", "green"), ("snow", "white"), ("milk", "white"), ("leaf", "green")]
+SIZES = [("mouse", "small"), ("whale", "very large")]
+
+
+@pytest.fixture
+def root(tmp_path, monkeypatch):
+    monkeypatch.setenv("CL_CACHE", str(tmp_path / "cache"))
+    for name, rows, labels in (("sst2", COLOURS, ["green", "white"]), ("amazon", SIZES, ["small", "very large"])):
+        folder = tmp_path / "text" / "tasks" / name
+        folder.mkdir(parents=True)
+        (folder / "labels.json").write_text(json.dumps(labels))
+        content = "".join(json.dumps({"text": text, "label": label}) + "\n" for text, label in rows)
+        (folder / "train.jsonl").write_text(content * 8)
+        (folder / "test.jsonl").write_text(content)
+    return tmp_path
+
+
+def built(root, **options):
+    return text_tasks(root=str(root), **({"context": 64} | options))
+
+
+class TestTextTasks(StreamContract):
+    make = staticmethod(text_tasks)
+
+    @pytest.fixture(autouse=True)
+    def _files(self, root):
+        self.arguments = {"root": str(root), "context": 48, "order": ["sst2", "amazon"]}
+
+
+def test_long_order_takes_the_tasks_that_are_there(root):
+    assert [each.name for each in built(root).experiences] == ["amazon", "sst2"]
+    assert [each.name for each in built(root, order=["sst2", "amazon"]).experiences] == ["sst2", "amazon"]
+    assert len(LONG) == 15 and LONG[:3] == ("yelp", "amazon", "mnli") and LONG[-1] == "wic"
+
+
+def test_a_row_is_question_answer_and_the_answer_alone_is_learnt(root):
+    rows = built(root, order=["sst2"]).experiences[0].load().rows(torch.tensor([1]))
+    question, answer = b"snow\nOptions: green, white\nAnswer:", b" white"
+    tokens = [256, *question, *answer]
+    assert rows.inputs[0].tolist() == tokens + [256] * (64 - len(tokens))
+    start = len(question)
+    wanted = [IGNORED] * start + [*answer, 256]
+    assert rows.targets[0].tolist() == wanted + [IGNORED] * (64 - len(wanted))
+
+
+def test_a_long_question_is_cut_so_that_every_answer_fits(root):
+    path = root / "text" / "tasks" / "sst2" / "train.jsonl"
+    path.write_text(json.dumps({"text": "x" * 500, "label": "white"}) + "\n")
+    rows = built(root, order=["sst2"], context=50).experiences[0].load().rows(torch.tensor([0]))
+    text = Bytes().decode(rows.inputs[0].tolist())
+    assert text.endswith("x\nOptions: green, white\nAnswer: white")
+    assert rows.targets[0, -1] == 256, "not one token is wasted"
+
+
+class Knows:
+    """Answers in place of a model: the next token of `says(question)`, with some of the probability elsewhere."""
+
+    def __init__(self, says, sure=6.0):
+        self.says, self.sure = says, sure
+
+    def __call__(self, batch):
+        logits = torch.zeros(*batch.inputs.shape, 257)
+        for row, tokens in enumerate(batch.inputs.tolist()):
+            text = bytes(token for token in tokens if token < 256)
+            question, _, _ = text.partition(b"Answer:")
+            start = len(question) + len(b"Answer:")
+            said = [*self.says(question.decode()).encode(), 256]
+            for place, token in enumerate(said):
+                if start + place < len(tokens):
+                    logits[row, start + place, token] = self.sure
+        return Output(logits)
+
+
+def right(question):
+    facts = dict(COLOURS + SIZES)
+    return " " + facts[question.split("\n")[0]]
+
+
+@pytest.mark.parametrize("task", ["sst2", "amazon"])
+def test_both_scores_know_who_knows(root, task):
+    data = built(root, order=[task]).eval_sets[0].load()
+    for says, likelihood, accuracy, valid in (
+        (right, 1.0, 1.0, 1.0),
+        (
+            lambda q: " green",
+            {"sst2": 0.5}.get(task),
+            {"sst2": 0.5, "amazon": 0.0}[task],
+            {"sst2": 1.0, "amazon": 0.0}[task],
+        ),
+        (lambda q: right(q) + "!", 1.0, 0.0, 0.0),
+    ):
+        if likelihood is not None:
+            assert by_likelihood(data, Knows(says), len(data), 3) == {"accuracy": likelihood}
+        assert by_generation(data, Knows(says), len(data), 3) == {"accuracy": accuracy, "format_valid": valid}
+
+
+def test_likelihood_is_the_sum_over_the_answer_and_its_end(root):
+    """Two answers of unequal length, by hand: a longer answer pays for every letter."""
+    data = built(root, order=["amazon"]).eval_sets[0].load()
+    uniform = lambda batch: Output(torch.zeros(*batch.inputs.shape, 257))  # noqa: E731
+    # -6 log 257 for " small" against -11 log 257 for " very large", the end of each included
+    assert by_likelihood(data, uniform, 2, 8) == {"accuracy": 0.5}
+    rows = data.answered([0, 0], [0, 1])
+    assert (rows.targets != IGNORED).sum(1).tolist() == [7, 12]
+    assert math.isclose(7 * math.log(257), 7 * -torch.zeros(257).log_softmax(0)[0].item(), rel_tol=1e-6)
+
+
+def test_generation_stops_at_the_end_token_and_at_the_longest_answer(root):
+    data = built(root, order=["sst2"]).eval_sets[0].load()
+    assert written(data, Knows(lambda q: " white"), [0]) == ["white"]
+    assert written(data, Knows(lambda q: " " + "w" * 90), [0, 1]) == ["w" * 6] * 2
+
+
+def test_rows_to_measure_on_can_be_limited(root):
+    data = built(root, order=["sst2"]).eval_sets[0].load()
+    assert by_likelihood(data, Knows(lambda q: " green"), 1, 8) == {"accuracy": 1.0}
+    assert built(root, order=["sst2"], train_rows=3, eval_rows=2).eval_sets[0].num_samples == 2
+
+
+@pytest.mark.parametrize("score", ["likelihood", "generation"])
+def test_a_decoder_learns_the_answers_and_forgets_them(root, score):
+    """End to end: R holds accuracies, and the share of well-formed answers stands beside it."""
+    stream = built(root, order=["sst2", "amazon"], score=score, context=48)
+    run = Trainer(
+        stream,
+        partial(Gpt, width=32, num_layers=2, num_heads=2),
+        [Naive()],
+        optimizer=partial(torch.optim.AdamW, lr=0.005),
+        config=TrainerConfig(batch_size=8, max_steps=100, clip_norm=1.0, device="cpu"),
+    ).run()
+    assert run.R[0][0] == 1.0 and run.R[1][1] == 1.0
+    assert run.measure == "accuracy" and not run.num_bytes
+    beside = {(name, i, j): value for name, i, j, value in run.extra}
+    if score == "likelihood":
+        assert not beside
+        return
+    assert beside["format_valid", -1, 0] == 0.0 and beside["format_valid", 0, 0] == 1.0
+    assert run.R[1][0] < 0.5 and beside["format_valid", 1, 0] < 0.5, "it answers with sizes what it is asked of colours"
+    logged = {point.name for point in points(run, 1)}
+    assert {"accuracy/task_00", "format_valid/task_00"} <= logged
+
+
+def test_accumulation_weighs_tokens_and_not_rows(root):
+    """Answers are of unequal length: two micro-batches must give the gradient of one batch."""
+    weights = []
+    for size, accumulation in ((8, 1), (2, 4)):
+        trainer = Trainer(
+            built(root, order=["amazon"], context=48),
+            partial(Gpt, width=16, num_layers=1, num_heads=2),
+            [Naive()],
+            optimizer=partial(torch.optim.SGD, lr=0.5),
+            config=TrainerConfig(batch_size=size, accumulation=accumulation, max_steps=3, device="cpu"),
+        )
+        trainer.run()
+        weights.append(torch.cat([p.detach().flatten() for p in trainer.state.model.parameters()]))
+    torch.testing.assert_close(weights[0], weights[1], atol=1e-5, rtol=1e-4)
+
+
+def test_replay_keeps_what_was_learnt(root):
+    accuracy = {}
+    for strategy in (Naive(), Replay(30)):
+        run = Trainer(
+            built(root, order=["sst2", "amazon"], context=48, score="generation"),
+            partial(Gpt, width=32, num_layers=2, num_heads=2),
+            [strategy],
+            optimizer=partial(torch.optim.AdamW, lr=0.005),
+            config=TrainerConfig(batch_size=8, max_steps=100, clip_norm=1.0, device="cpu"),
+        ).run()
+        accuracy[strategy.name] = run.R[1][0]
+    assert accuracy["replay"] == 1.0 > accuracy["naive"]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"order": ["yelp"]}, "names 'yelp', which is not in"),
+        ({"order": "short"}, "it must be long, or a list"),
+        ({"order": ["sst2", "sst2"]}, "every task comes once"),
+        ({"folder": "nowhere"}, "no task in"),
+        ({"score": "guess"}, "one of likelihood, generation"),
+        ({"template": "{question}"}, "must hold {text}"),
+        ({"context": 20}, "it must be at least 48"),
+        ({"tokenizer": "no/such"}, "data.download=true"),
+        ({"eval_rows": 0}, "stream.eval_rows is 0"),
+    ],
+)
+def test_bad_requests_are_one_sentence(root, options, words):
+    with pytest.raises(UserError) as error:
+        built(root, **options)
+    assert words in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ('{"text": "a", "label": "blue"}', "line 1, has the label 'blue'; it must be one of green, white"),
+        ('{"text": "a"}', "has no field 'label'"),
+        ("text", "is no JSON object"),
+        ('{"text": "a", "label": "-"}', "is empty"),
+        ("", "is empty"),
+    ],
+)
+def test_bad_files_are_one_sentence(root, content, words):
+    (root / "text" / "tasks" / "sst2" / "train.jsonl").write_text(content)
+    with pytest.raises(UserError, match=words):
+        built(root)
+
+
+@pytest.mark.slow
+def test_the_twelve_local_tasks(real_text):
+    stream = text_tasks(root=real_text, context=256, tokenizer="bpe", vocabulary=1024)
+    assert [each.name for each in stream.experiences] == [
+        name for name in LONG if name not in ("yelp", "imdb", "yahoo")
+    ]
+    assert sum(each.num_samples for each in stream.experiences) == 10_650
+    for experience, eval_set in zip(stream.experiences, stream.eval_sets, strict=True):
+        for data in (experience.load(), eval_set.load()):
+            rows = data.rows(torch.arange(len(data)))
+            assert (rows.targets != IGNORED).any(1).all()
