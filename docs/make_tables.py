@@ -10,6 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from cl.cli import listing
+from cl.interop import catalog
 
 PAGES = {
     "strategies": "What fights forgetting. Compose any of them, in order: `strategy=[derpp,ewc]`. `joint` and "
@@ -33,3 +34,5 @@ def pages() -> dict[str, str]:
 if __name__ == "__main__":
     for name, content in pages().items():
         (Path(__file__).parent / name).write_text(content)
+    page = Path(__file__).parent / "avalanche.md"
+    page.write_text(catalog.with_table(page.read_text()))

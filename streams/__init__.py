@@ -5,7 +5,7 @@ from typing import Any
 
 
 def __getattr__(name: str) -> Any:
-    """`streams.from_avalanche` lives with everything else that knows Avalanche; it is found here, as it makes streams."""
+    """`streams.from_avalanche` lives with all that knows Avalanche, and is found here because it makes streams."""
     if name == "from_avalanche":
         return import_module("cl.interop.avalanche").from_avalanche
     raise AttributeError(f"module 'streams' has no attribute {name!r}")

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from cl.config import is_due
 from cl.core import Batch, Data, Experience, Output, Stream, UserError
@@ -58,18 +58,24 @@ class HostingTrainer(Trainer):
         if len(strategies) != 1:
             names = ", ".join(strategy.name or type(strategy).__name__ for strategy in strategies)
             raise UserError(
-                f"a strategy of Avalanche runs Avalanche's loop, alone: it is neither composed nor explained ({names}); "
+                f"a strategy of Avalanche runs Avalanche's loop alone: it is neither composed nor explained ({names}); "
                 "to use one of ours in that loop see cl.interop.avalanche.as_plugin"
             )
         super().compose(strategies)
 
     def _refuse_settings(self) -> None:
         config = self.config
-        for name, wanted in (("accumulation", 1), ("precision", "fp32"), ("checkpoint_every", 0), ("logit_mask", "none")):
+        for name, wanted in (
+            ("accumulation", 1),
+            ("precision", "fp32"),
+            ("checkpoint_every", 0),
+            ("logit_mask", "none"),
+        ):
             value = getattr(config, name, wanted)
             if value != wanted:
                 raise UserError(
-                    f"trainer.{name} is {value!r}; inside Avalanche's template it must be {wanted!r}, since the loop is theirs"
+                    f"trainer.{name} is {value!r}; in Avalanche's template it must be {wanted!r}, "
+                    "since the loop is theirs"
                 )
 
     def run(self, resume: bool = False) -> Result:
@@ -193,7 +199,9 @@ class Host:
         except UserError:
             raise
         except (TypeError, ValueError, AssertionError, NotImplementedError) as error:
-            raise UserError(f"strategy avalanche/{name} cannot be made: {str(error) or type(error).__name__}") from error
+            raise UserError(
+                f"strategy avalanche/{name} cannot be made: {str(error) or type(error).__name__}"
+            ) from error
         self.template.order_state = state
         state.model = Learner(self.template.model)
         self.put_in_place()
@@ -246,7 +254,9 @@ class Host:
         shared = [*template.model.parameters(), *template.model.buffers()]
         skipped = {id(thing) for thing in (template.model, template.optimizer, *shared)}
         row_bytes = 4 * math.prod(self.stream.info.input_shape) + 8
-        return bytes_in({k: v for k, v in vars(template).items() if k not in PASSING}, row_bytes, skipped, self._name_of)
+        return bytes_in(
+            {k: v for k, v in vars(template).items() if k not in PASSING}, row_bytes, skipped, self._name_of
+        )
 
     # resume
 

@@ -28,8 +28,8 @@ THEIR_SECTION = "avalanche/"
 class Matrix:
     """Collects R from what is measured after each experience, whatever the template is.
 
-    A stream that is measured before training fills `R_init`. An experience teaches the domain of its number, or the only
-    one there is.
+    A stream that is measured before training fills `R_init`. An experience teaches the domain of its number, or the
+    only one there is.
     """
 
     def __init__(self) -> None:
@@ -76,7 +76,7 @@ class Matrix:
 class ContinualMetrics(PluginMetric):
     """Everything that `cl.metrics` says of R, after each evaluation: final, average, BWT, FWT, forgetting and so on.
 
-    Measure the whole test stream after every experience, as in `for e in train: strategy.train(e); strategy.eval(test)`.
+    Measure the whole test stream after every experience: `for e in train: strategy.train(e); strategy.eval(test)`.
     """
 
     def __init__(self) -> None:
@@ -101,7 +101,9 @@ class ContinualMetrics(PluginMetric):
     def after_eval(self, strategy: Any) -> list[MetricValue]:
         self.matrix.after_eval()
         found = {name: value for name, value in self.result().items() if value is not None}
-        return [MetricValue(self, f"cl/{name}", value, strategy.clock.train_iterations) for name, value in found.items()]
+        return [
+            MetricValue(self, f"cl/{name}", value, strategy.clock.train_iterations) for name, value in found.items()
+        ]
 
     def __str__(self) -> str:
         return "cl"

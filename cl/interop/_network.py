@@ -26,7 +26,7 @@ _counters: list[Callable[[int, int], None]] = []
 
 @contextmanager
 def counting(count: Callable[[int, int], None]) -> Iterator[None]:
-    """Tell `count` the rows that go forward, and those of them whose gradient can be taken, through any network here."""
+    """Tell `count` the rows that go forward through any network here, and those whose gradient can be taken."""
     _counters.append(count)
     try:
         yield

@@ -89,7 +89,8 @@ class OurPlugin(SupervisedPlugin):
             for strategy in self.hooked(hook):
                 raise UserError(
                     f"strategy {strategy.name} acts at `{hook}`, for which Avalanche has no callback; use "
-                    f"cl.interop.avalanche.Template in place of SupervisedTemplate, or with_our_hooks({type(template).__name__})"
+                    "cl.interop.avalanche.Template in place of SupervisedTemplate, or "
+                    f"with_our_hooks({type(template).__name__})"
                 )
 
     def _stream_of(self, template: Any) -> Stream:

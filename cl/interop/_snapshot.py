@@ -23,7 +23,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-MAY_BE_MADE = ("avalanche.", "torch.nn.", "torch.optim.", "torch.utils.data.", "torchvision.transforms.", "cl.backbones")
+MAY_BE_MADE = (
+    "avalanche.",
+    "torch.nn.",
+    "torch.optim.",
+    "torch.utils.data.",
+    "torchvision.transforms.",
+    "cl.backbones",
+)
 PLAIN = (type(None), bool, int, float, str)
 DICTS = {kind.__name__: kind for kind in (dict, OrderedDict, defaultdict)}
 LISTS = {kind.__name__: kind for kind in (list, tuple, set, frozenset, deque, torch.Size)}
@@ -153,7 +160,9 @@ class Reader:
         known: classes that may be made besides those of `MAY_BE_MADE`.
     """
 
-    def __init__(self, nodes: list[Node], external: Callable[[str], Any], known: set[type], device: torch.device) -> None:
+    def __init__(
+        self, nodes: list[Node], external: Callable[[str], Any], known: set[type], device: torch.device
+    ) -> None:
         self.nodes, self.external, self.known, self.device = nodes, external, known, device
         self.made: dict[int, Any] = {}
         self.claimed: set[int] = set()
@@ -212,7 +221,9 @@ class Reader:
             return self.external(node["name"])
         if kind == "local":
             if not isinstance(fresh, types.FunctionType | type):
-                raise ValueError(f"the checkpoint needs the function {'.'.join(node['name'])}, which cannot be found here")
+                raise ValueError(
+                    f"the checkpoint needs the function {'.'.join(node['name'])}, which cannot be found here"
+                )
             return fresh
         if kind in ("named", "generator"):
             return self.function(kind, node)
@@ -258,7 +269,10 @@ class Reader:
 
     def is_allowed(self, module: str, name: str, found: Any) -> bool:
         """Whether the name is the thing's own: every module is reachable through the names that others import."""
-        is_own = isinstance(found, type | types.FunctionType) and (found.__module__, found.__qualname__) == (module, name)
+        is_own = isinstance(found, type | types.FunctionType) and (found.__module__, found.__qualname__) == (
+            module,
+            name,
+        )
         return is_own and (f"{module}.".startswith(MAY_BE_MADE) or found in self.known)
 
 
@@ -282,11 +296,11 @@ def _blank(cls: type) -> Any:
 
 def _tensor(node: Node, fresh: Any, device: torch.device) -> Tensor:
     data, (is_parameter, requires_grad) = node["data"], node["flags"]
-    if isinstance(fresh, Tensor) and fresh.shape == data.shape and fresh.dtype == data.dtype and fresh.is_leaf:
-        if isinstance(fresh, nn.Parameter) == is_parameter:
-            with torch.no_grad():
-                fresh.copy_(data)
-            return fresh.requires_grad_(requires_grad)
+    is_same = isinstance(fresh, Tensor) and fresh.shape == data.shape and fresh.dtype == data.dtype and fresh.is_leaf
+    if is_same and isinstance(fresh, nn.Parameter) == is_parameter:
+        with torch.no_grad():
+            fresh.copy_(data)
+        return fresh.requires_grad_(requires_grad)
     data = data.clone().to(fresh.device if isinstance(fresh, Tensor) else device)
     return nn.Parameter(data, requires_grad) if is_parameter else data.requires_grad_(requires_grad)
 

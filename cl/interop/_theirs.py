@@ -1,4 +1,4 @@
-"""A strategy of Avalanche as one of ours: chosen by name, configured by its own signature, run by `cl.interop._host`."""
+"""A strategy of Avalanche as one of ours: chosen by name, with its own signature, run by `cl.interop._host`."""
 
 from __future__ import annotations
 
@@ -9,13 +9,35 @@ from typing import Any, ClassVar
 
 from cl.core import Setting, Stream, UserError
 from cl.hooks import Contract, Strategy
-from cl.state import Cost
-from cl.interop.catalog import METHODS, Method
 from cl.interop._quiet import quiet, require_avalanche
+from cl.interop.catalog import METHODS, Method
+from cl.state import Cost
 
 OURS = frozenset(
-    "self model optimizer criterion train_mb_size train_epochs train_passes eval_mb_size device plugins evaluator "
-    "eval_every peval_mode kwargs base_kwargs args feature_extractor classifier slda_model".split()
+    {
+        *(
+            "self",
+            "args",
+            "kwargs",
+            "base_kwargs",
+            "model",
+            "feature_extractor",
+            "classifier",
+            "slda_model",
+            "optimizer",
+        ),
+        *(
+            "criterion",
+            "train_mb_size",
+            "train_epochs",
+            "train_passes",
+            "eval_mb_size",
+            "device",
+            "plugins",
+            "evaluator",
+        ),
+        *("eval_every", "peval_mode"),
+    }
 )
 """Arguments that the run fills in."""
 
@@ -94,7 +116,8 @@ def _check(cls: type, options: dict[str, Any]) -> None:
 
 def _shown(cls: type) -> str:
     shown = [
-        name if p.default is p.empty else f"{name}={p.default!r}" for name, p in inspect.signature(cls).parameters.items()
+        name if p.default is p.empty else f"{name}={p.default!r}"
+        for name, p in inspect.signature(cls).parameters.items()
     ]
     return ", ".join(shown) or "no options"
 

@@ -124,7 +124,13 @@ METHODS: dict[str, Method] = dict(
         ),
         _method("RWalk", "Riemannian walk.", target="avalanche.training.plugins.RWalkPlugin", recipe="plugin"),
         _method("Replay", "Experience replay from a balanced memory."),
-        _method("SCR", "Supervised contrastive replay, nearest class mean.", recipe="scr", settings=(CLASS, DOMAIN), needs_past=True),
+        _method(
+            "SCR",
+            "Supervised contrastive replay, nearest class mean.",
+            recipe="scr",
+            settings=(CLASS, DOMAIN),
+            needs_past=True,
+        ),
         _method(
             "StreamingLDA",
             "Streaming linear discriminant analysis.",
@@ -140,11 +146,27 @@ METHODS: dict[str, Method] = dict(
             note="repaired here: in Avalanche 0.6.0 it is naive training when the weights are on a CPU",
         ),
         _method("AETraining", "Training of an auto-encoder.", broken="trains a generator, which predicts no classes"),
-        _method("VAETraining", "Training of a variational auto-encoder.", broken="trains a generator, which predicts no classes"),
+        _method(
+            "VAETraining",
+            "Training of a variational auto-encoder.",
+            broken="trains a generator, which predicts no classes",
+        ),
         _method("AR1", "AR1 with latent replay.", broken="downloads MobileNet weights in its constructor"),
-        _method("BiC", "Bias correction.", broken="gives an experience other data, which 0.6 forbids, and a scheduler `verbose`, which torch removed"),
-        _method("ExpertGateStrategy", "A gate of auto-encoders before experts.", broken="downloads AlexNet weights; its option to do without raises KeyError"),
-        _method("LearningToPrompt", "Prompts for a vision transformer.", broken="needs the package `timm`, and downloads a pretrained transformer"),
+        _method(
+            "BiC",
+            "Bias correction.",
+            broken="gives an experience other data, which 0.6 forbids, and a scheduler `verbose`, which torch removed",
+        ),
+        _method(
+            "ExpertGateStrategy",
+            "A gate of auto-encoders before experts.",
+            broken="downloads AlexNet weights; its option to do without raises KeyError",
+        ),
+        _method(
+            "LearningToPrompt",
+            "Prompts for a vision transformer.",
+            broken="needs the package `timm`, and downloads a pretrained transformer",
+        ),
         _method(
             "LaMAML_v1",
             "Look-ahead meta-learning (version 1).",
@@ -221,3 +243,24 @@ def node_name(name: str) -> str:
         ('avalanche_EWC', 'avalanche_Mine')
     """
     return f"avalanche_{name.rpartition('.')[2]}"
+
+
+BEGIN, END = "<!-- strategies: made by `make docs` -->\n", "<!-- end of strategies -->"
+
+
+def markdown() -> str:
+    """The table of strategies for docs/avalanche.md."""
+    short = {TASK: "task", CLASS: "class", DOMAIN: "domain"}
+    rows = ["| `strategy=avalanche/...` | what it is | settings | note |", "|---|---|---|---|"]
+    for name, method in METHODS.items():
+        settings = "does not run" if method.broken else ", ".join(short[setting] for setting in method.settings)
+        given = ", ".join(f"`{key}={value}`" for key, value in method.given.items())
+        notes = [f"it {method.broken}" if method.broken else method.note, f"here {given}" if given else ""]
+        rows.append(f"| `{name}` | {method.line} | {settings} | {'; '.join(note for note in notes if note)} |")
+    return "\n".join(rows) + "\n"
+
+
+def with_table(page: str) -> str:
+    """A page with the table between its two marks."""
+    before, _, rest = page.partition(BEGIN)
+    return f"{before}{BEGIN}{markdown()}{END}{rest.partition(END)[2]}"

@@ -209,7 +209,7 @@ class StrategyContract:
         assert equal(*states), "the weights agree, but the state of a strategy does not"
 
     def test_through_the_avalanche_adapter_the_weights_match(self, setting: Setting) -> None:
-        """Avalanche's template with the strategy as a plugin is the same training; skipped where it is not installed."""
+        """Avalanche's template with the strategy as a plugin trains the same weights; skipped where it is absent."""
         if find_spec("avalanche") is None:
             pytest.skip("avalanche-lib is not installed")
         if setting == Setting.CONTINUAL_PRETRAINING:
@@ -227,7 +227,9 @@ class StrategyContract:
         found, wanted = weights_of(template.our_plugin.state.model), self.run(setting).weights
         assert found.keys() == wanted.keys()
         for name in wanted:
-            torch.testing.assert_close(found[name], wanted[name], rtol=1e-6, atol=1e-7, msg=lambda m, n=name: f"{n}: {m}")
+            torch.testing.assert_close(
+                found[name], wanted[name], rtol=1e-6, atol=1e-7, msg=lambda m, n=name: f"{n}: {m}"
+            )
 
     # where it works, and what it is good for
 

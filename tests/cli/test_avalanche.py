@@ -22,7 +22,7 @@ def _in_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     Path("my_lab.py").write_text(
-        textwrap.dedent('''
+        textwrap.dedent("""
         import torch
         from avalanche.benchmarks import benchmark_from_datasets
         from avalanche.benchmarks.utils import AvalancheDataset, DataAttribute
@@ -47,7 +47,7 @@ def _in_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             def __init__(self, strength=1.0, **kwargs):
                 super().__init__(**kwargs)
                 assert strength == 2.5
-        ''')
+        """)
     )
 
 
@@ -130,7 +130,10 @@ def test_list_names_everything(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (("strategy=avalanche/EWC", "strategy.avalanche/EWC.strength=1"), "no option 'strength'; its options are ewc_l"),
+        (
+            ("strategy=avalanche/EWC", "strategy.avalanche/EWC.strength=1"),
+            "no option 'strength'; its options are ewc_l",
+        ),
         (("strategy=avalanche/BiC",), "does not run: it gives an experience other data"),
         (("strategy=avalanche/Nope",), "Could not find 'strategy/avalanche/Nope'"),
         (("strategy=[avalanche/Naive,replay]",), "alone"),

@@ -26,7 +26,13 @@ def configs(folder: str) -> dict[str, str]:
 
 
 def test_each_composition_gets_its_best_setting(capsys: pytest.CaptureFixture[str]) -> None:
-    words = (*TINY, "strategies=naive,replay", "seeds=[3]", "tune={optimizer.lr: [0.001, 0.1, 1e9]}", "tune_seeds=[7,8]")
+    words = (
+        *TINY,
+        "strategies=naive,replay",
+        "seeds=[3]",
+        "tune={optimizer.lr: [0.001, 0.1, 1e9]}",
+        "tune_seeds=[7,8]",
+    )
     assert main(words) == 0
     said = capsys.readouterr().out
     noted = json.loads(Path("out/tuning.json").read_text())

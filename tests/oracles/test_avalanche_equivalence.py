@@ -1,8 +1,8 @@
 """The same method three times: our loop, Avalanche's method hosted by us, and our method in Avalanche's template.
 
-Rows are in the same order (those methods that replace Avalanche's loader are trained on whole experiences at once, where
-no order is left), and memories hold everything, so that no draw is left either: weights must agree to rounding. What
-differs between the two codes on purpose is an argument of ours: the `avalanche` conventions of ewc, si and mas.
+Rows are in the same order (those methods that replace Avalanche's loader are trained on whole experiences at once,
+where no order is left), and memories hold everything, so that no draw is left either: weights must agree to rounding.
+What differs between the two codes on purpose is an argument of ours: the `avalanche` conventions of ewc, si and mas.
 """
 
 from dataclasses import dataclass, field

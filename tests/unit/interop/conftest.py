@@ -7,7 +7,6 @@ import torch
 from torch.utils.data import Dataset, TensorDataset
 
 
-
 class Items(Dataset):
     """Rows behind a transform, one at a time."""
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[3]
-BLOCKED = '''
+BLOCKED = """
 import sys
 class Without:
     def __init__(self, finder):
@@ -18,7 +18,7 @@ class Without:
     def find_spec(self, name, path=None, target=None):
         return None if name.split(".")[0] == "avalanche" else self.finder.find_spec(name, path, target)
 sys.meta_path[:] = [Without(finder) for finder in sys.meta_path]
-'''
+"""
 
 
 def python(code, folder):

@@ -11,6 +11,7 @@ from avalanche.benchmarks.utils.data_loader import (
     ReplayDataLoader,
     TaskBalancedDataLoader,
 )
+
 from cl.core import Setting
 from cl.interop._benchmark import Rows
 from cl.interop._fetch import columns, fast_fetching, same_rows

@@ -42,7 +42,11 @@ def foreign(num_outputs=6, width=16):
 def template(kind, model, plugins, lr=0.1, **options):
     given = {"criterion": nn.CrossEntropyLoss(), "train_mb_size": 16, "eval_mb_size": 100, "train_epochs": 3}
     return kind(
-        model=model, optimizer=SGD(model.parameters(), lr=lr), plugins=plugins, evaluator=EvaluationPlugin(), **(given | options)
+        model=model,
+        optimizer=SGD(model.parameters(), lr=lr),
+        plugins=plugins,
+        evaluator=EvaluationPlugin(),
+        **(given | options),
     )
 
 

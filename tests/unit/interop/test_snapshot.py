@@ -11,6 +11,7 @@ from torch import nn
 
 pytest.importorskip("avalanche")
 from avalanche.training.utils import ParamData, cycle
+
 from cl.interop._snapshot import read, write
 
 CPU = torch.device("cpu")
@@ -139,4 +140,4 @@ def test_a_hostile_file_makes_nothing(node):
     import subprocess  # noqa: F401  (there to be found)
 
     with pytest.raises((ValueError, KeyError)):
-        read({"root": {"a": [0]}, "nodes": [node]}, {}, dict().__getitem__, set(), CPU)
+        read({"root": {"a": [0]}, "nodes": [node]}, {}, {}.__getitem__, set(), CPU)
