@@ -17,30 +17,42 @@ from torch import Tensor
 
 from kernels.bench.measure import TOLERANCE, worst_error
 from kernels.bench.shapes import PROBLEMS, Problem, Shape
+from kernels.common import explain
 
 # widths that fill tiles, and one that fills none
 SHAPES: list[Shape] = [(2, 200, 2, 64), (2, 200, 2, 128), (1, 130, 2, 40)]
 
 
-def _configurations(problem: Problem, inputs: dict[str, Tensor]) -> list[Any]:
-    """The launches of forward and backward with all their rows, the denied ones included."""
+def _configurations(problem: Problem, inputs: dict[str, Tensor]) -> list[tuple[Any, bool]]:
+    """The launches of forward and backward with all their rows, the denied ones included; whether the walk is fused."""
     from kernels.common import triton
+    from kernels.common.triton_chunks import fusing
 
     leaves = {n: x.clone().requires_grad_() for n, x in inputs.items()}
-    with triton.recording() as found:
-        out, final = problem.op(**leaves, backend="triton")
-        torch.autograd.grad([out, final], list(leaves.values()), [torch.ones_like(out), torch.ones_like(final)])
-    return list({(launch.kernel.name, launch.row): launch for launch in found}.values())
+    found: dict[tuple[str, Any], tuple[Any, bool]] = {}
+    for fused in (False, True):
+        with fusing(fused), triton.recording() as launches:
+            out, final = problem.op(**leaves, backend="triton")
+            torch.autograd.grad([out, final], list(leaves.values()), [torch.ones_like(out), torch.ones_like(final)])
+        for launch in launches:
+            found.setdefault((launch.kernel.name, launch.row), (launch, fused))
+    return list(found.values())
 
 
 def check(problem: Problem, shape: Shape, dtype: torch.dtype, device: torch.device) -> Iterator[dict[str, Any]]:
     """One result per kernel and configuration: its worst relative error over outputs and all gradients."""
     from kernels.common import triton
+    from kernels.common.triton_chunks import fusing
 
     torch.manual_seed(0)
     inputs = problem.draw(shape, dtype, device)
-    for launch in _configurations(problem, inputs):
-        with triton.forced(launch.kernel.name, launch.row):
+    try:
+        explain(problem.op, **inputs, backend="triton")
+    except ValueError as refusal:
+        print(f"not on triton: {problem.name}: {refusal}", flush=True)
+        return
+    for launch, fused in _configurations(problem, inputs):
+        with fusing(fused), triton.forced(launch.kernel.name, launch.row):
             try:
                 worst, note = worst_error(problem, inputs, backend="triton"), ""
             except Exception as failure:  # out of resources, illegal access: the row is not usable, whatever the reason

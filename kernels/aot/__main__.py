@@ -29,6 +29,20 @@ def problems(key: str, found: dict[str, int], recorded: dict[str, int] | None, s
     return said
 
 
+def _tables() -> dict[str, dict[str, dict[str, int]]]:
+    """Triton version to key to numbers."""
+    return dict(json.loads(TABLE.read_text())) if TABLE.exists() else {}
+
+
+def _record(version: str, key: str, numbers: dict[str, int]) -> None:
+    # read again and replaced whole, row by row: a run cut short keeps what it has, two runs keep both
+    tables = _tables()
+    tables.setdefault(version, {})[key] = numbers
+    fresh = TABLE.with_suffix(".new")
+    fresh.write_text(json.dumps(tables, indent=0, sort_keys=True) + "\n")
+    fresh.replace(TABLE)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Compile and compare (or write); exit code 1 if anything is worse than recorded."""
     parser = argparse.ArgumentParser(prog="python -m kernels.aot", description=__doc__)
@@ -45,17 +59,14 @@ def main(argv: list[str] | None = None) -> int:
     targets = options.targets.split(",")
     if unknown := [t for t in targets if t not in TARGETS]:
         parser.error(f"unknown target {unknown[0]!r}; use {', '.join(TARGETS)}")
-    tables = json.loads(TABLE.read_text()) if TABLE.exists() else {}
-    table = tables.setdefault(triton.__version__, {})
+    table = _tables().get(triton.__version__, {})
     chosen = {name: call for name, call in cases(options.smoke).items() if options.only in name}
     said: list[str] = []
     started, count, unspilled = time.monotonic(), 0, 0
     for one in compile_cases(chosen, targets, all_rows=options.all_rows):
         count, unspilled = count + 1, unspilled + (one.stack == 0)
         if options.write:
-            table[one.key] = one.numbers()
-            # written row by row: a run cut short keeps what it has
-            TABLE.write_text(json.dumps(tables, indent=0, sort_keys=True) + "\n")
+            _record(triton.__version__, one.key, one.numbers())
         else:
             said += problems(one.key, one.numbers(), table.get(one.key), SHARED_LIMIT[one.target])
     took = f"{time.monotonic() - started:.0f} s"

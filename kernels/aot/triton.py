@@ -76,7 +76,7 @@ def _signature(launch: Launch, picked: Row, hip: bool) -> tuple[dict[str, str], 
     constants: dict[str, Any] = {}
     attributes: dict[Any, Any] = {}
     for i, parameter in enumerate(launch.kernel.fn.params):
-        value = values[parameter.name]
+        value = values.get(parameter.name, parameter.default)
         if parameter.is_constexpr or (type(value) is int and value == 1):
             signature[parameter.name], constants[parameter.name] = "constexpr", value
         elif isinstance(value, Tensor):

@@ -11,14 +11,15 @@ from typing import Any
 import torch
 
 from kernels.bench.measure import TOLERANCE, Ceilings, ceilings, cpu_s, graph_s, launches, median_s, passes, worst_error
-from kernels.bench.peers import PEERS, peers_of
+from kernels.bench.peers import PEERS, SLACK, Peer, peer_error, peers_of, timed
 from kernels.bench.shapes import PROBLEMS, Inputs, Problem, Shape, chunk_of, shapes
 from kernels.common import explain
 from kernels.common.dispatch import HAS_TRITON
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 COLUMNS = ["op", "B T H D", "dtype", "pass", "backend", "ms", "Mtok/s", "GB/s", "% roofline", "launches", "graph ms"]
-COLUMNS += ["max rel err", "loop ms", "x loop", "cpu ms", "loop cpu ms", "x loop cpu", "peer", "peer ms", "x peer"]
+COLUMNS += ["max rel err", "loop ms", "x loop", "cpu ms", "loop cpu ms", "x loop cpu", "peer", "peer err", "peer ms"]
+COLUMNS += ["x peer"]
 L2_BYTES = 200 * 2**20
 
 
@@ -64,6 +65,9 @@ def _row(
     out = problem.op(**first)[0]
     repeats = options.repeats or (50 if cuda else 7)
     with_loop = not cuda if options.loop is None else options.loop
+    peers = peers_of(problem.name, options.peers.split(","))
+    if not cuda:
+        peers = {name: peer for name, peer in peers.items() if peer.own is not None}
     rows = []
     for backward in (False, True):
         call = passes(problem.op, sets, torch.randn_like(out), backward)
@@ -89,16 +93,40 @@ def _row(
             if not cuda:
                 row["cpu ms"], row["loop cpu ms"] = cpu_s(call, repeats) * 1e3, cpu_s(loop, 3) * 1e3
                 row["x loop cpu"] = row["loop cpu ms"] / row["cpu ms"]
-        for name, peer in peers_of(problem.name, options.peers.split(",")).items() if cuda else ():
-            try:
-                peer_ms = median_s(passes(peer, sets, torch.randn_like(out), backward), device, repeats) * 1e3
-            except Exception as failure:  # a peer that fails on this card is a fact to report, not our failure
-                rows.append({**row, "peer": f"{name}: {type(failure).__name__}"})
-                continue
-            rows.append({**row, "peer": name, "peer ms": peer_ms, "x peer": peer_ms / row["ms"]})
+        for name, peer in peers.items():
+            rows.append({**row, **_peer_row(name, peer, problem, first, dtype, device, repeats, backward, row["ms"])})
         if not rows or rows[-1]["pass"] != row["pass"]:
             rows.append(row)
     return rows
+
+
+def _peer_row(
+    name: str,
+    peer: Peer,
+    problem: Problem,
+    inputs: Inputs,
+    dtype: torch.dtype,
+    device: torch.device,
+    repeats: int,
+    backward: bool,
+    ours_ms: float,
+) -> dict[str, Any]:
+    """The peer's columns: its error first, its time only if it computes the same thing."""
+    try:
+        worst = peer_error(peer, problem, inputs)
+        if not worst <= SLACK * TOLERANCE[dtype]:
+            return {"peer": f"{name}: wrong", "peer err": f"{worst:.1e}"}
+        run, given = timed(peer, inputs)
+        sets = [{n: x.detach().clone().requires_grad_() for n, x in given.items()}]
+        if peer.own is not None:
+            # the module holds its weights: they cannot be cloned, and their gradients are part of the work
+            sets = [{n: x.requires_grad_() for n, x in given.items()}]
+        out = run(**sets[0])[0]
+        call = passes(run, sets, torch.randn_like(out), backward)
+        peer_ms = median_s(call, device, repeats) * 1e3
+    except Exception as failure:  # a peer that fails on this card is a fact to report, not our failure
+        return {"peer": f"{name}: {type(failure).__name__}"}
+    return {"peer": name, "peer err": f"{worst:.1e}", "peer ms": peer_ms, "x peer": peer_ms / ours_ms}
 
 
 def _cell(value: Any) -> str:

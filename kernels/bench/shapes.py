@@ -5,14 +5,21 @@ Legend: B batch, T time, H heads, D width (K = V = D; a scan has H * D channels)
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache, partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from kernels.common.dispatch import matrix_chunk
+from kernels.common.dispatch import explained_by, matrix_chunk
 from kernels.delta_rule import delta_rule
 from kernels.gated_linear_attention import gated_linear_attention
 from kernels.linear_scan import linear_scan
+from kernels.memory_cache import memory_cache, routed_memory
+from kernels.neural_memory import neural_memory
+from kernels.newton_rnn import newton_rnn
+from kernels.ridge_memory import ridge_memory
+from kernels.sequential_rnn import m2rnn, sequential_rnn
 
 Inputs = dict[str, Tensor]
 # batch, length, heads, width
@@ -27,6 +34,8 @@ class Problem:
     op: Callable[..., tuple[Tensor, Tensor]]
     draw: Callable[[Shape, torch.dtype, torch.device], Inputs]
     flops: Callable[[int, int], tuple[int, int]]
+    # a slice small enough for the float64 loop; None cuts [B, T, H] of every input
+    cut: Callable[[Inputs], Inputs] | None = None
 
     def compulsory_bytes(self, inputs: Inputs, out: Tensor) -> tuple[int, int]:
         """Bytes that must move, forward and forward + backward: each input, output and gradient once per pass."""
@@ -70,6 +79,133 @@ def _delta_flops(width: int, chunk: int) -> tuple[int, int]:
     return forward + solve, both + 4 * solve
 
 
+# memories: a state of several tensors is represented by one of them, and options are fixed here
+RIDGE_STEPS, MEMORY_CHUNK, ROUTE, MEMORIES = 30, 64, 16, 4
+
+
+def _first_tensor(op: Any, pick: Callable[[Any], Tensor], **how: Any) -> Callable[..., tuple[Tensor, Tensor]]:
+    @explained_by(partial(op.plan, **how))
+    def call(**inputs: Any) -> tuple[Tensor, Tensor]:
+        out, state = op(**how, **inputs)
+        return out, pick(state)
+
+    return call
+
+
+@cache
+def _mlp(heads: int, width: int, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+    """Learned start of a memory of two layers, the same for every call."""
+    gen = torch.Generator().manual_seed(0)
+    shapes = ((heads, width, 2 * width), (heads, 2 * width, width))
+    return [(torch.randn(s, generator=gen) / s[1] ** 0.5).to(device, dtype) for s in shapes]
+
+
+@explained_by(partial(neural_memory.plan, chunk=MEMORY_CHUNK))  # type: ignore[attr-defined]
+def _titans(**inputs: Any) -> tuple[Tensor, Tensor]:
+    dtype = torch.float64 if inputs["v"].dtype == torch.float64 else torch.float32
+    weights = _mlp(*inputs["v"].shape[2:], dtype, inputs["v"].device)
+    out, state = neural_memory(**inputs, weights=weights, chunk=MEMORY_CHUNK)
+    return out, state.weights[0]
+
+
+def _memory(extra: str) -> Callable[[Shape, torch.dtype, torch.device], Inputs]:
+    def draw(shape: Shape, dtype: torch.dtype, device: torch.device) -> Inputs:
+        inputs = _matrix("scalar", True)(shape, dtype, device)
+        inputs["q"] = torch.nn.functional.normalize(inputs["q"].float(), dim=-1).to(dtype)
+        if extra in ("neural", "momentum"):
+            # correlated keys add up over a chunk: a step that keeps the memory stable
+            inputs["beta"] = inputs["beta"] / MEMORY_CHUNK
+        if extra == "momentum":
+            inputs["momentum"] = torch.nn.functional.logsigmoid(torch.randn(shape[:3], device=device))
+        if extra == "routes":
+            del inputs["beta"]
+            for name in ("route_q", "route_k"):
+                inputs[name] = torch.randn(*shape[:3], ROUTE, device=device).to(dtype)
+        if extra == "router":
+            del inputs["beta"]
+            inputs["router"] = torch.randn(*shape[:2], MEMORIES, device=device)
+        return inputs
+
+    return draw
+
+
+def _ridge_flops(width: int, chunk: int) -> tuple[int, int]:
+    solve = RIDGE_STEPS * (4 * width * width + 4 * chunk * width)
+    forward, both = _attention_flops(width, chunk)
+    return solve + 2 * forward, 2 * solve + 2 * both + 2 * (both - forward)
+
+
+def _neural_flops(layers: int) -> Callable[[int, int], tuple[int, int]]:
+    def flops(width: int, chunk: int) -> tuple[int, int]:
+        # per layer: keys, slopes and queries through the weights, the update, the scores of the dual form
+        forward = layers * (8 * width * width * layers + 4 * chunk * width * layers)
+        return forward, 3 * forward
+
+    return flops
+
+
+# nonlinear recurrences: x holds the gate inputs, r (or w) the recurrent weights
+M2RNN_VALUES = 16
+
+
+def _cells(gates: int, *, is_diagonal: bool) -> Callable[[Shape, torch.dtype, torch.device], Inputs]:
+    def draw(shape: Shape, dtype: torch.dtype, device: torch.device) -> Inputs:
+        batch, length, heads, width = shape
+        weights = (gates, heads, width) if is_diagonal else (gates, heads, width, width)
+        r = 2 * torch.rand(weights, device=device) - 1
+        x = torch.randn(batch, length, gates, heads, width, device=device)
+        return {"x": x.to(dtype), "r": (r if is_diagonal else r / width**0.5).to(dtype)}
+
+    return draw
+
+
+def _draw_m2rnn(shape: Shape, dtype: torch.dtype, device: torch.device) -> Inputs:
+    q, k = (torch.randn(shape, device=device) / shape[3] ** 0.5 for _ in range(2))
+    v = torch.randn(*shape[:3], M2RNN_VALUES, device=device)
+    f = torch.sigmoid(torch.randn(shape[:3], device=device))
+    w = torch.randn(shape[2], M2RNN_VALUES, M2RNN_VALUES, device=device) / M2RNN_VALUES**0.5
+    return {"q": q.to(dtype), "k": k.to(dtype), "v": v.to(dtype), "f": f, "w": w.to(dtype)}
+
+
+def _cut_cells(inputs: Inputs) -> Inputs:
+    return {"x": inputs["x"][:1, :130, :, :2], "r": inputs["r"][:, :2]}
+
+
+def _cut_m2rnn(inputs: Inputs) -> Inputs:
+    return {name: x[:2] if name == "w" else x[:1, :130, :2] for name, x in inputs.items()}
+
+
+def _newton_flops(width: int, chunk: int) -> tuple[int, int]:
+    return 135 * width, 195 * width
+
+
+def _cell_flops(gates: int) -> Callable[[int, int], tuple[int, int]]:
+    # backward: the recurrent products again, the adjoint's, the weights'
+    return lambda width, chunk: (2 * gates * width**2, 8 * gates * width**2)
+
+
+def _m2rnn_flops(width: int, chunk: int) -> tuple[int, int]:
+    forward = width * (2 * M2RNN_VALUES**2 + 6 * M2RNN_VALUES)
+    return forward, 4 * forward
+
+
+_DIAGONAL = _cells(3, is_diagonal=True)
+NONLINEAR = (
+    Problem("newton_gru", partial(newton_rnn, cell="gru"), _DIAGONAL, _newton_flops, _cut_cells),
+    Problem("newton_lstm", partial(newton_rnn, cell="lstm"), _DIAGONAL, _newton_flops, _cut_cells),
+    *(
+        Problem(
+            f"sequential_{cell}",
+            partial(sequential_rnn, cell=cell),
+            _cells(gates, is_diagonal=False),
+            _cell_flops(gates),
+            _cut_cells,
+        )
+        for cell, gates in (("gru", 3), ("lstm", 4), ("slstm", 4))
+    ),
+    Problem("m2rnn", m2rnn, _draw_m2rnn, _m2rnn_flops, _cut_m2rnn),
+)
+
 PROBLEMS = {
     problem.name: problem
     for problem in (
@@ -78,25 +214,56 @@ PROBLEMS = {
         Problem("gla_channel", gated_linear_attention, _matrix("channel", False), _attention_flops),
         Problem("deltanet", delta_rule, _matrix("none", True), _delta_flops),
         Problem("gated_deltanet", delta_rule, _matrix("scalar", True), _delta_flops),
+        Problem("gdn_normalized", partial(delta_rule, normalize=True), _matrix("scalar", True), _delta_flops),
         Problem("kda", delta_rule, _matrix("channel", True), _delta_flops),
+        # the ratio at which 30 steps have converged to rounding: the time does not depend on it, the check does
+        Problem("ridge", partial(ridge_memory, ratio=0.1, steps=RIDGE_STEPS), _memory("ridge"), _ridge_flops),
+        Problem(
+            "neural_linear",
+            _first_tensor(neural_memory, lambda state: state.weights[0], chunk=MEMORY_CHUNK),
+            _memory("neural"),
+            _neural_flops(1),
+        ),
+        Problem("titans_mlp", _titans, _memory("momentum"), _neural_flops(2)),
+        Problem(
+            "memory_cache",
+            _first_tensor(memory_cache, lambda state: state.current, segment=128),
+            _memory("routes"),
+            _attention_flops,
+        ),
+        Problem("routed_memory", partial(routed_memory, top_k=2), _memory("router"), _attention_flops),
+        *NONLINEAR,
     )
 }
 
 
 def chunk_of(problem: Problem, dtype: torch.dtype, device: torch.device) -> int:
     """The chunk the op takes by itself, for the count of operations."""
-    if device.type == "cpu":
+    if problem.name in ("neural_linear", "titans_mlp"):
+        return MEMORY_CHUNK
+    if device.type == "cpu" or problem.name == "ridge":
         return 32
     per_channel = problem.name in ("gla_channel", "kda")
-    return matrix_chunk(dtype, per_channel=per_channel, wide=problem.op is delta_rule)
+    return matrix_chunk(dtype, per_channel=per_channel, wide=getattr(problem.op, "func", problem.op) is delta_rule)
 
 
 def shapes(problem: Problem, device: torch.device, smoke: bool) -> list[Shape]:
     """Shapes of a run: one that a test can afford, the issue's CPU shape, or the GPU list of the design."""
     if smoke:
         return [(1, 64, 2, 16)]
+    # their token loops would take minutes at the issue's shape, or their chunks are run one after the other
+    slow = problem.name in ("ridge", "neural_linear", "titans_mlp", "memory_cache", "routed_memory")
+    if problem in NONLINEAR:
+        # narrow batches are what Newton is for, wide ones what a card needs for the others
+        newton = problem.name.startswith("newton")
+        if device.type == "cpu":
+            return [(4, 1024, 4, 64), (4, 2048, 4, 64)] if newton else [(4, 2048, 4, 64)]
+        narrow = [(1, 16384, 8, 64), (4, 4096, 16, 128)] if newton else [(8, 512, 4, 64)]
+        return [(32, 2048, 4, 64), (64, 2048, 4, 64), *narrow]
     if device.type == "cpu":
-        return [(4, 2048, 4, 64)]
+        return [(2, 512, 4, 64)] if slow else [(4, 2048, 4, 64)]
+    if problem.name in ("neural_linear", "titans_mlp"):
+        return [(8, 512, 4, 64), (8, 1024, 8, 64), (4, 2048, 16, 128)]
     if problem.name == "linear_scan":
         return [(8, 4096, 16, 128), (1, 131072, 4, 128), (64, 512, 4, 64)]
     return [

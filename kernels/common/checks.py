@@ -1,7 +1,11 @@
 """Argument checks shared by the ops: one clear sentence each, the value and what would be allowed."""
 
+import os
+from itertools import pairwise
+
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -23,10 +27,10 @@ def require_alike(op: str, tensors: dict[str, Tensor | None]) -> None:
             raise ValueError(f"{op}: {name} must be floating point, got {t.dtype}")
 
 
-def require_cu_seqlens(op: str, cu_seqlens: Tensor | None, batch: int) -> None:
-    """Raise unless `cu_seqlens` is a 1-D integer tensor and the batch is packed into one row.
+def require_cu_seqlens(op: str, cu_seqlens: Tensor | None, batch: int, length: int) -> None:
+    """Raise unless `cu_seqlens` holds offsets 0 .. T of sequences in the one row of the batch; empty ones are allowed.
 
-    Its values are not read: that would wait for the device at every call.
+    On a card the values are read only where KERNELS_CHECK=1 asks for it: reading waits for the device at every call.
     """
     if cu_seqlens is None:
         return
@@ -37,6 +41,19 @@ def require_cu_seqlens(op: str, cu_seqlens: Tensor | None, batch: int) -> None:
         )
     if batch != 1:
         raise ValueError(f"{op}: cu_seqlens packs all sequences into one row, so the batch must be 1, got {batch}")
+    # a compiler traces with tensors that hold no values
+    if torch.compiler.is_compiling() or isinstance(cu_seqlens, FakeTensor):
+        return
+    if cu_seqlens.device.type != "cpu" and os.environ.get("KERNELS_CHECK") != "1":
+        return
+    given: list[int] = cu_seqlens.tolist()
+    if given[0] != 0:
+        raise ValueError(f"{op}: cu_seqlens must start at 0, got {given[0]}")
+    if given[-1] != length:
+        raise ValueError(f"{op}: cu_seqlens must end at T = {length}, got {given[-1]}")
+    for i, (begin, end) in enumerate(pairwise(given)):
+        if end < begin:
+            raise ValueError(f"{op}: cu_seqlens must never decrease, got {begin} then {end} at sequence {i}")
 
 
 def state_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -44,6 +61,17 @@ def state_dtype(dtype: torch.dtype) -> torch.dtype:
     if dtype in (torch.float64, torch.complex64, torch.complex128):
         return dtype
     return torch.float32
+
+
+def cotangents(
+    do: Tensor | None, dfinal: Tensor | None, v: Tensor, states: Tensor, cu_seqlens: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Gradients of the output and of the last state of a matrix-state op, zeros where autograd has none."""
+    sequences = v.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    return (
+        v.new_zeros(v.shape) if do is None else do,
+        states.new_zeros(sequences, *states.shape[1:]) if dfinal is None else dfinal,
+    )
 
 
 def matrix_state_plan(
@@ -69,7 +97,7 @@ def matrix_state_plan(
             f"{op}: g must be [B, T, H] = {list(q.shape[:3])}, [B, T, H, K] = {list(q.shape)} or [H], "
             f"got {list(g.shape)}"
         )
-    require_cu_seqlens(op, cu_seqlens, q.shape[0])
+    require_cu_seqlens(op, cu_seqlens, q.shape[0], q.shape[1])
     sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     if initial_state is not None:
         shape = (sequences, q.shape[2], q.shape[3], v.shape[3])

@@ -18,28 +18,47 @@ from torch import Tensor
 from kernels.common.checks import state_dtype
 
 
-def to_chunks(x_BTHD: Tensor, chunk: int) -> Tensor:
-    """[B, T, H, D] to [M, C, D] in the arithmetic dtype, padded with zeros: a zero token changes no state."""
+def to_chunks(x_BTHD: Tensor, chunk: int, scale: float = 1.0) -> Tensor:
+    """`scale` * x as [M, C, D] in the arithmetic dtype, padded with zeros: a zero token changes no state."""
     batch, length, heads, width = x_BTHD.shape
     n = -(-length // chunk)
     dtype = state_dtype(x_BTHD.dtype)
     if n * chunk == length:
-        whole_BNCHD: Tensor = x_BTHD.to(dtype).unflatten(1, (n, chunk))
-        return whole_BNCHD.permute(1, 0, 3, 2, 4).reshape(-1, chunk, width)
-    out = x_BTHD.new_zeros(n, batch, heads, chunk, width, dtype=dtype)
-    whole = n - 1
-    body, tail = x_BTHD[:, : whole * chunk], x_BTHD[:, whole * chunk :]
+        whole_NBHCD: Tensor = x_BTHD.unflatten(1, (n, chunk)).permute(1, 0, 3, 2, 4)
+        out = torch.empty(whole_NBHCD.shape, dtype=dtype, device=x_BTHD.device)
+        if scale == 1.0 or x_BTHD.dtype != dtype:
+            out.copy_(whole_NBHCD)
+        else:
+            torch.mul(whole_NBHCD, scale, out=out)
+            scale = 1.0
+    else:
+        out = x_BTHD.new_zeros(n, batch, heads, chunk, width, dtype=dtype)
+        whole = n - 1
+        body, tail = x_BTHD[:, : whole * chunk], x_BTHD[:, whole * chunk :]
+        if whole:
+            out[:whole] = body.unflatten(1, (whole, chunk)).permute(1, 0, 3, 2, 4)
+        out[whole, :, :, : tail.shape[1]] = tail.transpose(1, 2)
+    rows = out.view(-1, chunk, width)
+    return rows if scale == 1.0 else rows.mul_(scale)
+
+
+def put_chunks(out_BTHD: Tensor, x_MCD: Tensor) -> None:
+    """Inverse of `to_chunks`, in one copy: write the rows to their tokens, dropping the padding."""
+    batch, length, heads, width = out_BTHD.shape
+    chunk = x_MCD.shape[1]
+    x_BNCHD = x_MCD.view(-1, batch, heads, chunk, width).permute(1, 0, 3, 2, 4)
+    whole = length // chunk
     if whole:
-        out[:whole] = body.unflatten(1, (whole, chunk)).permute(1, 0, 3, 2, 4)
-    out[whole, :, :, : tail.shape[1]] = tail.transpose(1, 2)
-    return out.view(-1, chunk, width)
+        out_BTHD[:, : whole * chunk].unflatten(1, (whole, chunk)).copy_(x_BNCHD[:, :whole])
+    if whole * chunk < length:
+        out_BTHD[:, whole * chunk :] = x_BNCHD[:, whole, : length - whole * chunk]
 
 
 def from_chunks(x_MCD: Tensor, batch: int, length: int, heads: int) -> Tensor:
-    """Inverse of `to_chunks`, dropping the padding: [B, T, H, D], not contiguous."""
-    _, chunk, width = x_MCD.shape
-    x_BNCHD = x_MCD.view(-1, batch, heads, chunk, width).permute(1, 0, 3, 2, 4)
-    return x_BNCHD.reshape(batch, -1, heads, width)[:, :length]
+    """Inverse of `to_chunks`: a new [B, T, H, D]."""
+    out = x_MCD.new_empty(batch, length, heads, x_MCD.shape[2])
+    put_chunks(out, x_MCD)
+    return out
 
 
 def triangle(chunk: int, like: Tensor, *, strict: bool = False) -> Tensor:
@@ -50,79 +69,130 @@ def triangle(chunk: int, like: Tensor, *, strict: bool = False) -> Tensor:
 class Decay:
     """Decay factors of every chunk. `into`: chunk start to token; `out`: token to chunk end; `total`: whole chunk."""
 
-    def __init__(self, g_MCG: Tensor):
-        self.g = g_MCG
-        self.lower = triangle(g_MCG.shape[1], g_MCG)
-        self.upper = triangle(g_MCG.shape[1], g_MCG, strict=True).mT
-        self.into_MCG = (self.lower @ g_MCG).exp_()
-        self.out_MCG = (self.upper @ g_MCG).exp_()
-        self.total_MG1 = g_MCG.sum(1).exp_()[..., None]
-
-    def gate(self, x_MCK: Tensor) -> Tensor:
-        """Sum a per-channel gradient to the gate's width."""
-        return x_MCK.sum(-1, keepdim=True) if self.g.shape[-1] == 1 else x_MCK
-
-    def gate_gradient(self, into_MCK: Tensor, out_MCK: Tensor, total_MKV: Tensor) -> Tensor:
-        """Gradient of g from (value * gradient) of everything that carries `into`, `out` and `total`."""
-        total = total_MKV.sum(-1)
-        if self.g.shape[-1] == 1:
-            total = total.sum(-1, keepdim=True)
-        return self.lower.mT @ self.gate(into_MCK) + self.upper.mT @ self.gate(out_MCK) + total[:, None]
+    def __init__(self, into_MCG: Tensor, out_MCG: Tensor, total_MG1: Tensor):
+        self.into_MCG, self.out_MCG, self.total_MG1 = into_MCG, out_MCG, total_MG1
 
     def scores(self, q_MCK: Tensor, k_MCK: Tensor, *, strict: bool) -> Tensor:
         """P[i, j] = sum_c q[i, c] k[j, c] exp(sum of g over (j, i]) for j <= i (j < i when strict), else 0."""
         raise NotImplementedError
 
     def scores_backward(
-        self, q_MCK: Tensor, k_MCK: Tensor, p_MCC: Tensor, dp_MCC: Tensor, *, strict: bool
+        self, q_MCK: Tensor, k_MCK: Tensor, p_MCC: Tensor, dp_MCC: Tensor, kk_MCC: Tensor | None, dkk_MCC: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of q, k and g; `dp` need not be masked."""
+        """Gradients of q, k and g through the scores p of q and k and, if given, the strict scores kk of k and k.
+
+        `dp` and `dkk` need not be masked and may be overwritten.
+        """
+        raise NotImplementedError
+
+    def gate_gradient(self, into_MCK: Tensor, out_MCK: Tensor, states_MKV: Tensor, dstates_MKV: Tensor) -> Tensor:
+        """Gradient of g from (value * gradient) of what carries `into` and `out`, and from the states `total` decays.
+
+        `dstates` are the gradients at the chunk's end; they are overwritten.
+        """
         raise NotImplementedError
 
 
 class ScalarDecay(Decay):
-    """One decay per head and token: the scores are masked by one matrix L[i, j]."""
+    """One decay per head and token: the scores are masked by one matrix L[i, j].
 
-    def __init__(self, g_MCG: Tensor):
-        super().__init__(g_MCG)
-        # in float64 the difference of running sums is as good as the sum over the interval
-        run = g_MCG[..., 0].double().cumsum(1)
-        between = (run[:, :, None] - run[:, None, :]).to(g_MCG.dtype)
-        self.mask_MCC = between.masked_fill_(self.upper.bool(), -torch.inf).exp_()
+    The running sum is kept in float64, where a difference of two is as good as the sum over the interval.
+    """
+
+    def __init__(self, g_MC1: Tensor):
+        chunk, dtype = g_MC1.shape[1], g_MC1.dtype
+        run_MC = g_MC1[..., 0].double().cumsum(1)
+        end_M1 = run_MC[:, -1:]
+        factors = (run_MC, end_M1 - run_MC, end_M1)
+        super().__init__(*(x.to(dtype).exp()[..., None] for x in factors))
+        # above the diagonal the sum is positive: cut to 0, since exp is slow where it leaves the range of floats
+        self.mask_MCC = (run_MC[:, :, None] - run_MC[:, None, :]).to(dtype).clamp_(max=0).exp_().tril_()
+        self.lower = triangle(chunk, g_MC1)
+        self.upper = triangle(chunk, g_MC1, strict=True).mT
 
     def scores(self, q_MCK: Tensor, k_MCK: Tensor, *, strict: bool) -> Tensor:
         p = torch.bmm(q_MCK, k_MCK.mT).mul_(self.mask_MCC)
         return p.tril_(-1) if strict else p
 
     def scores_backward(
-        self, q_MCK: Tensor, k_MCK: Tensor, p_MCC: Tensor, dp_MCC: Tensor, *, strict: bool
+        self, q_MCK: Tensor, k_MCK: Tensor, p_MCC: Tensor, dp_MCC: Tensor, kk_MCC: Tensor | None, dkk_MCC: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        # dg_s = sum of p * dp over i >= s > j; the diagonal holds no decay
-        through = (p_MCC * dp_MCC).tril_(-1) @ self.upper
-        dg = through.mul_(self.lower).sum(1)[..., None]
-        inner = dp_MCC * self.mask_MCC
-        if strict:
-            inner.tril_(-1)
-        return torch.bmm(inner, k_MCK), torch.bmm(inner.mT, q_MCK), dg
+        through = p_MCC * dp_MCC
+        inner = dp_MCC.mul_(self.mask_MCC)
+        dq, dk = torch.bmm(inner, k_MCK), torch.bmm(inner.mT, q_MCK)
+        if kk_MCC is not None and dkk_MCC is not None:
+            through.addcmul_(kk_MCC, dkk_MCC)
+            solve = dkk_MCC.mul_(self.mask_MCC).tril_(-1)
+            # k stands on both sides of its own scores
+            dk.baddbmm_(solve + solve.mT, k_MCK)
+        # dg_s = sum over i >= s > j; what stands on the diagonal carries no decay and is not reached
+        dg = torch.mm(through.view(-1, through.shape[2]), self.upper).view_as(through).mul_(self.lower).sum(1)
+        return dq, dk, dg[..., None]
+
+    def gate_gradient(self, into_MCK: Tensor, out_MCK: Tensor, states_MKV: Tensor, dstates_MKV: Tensor) -> Tensor:
+        total = dstates_MKV.mul_(states_MKV).sum((1, 2), keepdim=True).mul_(self.total_MG1)
+        tokens = torch.mm(into_MCK.sum(-1), self.lower).addmm_(out_MCK.sum(-1), self.upper)
+        return tokens[..., None].add_(total)
+
+
+# a sum of log decays up to which e^x and e^-x may stand apart: what they lose is one rounding of x
+APART = 8.0
 
 
 class ChannelDecay(Decay):
-    """One decay per key channel: the triangle is cut into squares, halves of halves, down to single tokens.
+    """One decay per key channel: the triangle is cut into blocks on its diagonal and squares of halves below them.
 
     In a square the rows are the second half of a block and the columns the first half, so both factors, from the
-    column to the middle and from the middle to the row, are at most 1: no exponent is ever positive.
+    column to the middle and from the middle to the row, are at most 1: no exponent is ever positive. In the blocks on
+    the diagonal they are e^x and e^-x around the middle, so the blocks are as wide as the decays allow: with mild ones
+    a whole chunk, with the hardest single tokens.
     """
+
+    def __init__(self, g_MCK: Tensor):
+        self.g = g_MCK
+        self.lower = triangle(g_MCK.shape[1], g_MCK)
+        self.upper = triangle(g_MCK.shape[1], g_MCK, strict=True).mT
+        sums = (self.lower @ g_MCK, self.upper @ g_MCK, g_MCK.sum(1)[..., None])
+        super().__init__(*(x.exp_() for x in sums))
+        self.block, halves = 1, g_MCK
+        while 2 * self.block <= g_MCK.shape[1] and float(halves.abs().amax()) <= APART:
+            self.block *= 2
+            halves = halves[:, 0::2] + halves[:, 1::2]
+
+    def gate_gradient(self, into_MCK: Tensor, out_MCK: Tensor, states_MKV: Tensor, dstates_MKV: Tensor) -> Tensor:
+        total = dstates_MKV.mul_(states_MKV).sum(-1).mul_(self.total_MG1[..., 0])
+        return self.lower.mT @ into_MCK + self.upper.mT @ out_MCK + total[:, None]
+
+    def _in_blocks(self, x_MCD: Tensor) -> Tensor:
+        """[M * blocks, width of a block, D]."""
+        return x_MCD.reshape(-1, self.block, x_MCD.shape[2])
+
+    @cached_property
+    def _sums(self) -> tuple[Tensor, Tensor]:
+        """Within every block: sum of g from its start through the token, and from behind the token to its end."""
+        width = self.block
+        g = self._in_blocks(self.g)
+        inclusive, behind = self.lower[:width, :width] @ g, self.upper[:width, :width] @ g
+        return inclusive.view_as(self.g), behind.view_as(self.g)
+
+    @cached_property
+    def _apart(self) -> tuple[Tensor, Tensor]:
+        """Factors of rows and columns of the blocks on the diagonal: e^x and e^-x, x the sum from the middle on."""
+        inclusive = self._in_blocks(self._sums[0])
+        x_MCK = (inclusive - inclusive[:, self.block // 2 - 1, None]).view_as(self.g)
+        return x_MCK.exp(), x_MCK.neg().exp_()
 
     @cached_property
     def _levels(self) -> list[tuple[int, Tensor, Tensor]]:
-        """Widths 1, 2, 4 .. C/2 with the factors from first halves to the middle and from there to second halves.
+        """Widths from the block to C/2, with the factors from first halves to the middle and from there to second ones.
 
-        Within blocks of `width`: prefix sums g from the block's start through the token, suffix from behind the token
-        to the block's end; both are extended in place for the next level, by additions only. Kept for one section,
-        which uses them up to four times.
+        The sums are extended in place for the next level, by additions only. Kept for one section, which uses them up
+        to four times.
         """
-        prefix, suffix = self.g.clone(), torch.zeros_like(self.g)
-        levels, width = [], 1
+        if self.block == self.g.shape[1]:
+            return []
+        prefix, suffix = (x.clone() for x in self._sums)
+        levels, width = [], self.block
         while width < self.g.shape[1]:
             levels.append((width, self._half(suffix, width, 0).exp(), self._half(prefix, width, 1).exp()))
             p, s = prefix.unflatten(1, (-1, 2, width)), suffix.unflatten(1, (-1, 2, width))
@@ -144,33 +214,49 @@ class ChannelDecay(Decay):
         view: Tensor = p_MCC.unflatten(2, (blocks, 2 * width)).unflatten(1, (blocks, 2 * width))
         return view.diagonal(dim1=1, dim2=3)[:, width:, :width]
 
+    def _diagonal(self, p_MCC: Tensor) -> Tensor:
+        """View of the blocks on the diagonal [M, width, width, blocks]."""
+        view: Tensor = p_MCC.unflatten(2, (-1, self.block)).unflatten(1, (-1, self.block))
+        return view.diagonal(dim1=1, dim2=3)
+
     def scores(self, q_MCK: Tensor, k_MCK: Tensor, *, strict: bool) -> Tensor:
-        chunk = q_MCK.shape[1]
-        p = q_MCK.new_zeros(q_MCK.shape[0], chunk, chunk)
-        for width, first, second in self._levels:
-            q, k = self._half(q_MCK, width, 1) * second, self._half(k_MCK, width, 0) * first
-            self._squares(p, width).copy_((q @ k.mT).permute(0, 2, 3, 1))
-        if not strict:
-            p.diagonal(dim1=1, dim2=2).copy_((q_MCK * k_MCK).sum(-1))
+        rows, chunk, width = q_MCK.shape[0], q_MCK.shape[1], self.block
+        if width == 1:
+            blocks = torch.zeros_like(q_MCK[..., :1]) if strict else (q_MCK * k_MCK).sum(-1, keepdim=True)
+        else:
+            row, column = self._apart
+            products = torch.bmm(self._in_blocks(q_MCK * row), self._in_blocks(k_MCK * column).mT)
+            blocks = products.tril_(-1 if strict else 0)
+        if width == chunk:
+            return blocks
+        p = q_MCK.new_zeros(rows, chunk, chunk)
+        self._diagonal(p).copy_(blocks.view(rows, -1, width, width).permute(0, 2, 3, 1))
+        for half, first, second in self._levels:
+            q, k = self._half(q_MCK, half, 1) * second, self._half(k_MCK, half, 0) * first
+            self._squares(p, half).copy_((q @ k.mT).permute(0, 2, 3, 1))
         return p
 
     def scores_backward(
-        self, q_MCK: Tensor, k_MCK: Tensor, p_MCC: Tensor, dp_MCC: Tensor, *, strict: bool
+        self, q_MCK: Tensor, k_MCK: Tensor, p_MCC: Tensor, dp_MCC: Tensor, kk_MCC: Tensor | None, dkk_MCC: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        if strict:
-            dq, dk = torch.zeros_like(q_MCK), torch.zeros_like(k_MCK)
-        else:
-            diagonal = dp_MCC.diagonal(dim1=1, dim2=2)[..., None]
-            dq, dk = diagonal * k_MCK, diagonal * q_MCK
+        diagonal = dp_MCC.diagonal(dim1=1, dim2=2)[..., None]
+        dq, dk = diagonal * k_MCK, diagonal * q_MCK
+        dg = self._below(q_MCK, k_MCK, dp_MCC, dq, dk)
+        if dkk_MCC is not None:
+            dg += self._below(k_MCK, k_MCK, dkk_MCC, dk, dk)
+        return dq, dk, dg
+
+    def _below(self, q_MCK: Tensor, k_MCK: Tensor, dp_MCC: Tensor, dq_MCK: Tensor, dk_MCK: Tensor) -> Tensor:
+        """Add the gradients of q and k through all below the diagonal, which carries no decay; returns that of g."""
         parts = []
         for width, first, second in self._levels:
             q, k = self._half(q_MCK, width, 1) * second, self._half(k_MCK, width, 0) * first
             d = self._squares(dp_MCC, width).permute(0, 3, 1, 2)
             dqs, dks = d @ k, d.mT @ q
-            self._half(dq, width, 1).addcmul_(dqs, second)
-            self._half(dk, width, 0).addcmul_(dks, first)
+            self._half(dq_MCK, width, 1).addcmul_(dqs, second)
+            self._half(dk_MCK, width, 0).addcmul_(dks, first)
             parts.append((width, q.mul_(dqs), k.mul_(dks)))
-        # `_levels` transposed, widest first: gradients of prefix and suffix down to single tokens
+        # `_levels` transposed, widest first: gradients of prefix and suffix down to single blocks
         dprefix, dsuffix = torch.zeros_like(self.g), torch.zeros_like(self.g)
         for width, x_second, x_first in reversed(parts):
             dp_second, ds_first = self._half(dprefix, width, 1), self._half(dsuffix, width, 0)
@@ -178,7 +264,36 @@ class ChannelDecay(Decay):
             dp_second[:, :, -1] += ds_first.sum(2)
             dp_second += x_second
             ds_first += x_first
-        return dq, dk, dprefix
+        if self.block == 1:
+            return dprefix
+        return self._blocks_below(q_MCK, k_MCK, dp_MCC, dq_MCK, dk_MCK, dprefix, dsuffix)
+
+    def _blocks_below(
+        self,
+        q_MCK: Tensor,
+        k_MCK: Tensor,
+        dp_MCC: Tensor,
+        dq_MCK: Tensor,
+        dk_MCK: Tensor,
+        dprefix_MCK: Tensor,
+        dsuffix_MCK: Tensor,
+    ) -> Tensor:
+        """The same for the blocks on the diagonal, and the gradient of g from that of the sums within them."""
+        width = self.block
+        row, column = self._apart
+        q, k = q_MCK * row, k_MCK * column
+        if width == dp_MCC.shape[1]:
+            d = dp_MCC.tril(-1)
+        else:
+            d = self._diagonal(dp_MCC).permute(0, 3, 1, 2).reshape(-1, width, width).tril_(-1)
+        dqs, dks = torch.bmm(d, self._in_blocks(k)).view_as(q), torch.bmm(d.mT, self._in_blocks(q)).view_as(k)
+        dq_MCK.addcmul_(dqs, row)
+        dk_MCK.addcmul_(dks, column)
+        dprefix_MCK.add_(q.mul_(dqs)).sub_(k.mul_(dks))
+        dg = self.lower[:width, :width].mT @ self._in_blocks(dprefix_MCK)
+        if self._levels:
+            dg += self.upper[:width, :width].mT @ self._in_blocks(dsuffix_MCK)
+        return dg.view_as(self.g)
 
 
 def decay_of(g_BTHG: Tensor | None, like_BTHK: Tensor, chunk: int) -> Decay:

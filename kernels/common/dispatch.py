@@ -4,6 +4,7 @@ import importlib.util
 import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any, Final
 
 import torch
@@ -127,6 +128,8 @@ def explain(op: Callable[..., Any], *args: Any, **kwargs: Any) -> Decision:
         >>> explain(linear_scan, torch.ones(1, 8, 2), torch.ones(1, 8, 2), backend="chunked")
         Decision(op='linear_scan', backend='chunked', chunk=32, reason='asked for')
     """
+    if isinstance(op, partial):
+        return explain(op.func, *op.args, *args, **{**op.keywords, **kwargs})
     plan: Callable[..., Decision] | None = getattr(op, "plan", None)
     if plan is None:
         raise ValueError(f"explain: {getattr(op, '__name__', op)!r} is not one of our ops")

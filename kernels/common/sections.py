@@ -16,14 +16,18 @@ import torch
 from torch import Tensor
 
 from kernels.common.checks import state_dtype
+from kernels.common.chunks import put_chunks
 from kernels.common.varlen import groups, num_chunks
 
-ROWS = 128
+ROWS = 64
 Tokens = Sequence[Tensor | None]
-# (tokens, state [Z, K, V], where to write the chunk states [n, Z, K, V]) -> output [B, t, H, V], new state
+# (tokens, state [Z, K, V], where to write the chunk states [n, Z, K, V]) -> output rows [M, C, V], new state
 ForwardSection = Callable[[Tokens, Tensor, Tensor], tuple[Tensor, Tensor]]
-# (tokens, gradient of the output, chunk states [n, Z, K, V], gradient of the last state) -> token gradients, of state
+# (tokens, gradient of the output, chunk states [n, Z, K, V], gradient of the last state) -> gradients of the tokens as
+# rows [M, C, D], of the state
 BackwardSection = Callable[[Tokens, Tensor, Tensor, Tensor], tuple[list[Tensor | None], Tensor]]
+# (tokens, chunk states [n * Z, K, V]) -> output [B, t, H, V]
+ReadSection = Callable[[Tokens, Tensor], Tensor]
 
 
 def start_of(h0: Tensor | None, q_BTHK: Tensor, v_BTHV: Tensor, cu_seqlens: Tensor | None) -> Tensor:
@@ -53,7 +57,8 @@ def _forward_dense(
         end = min(begin + span, length)
         n = -(-(end - begin) // chunk)
         states = scratch[:n] if kept_NZKV is None else kept_NZKV[begin // chunk : begin // chunk + n]
-        out[:, begin:end], state = section(_cut(tokens, begin, end), state, states)
+        rows, state = section(_cut(tokens, begin, end), state, states)
+        put_chunks(out[:, begin:end], rows)
     return state.view_as(h0_BHKV)
 
 
@@ -67,7 +72,7 @@ def _backward_dense(
         parts, dstate = section(_cut(tokens, begin, end), do[:, begin:end], states, dstate)
         for grad, part in zip(grads, parts, strict=True):
             if grad is not None and part is not None:
-                grad[:, begin:end] = part
+                put_chunks(grad[:, begin:end] if grad.dim() == 4 else grad[:, begin:end, :, None], part)
     return dstate.view_as(dfinal_BHKV)
 
 
@@ -127,3 +132,29 @@ def backward(
             if grad is not None and part is not None:
                 group.scatter(grad, part)
     return grads, dh0
+
+
+def _read_dense(section: ReadSection, tokens: Tokens, out: Tensor, states_NZKV: Tensor, chunk: int) -> None:
+    span, length = max(1, ROWS // states_NZKV.shape[1]) * chunk, out.shape[1]
+    for begin in range(0, length, span):
+        end = min(begin + span, length)
+        out[:, begin:end] = section(
+            _cut(tokens, begin, end), states_NZKV[begin // chunk : -(-end // chunk)].flatten(0, 1)
+        )
+
+
+def read(
+    section: ReadSection, tokens: Tokens, like: Tensor, kept: Tensor, cu_seqlens: Tensor | None, chunk: int
+) -> Tensor:
+    """Run a section that only reads the chunk states kept by `forward`; the result has the shape of `like`."""
+    out = torch.empty_like(like, memory_format=torch.contiguous_format)
+    if cu_seqlens is None:
+        _read_dense(section, tokens, out, kept.view(-1, like.shape[0] * like.shape[2], *kept.shape[2:]), chunk)
+        return out
+    for group in groups(cu_seqlens, chunk):
+        part = group.gather(like)
+        assert part is not None
+        states = group.take_chunks(kept).transpose(0, 1).flatten(1, 2)
+        _read_dense(section, [group.gather(x) for x in tokens], part, states, chunk)
+        group.scatter(out, part)
+    return out

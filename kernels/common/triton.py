@@ -214,6 +214,14 @@ def chunk_table(cu: Tensor, rows: int, chunk: int) -> tuple[Tensor, Tensor]:
 
 
 @triton.jit
+def tanh(x):
+    """Of float32, without the device library: the sigmoid form loses what is near zero, where a polynomial has it."""
+    s = x * x
+    small = x + x * s * (-1.0 / 3 + s * (2.0 / 15 - s * (17.0 / 315)))
+    return tl.where(s < 0.04, small, 2 * tl.sigmoid(2 * x) - 1)
+
+
+@triton.jit
 def load_tile(ptr, t0, end, h, H, D, d0, C: tl.constexpr, BD: tl.constexpr):
     """Tokens t0 .. t0+C of head h, columns d0 .. d0+BD; zeros outside."""
     t = t0 + tl.arange(0, C)
@@ -227,6 +235,29 @@ def store_tile(ptr, x, t0, end, h, H, D, d0, C: tl.constexpr, BD: tl.constexpr):
     t = t0 + tl.arange(0, C)
     d = d0 + tl.arange(0, BD)
     tl.store(ptr + (t[:, None] * H + h) * D + d[None, :], x, mask=(t < end)[:, None] & (d < D)[None, :])
+
+
+@triton.jit
+def row_scale(ptr, t0, end, h, H, D, NORM: tl.constexpr, C: tl.constexpr, BD: tl.constexpr):
+    """1 / sqrt(|x|^2 + 1e-6) of every token's row over all of D; ones when not NORM."""
+    squares = tl.zeros([C], tl.float32)
+    if NORM:
+        for d0 in range(0, D, BD):
+            x = load_tile(ptr, t0, end, h, H, D, d0, C, BD).to(tl.float32)
+            squares += tl.sum(x * x, 1)
+        squares = tl.rsqrt(squares + 1e-6)
+    else:
+        squares += 1.0
+    return squares
+
+
+@triton.jit
+def load_unit(ptr, scale, t0, end, h, H, D, d0, NORM: tl.constexpr, C: tl.constexpr, BD: tl.constexpr):
+    """`load_tile`, its rows brought to length 1 by `scale` from `row_scale` when NORM."""
+    x = load_tile(ptr, t0, end, h, H, D, d0, C, BD)
+    if NORM:
+        x = (x * scale[:, None]).to(x.dtype)
+    return x
 
 
 @triton.jit
@@ -262,6 +293,20 @@ def load_gate(
     else:
         g = tl.zeros([C, 1], tl.float32)
     return g
+
+
+# 3.6 fails on the scan of a single column; as a vector it costs later versions registers
+COLUMN_SCANS = tl.constexpr(tuple(int(n) for n in triton.__version__.split(".")[:2]) >= (3, 7))
+
+
+@triton.jit
+def running(g, CHANNEL: tl.constexpr, REVERSE: tl.constexpr):
+    """Inclusive running sum of a gate tile over time."""
+    if CHANNEL or COLUMN_SCANS:
+        total = tl.cumsum(g, 0, reverse=REVERSE)
+    else:
+        total = tl.cumsum(tl.sum(g, 1), 0, reverse=REVERSE)[:, None]
+    return total
 
 
 @triton.jit

@@ -8,6 +8,8 @@ Legend: tensors packed [T, H, D]; states [R, H, K, V], one row per chunk; C chun
 # mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call"
 # device functions carry no types: their arguments are pointers, tiles and constants of the compiler
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -16,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.common.triton import (
+    INTERPRET,
     Kernel,
     Row,
     channel_scores,
@@ -26,11 +29,14 @@ from kernels.common.triton import (
     load_gate,
     load_state,
     load_tile,
+    load_unit,
     mask_gradient,
     offsets,
     pow2,
     precision,
     row,
+    row_scale,
+    running,
     store_tile,
 )
 from kernels.common.varlen import num_chunks
@@ -59,6 +65,7 @@ def _chunk_outputs(
     PREC: tl.constexpr,
     BK: tl.constexpr,
     BV: tl.constexpr,
+    NORM: tl.constexpr = False,
 ):
     """o = scale * (P v + q_in S) of one chunk, one tile of V."""
     line, v0, h = tl.program_id(0), tl.program_id(1) * BV, tl.program_id(2)
@@ -67,18 +74,20 @@ def _chunk_outputs(
         return
     t0 = tl.load(cu_ptr + s) + (line - tl.load(first_ptr + s)) * C
     end = tl.minimum(t0 + C, tl.load(cu_ptr + s + 1))
+    rq = row_scale(q_ptr, t0, end, h, H, K, NORM, C, BK)
+    rk = row_scale(k_ptr, t0, end, h, H, K, NORM, C, BK)
     p = tl.zeros([C, C], tl.float32)
     o = tl.zeros([C, BV], tl.float32)
     for k0 in range(0, K, BK):
-        q = load_tile(q_ptr, t0, end, h, H, K, k0, C, BK)
-        k = load_tile(k_ptr, t0, end, h, H, K, k0, C, BK)
+        q = load_unit(q_ptr, rq, t0, end, h, H, K, k0, NORM, C, BK)
+        k = load_unit(k_ptr, rk, t0, end, h, H, K, k0, NORM, C, BK)
         g = load_gate(g_ptr, t0, end, h, H, K, k0, HAS_GATE, CHANNEL, C, BK)
         if CHANNEL:
             p += channel_scores(q, k, g, False, LEVELS, C, PREC)
         else:
             p += tl.dot(q, tl.trans(k), input_precision=PREC)
         state = load_state(states_ptr, line, h, H, K, V, k0, v0, BK, BV).to(q.dtype)
-        o += tl.dot((q * tl.exp(tl.cumsum(g, 0))).to(q.dtype), state, input_precision=PREC)
+        o += tl.dot((q * tl.exp(running(g, CHANNEL, False))).to(q.dtype), state, input_precision=PREC)
     if not CHANNEL:
         p *= decay_mask(load_gate(g_ptr, t0, end, h, H, K, 0, HAS_GATE, CHANNEL, C, BK), False, C)
     v = load_tile(v_ptr, t0, end, h, H, V, v0, C, BV)
@@ -118,11 +127,12 @@ def _chunk_key_gradients(
     PREC: tl.constexpr,
     BK: tl.constexpr,
     BV: tl.constexpr,
+    NORM: tl.constexpr = False,
 ):
     """dq, dk, dg of one chunk, one tile of K; a gate per head gets one partial sum per tile [K tiles, T, H].
 
     DELTA: v holds the corrections, r the gradient through their solve; adds the part of k, beta and g inside it
-    (dbeta: partial sums [K tiles, T, H]).
+    (dbeta: partial sums [K tiles, T, H]). NORM: dq and dk are those of the normalised q and k.
     """
     line, tile, h = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     k0 = tile * BK
@@ -136,8 +146,10 @@ def _chunk_key_gradients(
     dq_in = tl.zeros([C, BK], tl.float32)
     dk_out = tl.zeros([C, BK], tl.float32)
     held = tl.zeros([BK], tl.float32)
-    q = load_tile(q_ptr, t0, end, h, H, K, k0, C, BK)
-    k = load_tile(k_ptr, t0, end, h, H, K, k0, C, BK)
+    rq = row_scale(q_ptr, t0, end, h, H, K, NORM, C, BK)
+    rk = row_scale(k_ptr, t0, end, h, H, K, NORM, C, BK)
+    q = load_unit(q_ptr, rq, t0, end, h, H, K, k0, NORM, C, BK)
+    k = load_unit(k_ptr, rk, t0, end, h, H, K, k0, NORM, C, BK)
     if DELTA:
         da = tl.zeros([C, C], tl.float32)
         dk_in = tl.zeros([C, BK], tl.float32)
@@ -159,7 +171,7 @@ def _chunk_key_gradients(
     dq_in *= scale
     g = load_gate(g_ptr, t0, end, h, H, K, k0, HAS_GATE, CHANNEL, C, BK)
     after = load_gate(g_ptr, t0 + 1, end, h, H, K, k0, HAS_GATE, CHANNEL, C, BK)
-    into, out = tl.exp(tl.cumsum(g, 0)), tl.exp(tl.cumsum(after, 0, reverse=True))
+    into, out = tl.exp(running(g, CHANNEL, False)), tl.exp(running(after, CHANNEL, True))
     x_into, x_out = q * into * dq_in, k * out * dk_out
     dq, dk = dq_in * into, dk_out * out
     if DELTA:
@@ -205,6 +217,19 @@ def _chunk_key_gradients(
     store_tile(dk_ptr, dk, t0, end, h, H, K, k0, C, BK)
 
 
+@triton.jit
+def _norm_gradients(x_ptr, dx_ptr, ROWS, D, BT: tl.constexpr, BD: tl.constexpr):
+    """In place: gradient of y = x / sqrt(|x|^2 + 1e-6) to gradient of x, r (dy - y <y, dy>) with r = |y| / |x|."""
+    i = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
+    d = tl.arange(0, BD)
+    at, inside = i[:, None] * D + d[None, :], (i < ROWS)[:, None] & (d < D)[None, :]
+    x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    dy = tl.load(dx_ptr + at, mask=inside, other=0.0)
+    r = tl.rsqrt(tl.sum(x * x, 1) + 1e-6)[:, None]
+    y = x * r
+    tl.store(dx_ptr + at, r * (dy - y * tl.sum(y * dy, 1)[:, None]), mask=inside)
+
+
 def tiles(args: dict[str, Any], most_k: int = 64, most_v: int = 64, warps: int = 4) -> list[Row]:
     """Rows for a kernel that tiles both widths; the first spills nothing in bfloat16 (kernels/aot/table.json)."""
     if args["CHANNEL"] or args["k_ptr" if "k_ptr" in args else "q_ptr"].dtype == torch.float32:
@@ -220,8 +245,37 @@ def _key_rows(args: dict[str, Any]) -> list[Row]:
 
 
 KEY = ("K", "V", "C", "CHANNEL")
+FUSED_KEY = ("K", "V", "C")
+# processors of the card that is assumed where there is none: in the interpreter and for the AOT table
+PROCESSORS = 132
+_FUSING: bool | None = None
+
+
+@contextmanager
+def fusing(choice: bool | None) -> Iterator[None]:
+    """Force the fused walk on or off: for the tests, the AOT table and the check of every kernel on a card."""
+    global _FUSING
+    before, _FUSING = _FUSING, choice
+    try:
+        yield
+    finally:
+        _FUSING = before
+
+
 OUTPUTS = Kernel(_chunk_outputs, tiles, KEY)
 KEYS = Kernel(_chunk_key_gradients, _key_rows, (*KEY, "DELTA"))
+# one row only: a kernel that writes over its input cannot be timed by running it again
+NORMS = Kernel(_norm_gradients, lambda args: [row(BT=16, BD=pow2(args["D"]), warps=4, stages=1)], ("D",))
+
+
+def _is_hopper(device: torch.device) -> bool:
+    """Hopper or later; also where there is no card, for the AOT table."""
+    return device.type != "cuda" or (torch.version.hip is None and torch.cuda.get_device_capability(device)[0] >= 9)
+
+
+def _processors(device: torch.device) -> int:
+    cuda = device.type == "cuda"
+    return int(torch.cuda.get_device_properties(device).multi_processor_count) if cuda else PROCESSORS
 
 
 class Packed:
@@ -250,16 +304,35 @@ class Packed:
             "PREC": precision(),
         }
         self.chunk = {**self.walk, "seq_ptr": seq, "S": self.sequences, "LEVELS": chunk.bit_length() - 1}
+        self.fused = {name: value for name, value in self.walk.items() if name != "CHANNEL"}
         self.device = q.device
 
     def states(self, rows: int) -> Tensor:
         shape = (rows, self.heads, self.width_k, self.width_v)
         return torch.empty(shape, dtype=torch.float32, device=self.device)
 
+    def fuses(self, kernel: Kernel, most_k: int = 128) -> bool:
+        """Whether one launch that walks over the chunks of every (sequence, head, tile of V) fills the card.
+
+        The state, all of K by a tile of V, stays in registers: wider, in float32, with a decay per channel and on
+        cards before Hopper it would spill.
+        """
+        fits = INTERPRET or (self.tokens[0].dtype != torch.float32 and _is_hopper(self.device))
+        if self.walk["CHANNEL"] or self.width_k > most_k or not fits:
+            return False
+        if _FUSING is not None:
+            return _FUSING
+        tile = dict(kernel.rows(self.fused)[0].meta)["BV"]
+        programs = self.sequences * self.heads * -(-self.width_v // tile)
+        return programs >= _processors(self.device)
+
     # the long axis comes first: a grid's second and third end at 65535
     def walk_grid(self, meta: dict[str, int]) -> tuple[int, ...]:
         k, v = -(-self.width_k // meta["BK"]), -(-self.width_v // meta["BV"])
         return (self.sequences * self.heads, v, k)
+
+    def fused_grid(self, meta: dict[str, int]) -> tuple[int, ...]:
+        return (self.sequences * self.heads, -(-self.width_v // meta["BV"]))
 
     def value_grid(self, meta: dict[str, int]) -> tuple[int, ...]:
         return (self.rows, -(-self.width_v // meta["BV"]), self.heads)
@@ -273,7 +346,9 @@ def key_gradients(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Launch `_chunk_key_gradients`: dq, dk, dg [T, H(, K)] (summed over tiles) and, for the delta rule, dbeta."""
     qp, kp = call.tokens[0], call.tokens[1]
-    dq, dk = torch.empty_like(qp), torch.empty_like(kp)
+    norm = bool(solve.get("NORM"))
+    # the gradients of normalised rows still have to go through the normalisation, in full precision
+    dq, dk = (torch.empty_like(x, dtype=torch.float32 if norm else x.dtype) for x in (qp, kp))
     smallest = min(dict(r.meta)["BK"] for r in KEYS.rows({**call.chunk, "k_ptr": kp}))
     partial = (-(-call.width_k // smallest), call.total, call.heads)
     channel = call.chunk["CHANNEL"]
@@ -297,4 +372,13 @@ def key_gradients(
         TOKENS=call.total,
         DELTA=bool(solve),
     )
+    if norm:
+        for x, dx in ((qp, dq), (kp, dk)):
+            NORMS.launch(
+                lambda meta: (-(-call.total * call.heads // meta["BT"]),),
+                x_ptr=x,
+                dx_ptr=dx,
+                ROWS=call.total * call.heads,
+                D=call.width_k,
+            )
     return dq, dk, dg if channel else dg.sum(0), dbeta.sum(0)

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.common.checks import matrix_state_plan, state_dtype
+from kernels.common.checks import cotangents, matrix_state_plan, state_dtype
 from kernels.common.dispatch import Decision, choose, explained_by, matrix_chunk
 from kernels.common.varlen import num_chunks
 from kernels.delta_rule import chunked
@@ -26,6 +26,7 @@ def _plan(
     g: Tensor | None = None,
     *,
     scale: float | None = None,
+    normalize: bool = False,
     initial_state: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     chunk: int | None = None,
@@ -47,6 +48,7 @@ def delta_rule(
     g: Tensor | None = None,
     *,
     scale: float | None = None,
+    normalize: bool = False,
     initial_state: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     chunk: int | None = None,
@@ -57,12 +59,14 @@ def delta_rule(
     The output is o_t = scale * S_t^T q_t.
 
     Args:
-        q: queries [B, T, H, K]; k: keys, same shape, meant to have length 1 (not normalised here: with beta |k|^2
-            above 2 the recurrence itself explodes).
+        q: queries [B, T, H, K]; k: keys, same shape, meant to have length 1: with beta |k|^2 above 2 the recurrence
+            itself explodes. See `normalize`.
         v: values [B, T, H, V].
         beta: step size [B, T, H], in [0, 1], or [0, 2] for negative eigenvalues.
         g: log decay, at most 0: None (DeltaNet), [B, T, H] or constant [H] (Gated DeltaNet), [B, T, H, K] (KDA).
         scale: factor of q; None takes K ** -0.5.
+        normalize: divide every q and k by sqrt(|x|^2 + 1e-6) inside the kernels, so that no normalised copy is ever
+            written; the gradients are those of the q and k given.
         initial_state: [B, H, K, V] (per sequence when packed); zeros when None.
         cu_seqlens: offsets [S + 1] of sequences packed into one row (B == 1); empty sequences are allowed.
         chunk: tokens per chunk, a power of two; None takes the backend's own. Changes rounding, never the result.
@@ -87,16 +91,27 @@ def delta_rule(
         ([0.5, 0.75, 0.875], 0.875)
     """
     decision = _plan(
-        q, k, v, beta, g, scale=scale, initial_state=initial_state, cu_seqlens=cu_seqlens, chunk=chunk, backend=backend
+        q,
+        k,
+        v,
+        beta,
+        g,
+        scale=scale,
+        normalize=normalize,
+        initial_state=initial_state,
+        cu_seqlens=cu_seqlens,
+        chunk=chunk,
+        backend=backend,
     )
     if scale is None:
         scale = float(q.shape[-1]) ** -0.5
     if g is not None and g.dim() == 1:
         g = g.expand(q.shape[:3])
     if decision.backend == "reference":
-        return delta_rule_reference(q, k, v, beta, g, initial_state, scale, cu_seqlens)
+        return delta_rule_reference(q, k, v, beta, g, initial_state, scale, normalize, cu_seqlens)
     save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, beta, g, initial_state))
-    o, final, _ = _forward(q, k, v, beta, g, initial_state, cu_seqlens, scale, decision.chunk, decision.backend, save)
+    how = (scale, decision.chunk, decision.backend, normalize, save)
+    o, final, _ = _forward(q, k, v, beta, g, initial_state, cu_seqlens, *how)
     return o, final
 
 
@@ -120,9 +135,10 @@ def _forward(
     scale: float,
     chunk: int,
     backend: str,
+    normalize: bool,
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    o, final, states = _engine(backend).forward(q, k, v, beta, g, h0, cu_seqlens, scale, chunk, save)
+    o, final, states = _engine(backend).forward(q, k, v, beta, g, h0, cu_seqlens, scale, chunk, normalize, save)
     return o, final, states
 
 
@@ -138,6 +154,7 @@ def _(
     scale: float,
     chunk: int,
     backend: str,
+    normalize: bool,
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     shape, dtype = (q.shape[2], q.shape[3], v.shape[3]), state_dtype(v.dtype)
@@ -160,9 +177,11 @@ def _backward(
     scale: float,
     chunk: int,
     backend: str,
+    normalize: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     engine = _engine(backend)
-    dq, dk, dv, dbeta, dg, dh0 = engine.backward(do, dfinal, q, k, v, beta, g, states, cu_seqlens, scale, chunk)
+    given = (q, k, v, beta, g, states, cu_seqlens, scale, chunk, normalize)
+    dq, dk, dv, dbeta, dg, dh0 = engine.backward(do, dfinal, *given)
     return dq, dk, dv, dbeta, q.new_empty(0) if dg is None else dg, dh0
 
 
@@ -180,6 +199,7 @@ def _(
     scale: float,
     chunk: int,
     backend: str,
+    normalize: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     dg = q.new_empty(0) if g is None else g.new_empty(g.shape)
     dh0 = dfinal.new_empty(dfinal.shape, dtype=states.dtype)
@@ -187,18 +207,21 @@ def _(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    q, k, v, beta, g, h0, cu_seqlens, ctx.scale, ctx.chunk, ctx.backend, _ = inputs
+    q, k, v, beta, g, h0, cu_seqlens, ctx.scale, ctx.chunk, ctx.backend, ctx.normalize, _ = inputs
     ctx.h0_dtype = None if h0 is None else h0.dtype
+    # the kept states have no gradient, and zeros of their size would be made for it at every backward
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(q, k, v, beta, g, output[2], cu_seqlens)
 
 
-def _differentiate(ctx: Any, do: Tensor, dfinal: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+def _differentiate(ctx: Any, do: Tensor | None, dfinal: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
     q, k, v, beta, g, states, cu_seqlens = ctx.saved_tensors
+    do, dfinal = cotangents(do, dfinal, v, states, cu_seqlens)
     dq, dk, dv, dbeta, dg, dh0 = _backward(
-        do, dfinal, q, k, v, beta, g, states, cu_seqlens, ctx.scale, ctx.chunk, ctx.backend
+        do, dfinal, q, k, v, beta, g, states, cu_seqlens, ctx.scale, ctx.chunk, ctx.backend, ctx.normalize
     )
     start = None if ctx.h0_dtype is None else dh0.to(ctx.h0_dtype)
-    return dq, dk, dv, dbeta, None if g is None else dg, start, None, None, None, None, None
+    return dq, dk, dv, dbeta, None if g is None else dg, start, *[None] * 6
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from kernels.common import sections
-from kernels.common.chunks import decay_of, from_chunks, to_chunks
+from kernels.common.chunks import decay_of, to_chunks
 
 
 def _forward_section(
@@ -26,16 +26,18 @@ def _forward_section(
     assert k is not None
     assert v is not None
     decay = decay_of(g, q, chunk)
-    qc, kc, vc = to_chunks(q, chunk).mul(scale), to_chunks(k, chunk), to_chunks(v, chunk)
-    rows = states_nZKV.shape[:2]
+    qc, kc, vc = to_chunks(q, chunk, scale), to_chunks(k, chunk), to_chunks(v, chunk)
+    rows, states = states_nZKV.shape[:2], states_nZKV.flatten(0, 1)
     total = decay.total_MG1.unflatten(0, rows)
-    kv = torch.bmm((kc * decay.out_MCG).mT, vc).unflatten(0, rows)
-    for n in range(rows[0]):
-        states_nZKV[n] = s_ZKV
-        s_ZKV = torch.addcmul(kv[n], total[n], s_ZKV)
+    # what a chunk adds to the state is written where the state behind it belongs, then the state before is added
+    k_out, ahead = kc * decay.out_MCG, states.shape[0] - rows[1]
+    states_nZKV[0] = s_ZKV
+    torch.bmm(k_out[:ahead].mT, vc[:ahead], out=states[rows[1] :])
+    for n in range(1, rows[0]):
+        states_nZKV[n].addcmul_(total[n - 1], states_nZKV[n - 1])
+    last = torch.bmm(k_out[ahead:].mT, vc[ahead:]).addcmul_(total[-1], states_nZKV[-1])
     out = torch.bmm(decay.scores(qc, kc, strict=False), vc)
-    out.baddbmm_(qc.mul_(decay.into_MCG), states_nZKV.flatten(0, 1))
-    return from_chunks(out, *q.shape[:3]), s_ZKV
+    return out.baddbmm_(qc.mul_(decay.into_MCG), states), last
 
 
 def _backward_section(
@@ -46,27 +48,28 @@ def _backward_section(
     assert k is not None
     assert v is not None
     decay = decay_of(g, q, chunk)
-    qc, kc, vc, doc = to_chunks(q, chunk).mul(scale), to_chunks(k, chunk), to_chunks(v, chunk), to_chunks(do, chunk)
+    # scaling the gradient of the output instead of q leaves only one tensor to scale
+    qc, kc, vc, doc = to_chunks(q, chunk), to_chunks(k, chunk), to_chunks(v, chunk), to_chunks(do, chunk, scale)
     q_in, k_out = qc * decay.into_MCG, kc * decay.out_MCG
     rows, states = states_nZKV.shape[:2], states_nZKV.flatten(0, 1)
     total = decay.total_MG1.unflatten(0, rows)
-    qdo = torch.bmm(q_in.mT, doc)
-    dstates = torch.empty_like(qdo)
-    qdo_n, dstates_n = qdo.unflatten(0, rows), dstates.unflatten(0, rows)
-    for n in reversed(range(rows[0])):
-        dstates_n[n] = ds_ZKV
-        ds_ZKV = torch.addcmul(qdo_n[n], total[n], ds_ZKV)
+    dstates = torch.empty_like(states)
+    dstates_n = dstates.unflatten(0, rows)
+    torch.bmm(q_in[rows[1] :].mT, doc[rows[1] :], out=dstates[: -rows[1]])
+    dstates_n[-1] = ds_ZKV
+    for n in range(rows[0] - 1, 0, -1):
+        dstates_n[n - 1].addcmul_(total[n], dstates_n[n])
+    first = torch.bmm(q_in[: rows[1]].mT, doc[: rows[1]]).addcmul_(total[0], dstates_n[0])
     p = decay.scores(qc, kc, strict=False)
     dv = torch.bmm(p.mT, doc).baddbmm_(k_out, dstates)
-    dq, dk, dg = decay.scores_backward(qc, kc, p, torch.bmm(doc, vc.mT), strict=False)
+    dq, dk, dg = decay.scores_backward(qc, kc, p, torch.bmm(doc, vc.mT), None, None)
     dq_in, dk_out = torch.bmm(doc, states.mT), torch.bmm(vc, dstates.mT)
-    dq.addcmul_(dq_in, decay.into_MCG).mul_(scale)
+    dq.addcmul_(dq_in, decay.into_MCG)
     dk.addcmul_(dk_out, decay.out_MCG)
-    dgate = None
-    if g is not None:
-        dg += decay.gate_gradient(q_in.mul_(dq_in), k_out.mul_(dk_out), dstates.mul_(states).mul_(decay.total_MG1))
-        dgate = from_chunks(dg, *q.shape[:3]).view(g.shape)
-    return [*(from_chunks(x, *q.shape[:3]) for x in (dq, dk, dv)), dgate], ds_ZKV
+    if g is None:
+        return [dq, dk, dv, None], first
+    dg += decay.gate_gradient(q_in.mul_(dq_in), k_out.mul_(dk_out), states, dstates)
+    return [dq, dk, dv, dg], first
 
 
 def forward(

@@ -76,7 +76,7 @@ def mlstm(
 
     for name, gate in (("i_gate", i_gate), ("f_gate", f_gate)):
         require_shape("mlstm", name, gate, tuple(q.shape[:3]), "[B, T, H]")
-    require_cu_seqlens("mlstm", cu_seqlens, q.shape[0])
+    require_cu_seqlens("mlstm", cu_seqlens, q.shape[0], q.shape[1])
     dtype = state_dtype(v.dtype)
     log_f = logsigmoid(f_gate.to(dtype))
     rest = {"scale": scale, "cu_seqlens": cu_seqlens, "chunk": chunk, "backend": backend}

@@ -1,13 +1,16 @@
 """Gated linear attention in Triton: states first, then all chunks at once. Two launches forward, three backward.
 
 The walk over chunks keeps a [BK, BV] tile of the state on chip and writes it once per chunk; the rest is parallel over
-chunks, most of it in `kernels.common.triton_chunks`.
+chunks, most of it in `kernels.common.triton_chunks`. Where sequences, heads and tiles of V alone fill the card, one
+walk writes the outputs too: one launch, and without a backward to come no state ever leaves the chip.
 
 Legend: tensors packed [T, H, D]; states [R, H, K, V], one row per chunk; C chunk, BK/BV tiles.
 """
 
 # mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call"
 # device functions carry no types: their arguments are pointers, tiles and constants of the compiler
+
+from typing import Any
 
 import torch
 import triton
@@ -16,15 +19,19 @@ from torch import Tensor
 
 from kernels.common.triton import (
     Kernel,
+    Row,
     channel_scores,
     decay_mask,
     load_gate,
     load_state,
     load_tile,
+    pow2,
+    row,
+    running,
     store_state,
     store_tile,
 )
-from kernels.common.triton_chunks import KEY, OUTPUTS, Packed, key_gradients, tiles
+from kernels.common.triton_chunks import FUSED_KEY, KEY, OUTPUTS, Packed, key_gradients, tiles
 
 
 @triton.jit
@@ -63,10 +70,63 @@ def _walk_states(
         # the gate of the next token onwards: what happens to this token's key until the chunk ends
         end = tl.minimum(t0 + C, eos)
         after = load_gate(g_ptr, t0 + 1, end, h, H, K, k0, HAS_GATE, CHANNEL, C, BK)
-        k_out = (k * tl.exp(tl.cumsum(after, 0, reverse=True))).to(k.dtype)
+        k_out = (k * tl.exp(running(after, CHANNEL, True))).to(k.dtype)
         state = state * total[:, None] + tl.dot(tl.trans(k_out), v, input_precision=PREC)
         line += 1
     store_state(final_ptr, state, s, h, H, K, V, k0, v0, BK, BV)
+
+
+@triton.jit
+def _walk_outputs(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    g_ptr,
+    h0_ptr,
+    cu_ptr,
+    first_ptr,
+    states_ptr,
+    final_ptr,
+    o_ptr,
+    scale,
+    H,
+    K,
+    V,
+    HAS_START: tl.constexpr,
+    SAVE: tl.constexpr,
+    HAS_GATE: tl.constexpr,
+    C: tl.constexpr,
+    PREC: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+):
+    """The fused walk: outputs, the last state, and (SAVE) the state at the start of every chunk.
+
+    One decay per head only, so it scales rows: of the outputs and of v, which is narrower than k.
+    """
+    v0 = tl.program_id(1) * BV
+    s, h = tl.program_id(0) // H, tl.program_id(0) % H
+    bos, eos, line = tl.load(cu_ptr + s), tl.load(cu_ptr + s + 1), tl.load(first_ptr + s)
+    state = tl.zeros([BK, BV], tl.float32)
+    if HAS_START:
+        state += load_state(h0_ptr, s, h, H, K, V, 0, v0, BK, BV)
+    for t0 in range(bos, eos, C):
+        if SAVE:
+            store_state(states_ptr, state, line, h, H, K, V, 0, v0, BK, BV)
+        end = tl.minimum(t0 + C, eos)
+        g = load_gate(g_ptr, t0, end, h, H, K, 0, HAS_GATE, False, C, BK)
+        q = load_tile(q_ptr, t0, end, h, H, K, 0, C, BK)
+        o = tl.dot(q, state.to(q.dtype), input_precision=PREC) * tl.exp(running(g, False, False))
+        k = load_tile(k_ptr, t0, end, h, H, K, 0, C, BK)
+        p = tl.dot(q, tl.trans(k), input_precision=PREC) * decay_mask(g, False, C)
+        v = load_tile(v_ptr, t0, end, h, H, V, v0, C, BV)
+        o += tl.dot(p.to(v.dtype), v, input_precision=PREC)
+        store_tile(o_ptr, o * scale, t0, end, h, H, V, v0, C, BV)
+        after = load_gate(g_ptr, t0 + 1, end, h, H, K, 0, HAS_GATE, False, C, BK)
+        v_out = (v * tl.exp(running(after, False, True))).to(v.dtype)
+        state = state * tl.exp(tl.sum(g, 0))[:, None] + tl.dot(tl.trans(k), v_out, input_precision=PREC)
+        line += 1
+    store_state(final_ptr, state, s, h, H, K, V, 0, v0, BK, BV)
 
 
 @triton.jit
@@ -103,7 +163,7 @@ def _walk_state_gradients(
         q = load_tile(q_ptr, t0, eos, h, H, K, k0, C, BK)
         do = load_tile(do_ptr, t0, eos, h, H, V, v0, C, BV)
         g = load_gate(g_ptr, t0, eos, h, H, K, k0, HAS_GATE, CHANNEL, C, BK)
-        q_in = (q * tl.exp(tl.cumsum(g, 0)) * scale).to(q.dtype)
+        q_in = (q * tl.exp(running(g, CHANNEL, False)) * scale).to(q.dtype)
         ds = ds * tl.exp(tl.sum(g, 0))[:, None] + tl.dot(tl.trans(q_in), do, input_precision=PREC)
     store_state(dh0_ptr, ds, s, h, H, K, V, k0, v0, BK, BV)
 
@@ -150,7 +210,7 @@ def _chunk_value_gradients(
         else:
             p += tl.dot(q, tl.trans(k), input_precision=PREC)
         after = load_gate(g_ptr, t0 + 1, end, h, H, K, k0, HAS_GATE, CHANNEL, C, BK)
-        k_out = (k * tl.exp(tl.cumsum(after, 0, reverse=True))).to(k.dtype)
+        k_out = (k * tl.exp(running(after, CHANNEL, True))).to(k.dtype)
         ds = load_state(dstates_ptr, line, h, H, K, V, k0, v0, BK, BV).to(k.dtype)
         dv += tl.dot(k_out, ds, input_precision=PREC)
     if not CHANNEL:
@@ -160,7 +220,15 @@ def _chunk_value_gradients(
     store_tile(dv_ptr, dv, t0, end, h, H, V, v0, C, BV)
 
 
+def _fused_rows(args: dict[str, Any]) -> list[Row]:
+    """All of K on chip, so the tile of V is narrow."""
+    bk = pow2(args["K"])
+    bv = min(pow2(args["V"]), 32 if bk <= 64 else 16)
+    return [row(BK=bk, BV=bv, warps=w, stages=1) for w in (8, 4)]
+
+
 _WALK = Kernel(_walk_states, tiles, KEY)
+_FUSED = Kernel(_walk_outputs, _fused_rows, FUSED_KEY)
 _WALK_BACK = Kernel(_walk_state_gradients, tiles, KEY)
 _VALUES = Kernel(_chunk_value_gradients, tiles, KEY)
 
@@ -179,8 +247,26 @@ def forward(
     """As `chunked.forward`."""
     call = Packed([q, k, v], g, cu_seqlens, v.shape[3], chunk)
     qp, kp, vp = call.tokens
-    states, final = call.states(call.rows), call.states(call.sequences)
+    out, final = torch.empty_like(vp), call.states(call.sequences)
     start = None if h0 is None else h0.float().contiguous()
+    if call.fuses(_FUSED):
+        kept = call.states(call.rows if save else 0)
+        _FUSED.launch(
+            call.fused_grid,
+            **call.fused,
+            q_ptr=qp,
+            k_ptr=kp,
+            v_ptr=vp,
+            h0_ptr=final if start is None else start,
+            states_ptr=kept if save else final,
+            final_ptr=final,
+            o_ptr=out,
+            scale=scale,
+            HAS_START=start is not None,
+            SAVE=save,
+        )
+        return out.view(v.shape).to(v.dtype), final, kept if save else final.new_empty(0)
+    states = call.states(call.rows)
     _WALK.launch(
         call.walk_grid,
         **call.walk,
@@ -191,7 +277,6 @@ def forward(
         final_ptr=final,
         HAS_START=start is not None,
     )
-    out = torch.empty_like(vp)
     OUTPUTS.launch(
         call.value_grid, **call.chunk, q_ptr=qp, k_ptr=kp, v_ptr=vp, states_ptr=states, o_ptr=out, scale=scale
     )

@@ -16,7 +16,7 @@ from torch import Tensor
 from kernels.common.checks import state_dtype
 
 
-def _walk(a_BTN: Tensor, u_BTN: Tensor, h_BN: Tensor, out_BTN: Tensor, chunk: int, reverse: bool) -> Tensor:
+def walk(a_BTN: Tensor, u_BTN: Tensor, h_BN: Tensor, out_BTN: Tensor, chunk: int, reverse: bool) -> Tensor:
     """Write every state into `out_BTN` and return the last; `reverse` walks time backwards."""
     length = u_BTN.shape[1]
     n = length // chunk
@@ -63,14 +63,14 @@ def forward(
     h0 = u.new_zeros(sequences, u.shape[2]) if h0_SN is None else h0_SN.to(dtype)
     out = torch.empty_like(u)
     if cu_seqlens is None:
-        final = _walk(a, u, h0, out, chunk, reverse=False)
+        final = walk(a, u, h0, out, chunk, reverse=False)
     else:
         # a gate of zero at its first token makes a sequence independent of the one before
         alive, first, last = _ends(cu_seqlens)
         a, u = a.clone(), u.clone()
         u[0, first] += a[0, first] * h0[alive]
         a[0, first] = 0
-        _walk(a, u, torch.zeros_like(u[:, 0]), out, chunk, reverse=False)
+        walk(a, u, torch.zeros_like(u[:, 0]), out, chunk, reverse=False)
         final = h0.clone()
         final[alive] = out[0, last]
     return out.to(u_BTN.dtype), final
@@ -95,7 +95,7 @@ def backward(
     da = torch.empty_like(a)
     if cu_seqlens is None:
         x[:, -1] = g[:, -1] + dfinal
-        _walk(a[:, 1:], g[:, :-1], x[:, -1], x[:, :-1], chunk, reverse=True)
+        walk(a[:, 1:], g[:, :-1], x[:, -1], x[:, :-1], chunk, reverse=True)
         torch.mul(x[:, 1:], h[:, :-1], out=da[:, 1:])
         torch.mul(x[:, 0], h0, out=da[:, 0])
         return da.to(a_BTN.dtype), x.to(h_BTN.dtype), a[:, 0] * x[:, 0]
@@ -104,7 +104,7 @@ def backward(
     g[0, last] += dfinal[alive]
     gate[0, first] = 0
     x[:, -1] = g[:, -1]
-    _walk(gate[:, 1:], g[:, :-1], x[:, -1], x[:, :-1], chunk, reverse=True)
+    walk(gate[:, 1:], g[:, :-1], x[:, -1], x[:, :-1], chunk, reverse=True)
     torch.mul(x[:, 1:], h[:, :-1], out=da[:, 1:])
     da[0, first] = x[0, first] * h0[alive]
     dh0 = dfinal.clone()

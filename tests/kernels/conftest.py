@@ -26,6 +26,8 @@ def _load(name: str) -> None:
 
 
 _load("kernel_properties")
+_load("memory_cases")
+_load("rnn_cases")
 
 
 @pytest.fixture(autouse=True)

@@ -5,6 +5,7 @@ Every comparison is a relative Frobenius error without an absolute escape: where
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -82,6 +83,19 @@ def _draw_matrix(gate: str, delta: bool) -> Callable[..., tuple[Inputs, Tensor]]
     return draw
 
 
+def _draw_long(draw: Callable[..., tuple[Inputs, Tensor]]) -> Callable[..., tuple[Inputs, Tensor]]:
+    """The same with q and k of any length, for the ops that normalise."""
+
+    def stretched(gen: torch.Generator, *rest: Any) -> tuple[Inputs, Tensor]:
+        inputs, state = draw(gen, *rest)
+        for name in ("q", "k"):
+            lengths = torch.rand(*inputs[name].shape[:3], 1, generator=gen, dtype=torch.float64)
+            inputs[name] = inputs[name] * (0.5 + 3 * lengths)
+        return inputs, state
+
+    return stretched
+
+
 CASES = {
     case.name: case
     for case in (
@@ -94,6 +108,8 @@ CASES = {
         OpCase("deltanet", delta_rule, _draw_matrix("none", True)),
         OpCase("gated_deltanet", delta_rule, _draw_matrix("scalar", True)),
         OpCase("kda", delta_rule, _draw_matrix("channel", True)),
+        OpCase("normalized", partial(delta_rule, normalize=True), _draw_long(_draw_matrix("scalar", True))),
+        OpCase("normalized_kda", partial(delta_rule, normalize=True), _draw_long(_draw_matrix("channel", True))),
     )
 }
 OFFSETS = [0, 0, 1, 18, 35, 50, 50]

@@ -117,6 +117,29 @@ def test_extremes(case, edge, dtype):
     props.assert_agrees(case, inputs, "chunked", dtype, chunk=16)
 
 
+@pytest.mark.parametrize("name", ["gla_channel", "kda"])
+@pytest.mark.parametrize(("strength", "block"), [(0.1, 16), (1.5, 8), (3.5, 4), (7.0, 2), (20.0, 1)])
+def test_decays_per_channel_of_every_strength(name, strength, block, monkeypatch):
+    """The harder the decay, the narrower the blocks on the diagonal; each width must be as exact."""
+    from kernels.common import chunks
+
+    seen = set()
+    make = chunks.ChannelDecay.__init__
+
+    def watched(self, g):
+        make(self, g)
+        seen.add(self.block)
+
+    monkeypatch.setattr(chunks.ChannelDecay, "__init__", watched)
+    inputs = props.draw(CASES[name], 48, "cos 0.5")
+    # within a factor of 1.1 of the strength, so that every block of the call has the same width
+    inputs["g"] = -strength * (0.9 + 0.2 * torch.rand(inputs["g"].shape, generator=torch.Generator().manual_seed(2)))
+    inputs["g"] = inputs["g"].double()
+    for dtype in (torch.float64, torch.float32):
+        props.assert_agrees(CASES[name], inputs, "chunked", dtype, chunk=16)
+    assert seen == {block}
+
+
 def test_scan_reset_forgets():
     case = CASES["scan_real"]
     inputs = props.draw(case, 12)
@@ -159,3 +182,38 @@ def test_memory_of_backward(case):
     own = {x.untyped_storage().data_ptr() for x in inputs.values()}
     extra = sum(x.numel() for x in kept if x.untyped_storage().data_ptr() not in own)
     assert extra <= 2 * 8 * 2 * 5 * 7
+
+
+def peak_bytes(call):
+    """Most bytes alive at once of all that torch allocates during the call."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        kept = call()
+    changes = [(e.start_ns(), e.nbytes()) for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]
+    alive = most = 0
+    for _, change in sorted(changes, key=lambda entry: entry[0]):
+        alive += change
+        most = max(most, alive)
+    del kept
+    return most
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("problem", ["linear_scan", "gla_scalar", "gla_channel", "deltanet", "gated_deltanet", "kda"])
+def test_peak_memory_of_forward_and_backward(problem):
+    """Outputs, chunk states, gradients and all scratch together: at most twice the inputs plus the chunk states."""
+    from kernels.bench.shapes import PROBLEMS
+
+    length = 2048
+    inputs = PROBLEMS[problem].draw((4, length, 4, 64), torch.float32, torch.device("cpu"))
+    leaves = {name: x.requires_grad_() for name, x in inputs.items()}
+    cotangent = torch.ones(PROBLEMS[problem].op(**leaves)[0].shape)
+
+    def call():
+        out, final = PROBLEMS[problem].op(**leaves)
+        return out, final, torch.autograd.grad(out, list(leaves.values()), cotangent)
+
+    given = sum(x.numel() for x in leaves.values())
+    states = 0 if problem == "linear_scan" else 4 * 4 * length // 32 * 64 * 64
+    assert peak_bytes(call) <= 2 * 4 * (given + states)

@@ -6,12 +6,13 @@ import sys
 import kernel_properties as props
 import pytest
 import torch
-from kernel_properties import CASES
+from kernel_properties import CASES, OFFSETS
 
 import kernels.delta_rule as delta_module
 import kernels.gated_linear_attention as gla_module
 import kernels.linear_scan as scan_module
 from kernels.common import Decision, explain
+from kernels.common.checks import require_cu_seqlens
 from kernels.delta_rule import delta_rule
 from kernels.gated_linear_attention import gated_linear_attention, mlstm
 from kernels.gated_linear_attention.mlstm import MLSTMState
@@ -67,10 +68,12 @@ def schemas():
     tail = (None, 0.5, 4, "chunked", True)
     yield "gla", gla_module._forward, (*gla.values(), *tail)
     yield "gla_none", gla_module._forward, (gla["q"], gla["k"], gla["v"], None, None, *tail)
-    delta = props.draw(CASES["gated_deltanet"], 5)
+    delta, tail = props.draw(CASES["gated_deltanet"], 5), (None, 0.5, 4, "chunked", False, True)
     yield "delta", delta_module._forward, (*delta.values(), *tail)
     packed = props.draw(CASES["kda"], 5, cu=[0, 2, 5])
     yield "delta_packed", delta_module._forward, (*packed.values(), torch.tensor([0, 2, 5]), *tail[1:])
+    normalized = props.draw(CASES["normalized"], 5)
+    yield "delta_normalized", delta_module._forward, (*normalized.values(), None, 0.5, 4, "chunked", True, True)
 
 
 SCHEMAS = list(schemas())
@@ -102,6 +105,38 @@ def test_compiles_without_graph_breaks(case):
     torch._dynamo.reset()
     compiled = grads(torch.compile(step, fullgraph=True, backend="aot_eager"))
     assert all(torch.equal(x, y) for x, y in zip(compiled, grads(step), strict=True))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["scan_real", "gla_scalar", "gated_deltanet"])
+def test_compiles_with_inductor(name):
+    """The whole way, C++ compiler included, packed: what a user of torch.compile on a CPU gets."""
+    case = CASES[name]
+    inputs = props.cast(props.draw(case, OFFSETS[-1], cu=OFFSETS), torch.float32)
+    cu = torch.tensor(OFFSETS)
+
+    def step(*values):
+        out, final = case.op(**dict(zip(inputs, values, strict=True)), cu_seqlens=cu)
+        return (out * 2).sigmoid().sum() + final.abs().sum()
+
+    def grads(function):
+        leaves = [x.detach().clone().requires_grad_() for x in inputs.values()]
+        loss = function(*leaves)
+        return loss, *torch.autograd.grad(loss, leaves)
+
+    torch._dynamo.reset()
+    compiled, eager = grads(torch.compile(step, fullgraph=True)), grads(step)
+    assert all(props.error(x, y) < 1e-6 for x, y in zip(compiled, eager, strict=True))
+
+
+def test_values_of_offsets_are_read_on_a_card_only_when_asked(monkeypatch):
+    """`meta` stands for the card: reading a value there raises."""
+    cu = torch.tensor([1, 9], device="meta")
+    monkeypatch.delenv("KERNELS_CHECK", raising=False)
+    require_cu_seqlens("op", cu, 1, 4)
+    monkeypatch.setenv("KERNELS_CHECK", "1")
+    with pytest.raises((NotImplementedError, RuntimeError)):
+        require_cu_seqlens("op", cu, 1, 4)
 
 
 def test_explain_tells_what_runs_and_why(monkeypatch):
@@ -144,6 +179,16 @@ BAD = [
         "must be 1, got 2",
     ),
     (delta_rule, (X, X, X, B), {"cu_seqlens": torch.tensor([0.0, 4.0])}, "int32 or int64"),
+    (delta_rule, (X, X, X, B), {"cu_seqlens": torch.tensor([1, 4])}, "cu_seqlens must start at 0, got 1"),
+    (linear_scan, (X, X), {"cu_seqlens": torch.tensor([0, 3])}, "cu_seqlens must end at T = 4, got 3"),
+    (gated_linear_attention, (X, X, X), {"cu_seqlens": torch.tensor([0, 5])}, "must end at T = 4, got 5"),
+    (
+        gated_linear_attention,
+        (X, X, X),
+        {"cu_seqlens": torch.tensor([0, 3, 2, 4])},
+        "must never decrease, got 3 then 2 at sequence 1",
+    ),
+    (mlstm, (X, X, X, B, B), {"cu_seqlens": torch.tensor([0, 1, 3])}, "mlstm: cu_seqlens must end at T = 4"),
     (delta_rule, (X, X, X, B), {"backend": "triton", "chunk": 128}, "has chunks 16, 32, 64, got 128"),
     (delta_rule, (torch.ones(1, 4, 1, 300),) * 3 + (B[..., :1],), {"backend": "triton"}, "K <= 256, got 300"),
     (mlstm, (X, X, X, B, B), {"variant": "tanh"}, "unknown variant 'tanh'"),

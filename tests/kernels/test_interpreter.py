@@ -112,6 +112,58 @@ def test_scan_in_segments(name, segment, nan_scratch, monkeypatch):
         props.assert_agrees(case, props.draw(case, 50, cu=cu), "triton", torch.float32, **packed)
 
 
+@pytest.mark.parametrize("name", ["gla_scalar", "gated_deltanet"])
+def test_fused_walk(name, nan_scratch):
+    check_fused(CASES[name])
+
+
+@pytest.mark.slow
+@matrix
+def test_fused_walk_everywhere(case, nan_scratch):
+    if props.draw(case, 2).get("g", torch.zeros(1)).dim() == 4:
+        pytest.skip("with a decay per channel it would spill and is never fused")
+    check_fused(case)
+
+
+def check_fused(case):
+    """One launch instead of two or three, the same numbers; packed, dense, and with nothing kept for a backward."""
+    from kernels.common import triton_chunks
+    from kernels.common.triton import recording
+
+    for cu in (None, OFFSETS):
+        packed = {} if cu is None else {"cu_seqlens": torch.tensor(cu)}
+        inputs = {n: props.in_halo(x) for n, x in props.draw(case, 50, "cos 0.5 slow", cu).items()}
+        with triton_chunks.fusing(True):
+            props.assert_agrees(case, inputs, "triton", torch.float32, chunk=16, **packed)
+    given = props.cast(props.draw(case, 21), torch.float32)
+    with triton_chunks.fusing(True), torch.no_grad():
+        fused = case.op(**given, backend="triton", chunk=16)
+        with recording() as launched:
+            case.op(**given, backend="triton", chunk=16)
+    assert len({one.kernel.name for one in launched}) == 1
+    with triton_chunks.fusing(False), torch.no_grad():
+        split = case.op(**given, backend="triton", chunk=16)
+    assert max(props.error(x, y) for x, y in zip(fused, split, strict=True)) < 1e-6
+
+
+def test_fused_walk_is_chosen_where_it_fills_the_card(monkeypatch):
+    from kernels.common import triton_chunks
+    from kernels.common.triton import recording
+
+    def kernels_of(heads, width):
+        x = torch.zeros(1, 16, heads, width)
+        with recording() as launched, torch.no_grad():
+            CASES["linear_attention"].op(x, x, x, backend="triton", chunk=16)
+        return {one.kernel.name for one in launched}
+
+    monkeypatch.setattr(triton_chunks, "PROCESSORS", 8)
+    assert kernels_of(8, 16) == {"walk_outputs"}
+    assert kernels_of(7, 16) == {"walk_states", "chunk_outputs"}
+    # two tiles of V are two programs, and a state too wide for the registers is never fused
+    assert kernels_of(4, 64) == {"walk_outputs"}
+    assert kernels_of(8, 160) == {"walk_states", "chunk_outputs"}
+
+
 def test_bfloat16_is_upcast_on_the_host():
     case = CASES["gla_scalar"]
     given = props.cast(props.draw(case, 20), torch.bfloat16)

@@ -1,0 +1,79 @@
+"""Device functions of the ParaRNN cells: the cell itself, its weights, and the maps that scans combine.
+
+Packed rows [T, 3, N]; everything in float32 on the chip.
+"""
+
+# mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call"
+# device functions carry no types: their arguments are pointers, tiles and constants of the compiler
+
+import triton
+import triton.language as tl
+
+from kernels.common.triton import tanh
+
+
+@triton.jit
+def combine(a1, u1, a2, u2):
+    """First (a1, u1), then (a2, u2), as maps h -> a h + u."""
+    return a1 * a2, a2 * u1 + u2
+
+
+@triton.jit
+def combine_pair(a1, b1, c1, d1, u1, v1, a2, b2, c2, d2, u2, v2):
+    """The same for two states: matrix [[a, b], [c, d]], offset (u, v)."""
+    return (
+        a2 * a1 + b2 * c1,
+        a2 * b1 + b2 * d1,
+        c2 * a1 + d2 * c1,
+        c2 * b1 + d2 * d1,
+        a2 * u1 + b2 * v1 + u2,
+        c2 * u1 + d2 * v1 + v2,
+    )
+
+
+@triton.jit
+def down(x, ROWS: tl.constexpr, BN: tl.constexpr):
+    """Every row takes the value of the row before it (row 0 its own)."""
+    j = tl.arange(0, ROWS)
+    return tl.gather(x, tl.broadcast_to(tl.maximum(j - 1, 0)[:, None], [ROWS, BN]), 0)
+
+
+@triton.jit
+def inputs(x_ptr, t, n, N, mask):
+    """The three gate inputs of tokens t and units n."""
+    at = t * 3 * N + n
+    x0 = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    x1 = tl.load(x_ptr + at + N, mask=mask, other=0.0).to(tl.float32)
+    x2 = tl.load(x_ptr + at + 2 * N, mask=mask, other=0.0).to(tl.float32)
+    return x0, x1, x2
+
+
+@triton.jit
+def gates(x0, x1, x2, c, h, r0, r1, r2, p0, p1, LSTM: tl.constexpr):
+    """The cell: next c and h, and its inner values (gru: z, s, candidate; lstm: f, o, candidate, tanh c')."""
+    if LSTM:
+        f = tl.sigmoid(x0 + r0 * h + p0 * c)
+        z = tanh(x2 + r2 * h)
+        c_new = z + f * (c - z)
+        o = tl.sigmoid(x1 + r1 * h + p1 * c_new)
+        th = tanh(c_new)
+        return c_new, o * th, f, o, z, th
+    else:
+        z = tl.sigmoid(x0 + r0 * h)
+        s = tl.sigmoid(x1 + r1 * h)
+        k = tanh(x2 + r2 * (s * h))
+        return c, h + z * (k - h), z, s, k, h
+
+
+@triton.jit
+def weights(r_ptr, p_ptr, n, N, live, HAS_PEEPHOLE: tl.constexpr):
+    """Recurrent weights of the three gates, and peepholes (zero where there are none)."""
+    r0 = tl.load(r_ptr + n, mask=live, other=0.0)
+    r1 = tl.load(r_ptr + N + n, mask=live, other=0.0)
+    r2 = tl.load(r_ptr + 2 * N + n, mask=live, other=0.0)
+    p0 = tl.zeros_like(r0)
+    p1 = tl.zeros_like(r0)
+    if HAS_PEEPHOLE:
+        p0 = tl.load(p_ptr + n, mask=live, other=0.0)
+        p1 = tl.load(p_ptr + N + n, mask=live, other=0.0)
+    return r0, r1, r2, p0, p1

@@ -1,0 +1,104 @@
+"""The nonlinear recurrences as cases for the shared properties: how to draw them, which inputs have no time axis."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from kernel_properties import DISTRIBUTIONS, Inputs, OpCase
+from torch import Tensor
+
+from kernels.newton_rnn import newton_rnn
+from kernels.sequential_rnn import m2rnn, sequential_rnn
+from kernels.sequential_rnn.reference import GATES, PARTS
+
+HEADS, WIDTH, K, V = 2, 3, 5, 3
+# what is the same for all tokens
+TIMELESS = ("r", "bias", "peephole", "w")
+# recurrent weights in +-scale; beyond 2 the recurrences are chaotic and float32 cannot follow float64
+SCALES = dict(zip(DISTRIBUTIONS, (0.5, 1.0, 1.5, 2.0), strict=True))
+
+
+def _uniform(gen: torch.Generator, shape: tuple[int, ...], scale: float) -> Tensor:
+    return (2 * torch.rand(shape, generator=gen, dtype=torch.float64) - 1) * scale
+
+
+def _newton(cell: str, is_block: bool) -> Callable[..., tuple[Inputs, Tensor]]:
+    def draw(gen: torch.Generator, batch: int, length: int, sequences: int, kind: str) -> tuple[Inputs, Tensor]:
+        rand = {"generator": gen, "dtype": torch.float64}
+        x = torch.randn(batch, length, 3, HEADS, WIDTH, **rand)
+        if "slow" in kind:
+            # long memories: a small update gate, a large forget gate
+            x[:, :, 0] += 3 if cell == "lstm" else -3
+        shape = (3, HEADS, WIDTH, WIDTH) if is_block else (3, HEADS, WIDTH)
+        inputs = {"x": x, "r": _uniform(gen, shape, SCALES[kind] / (WIDTH**0.5 if is_block else 1))}
+        if cell == "lstm":
+            inputs["peephole"] = _uniform(gen, (2, HEADS, WIDTH), SCALES[kind])
+        parts = (2,) if cell == "lstm" else ()
+        return inputs, torch.randn(sequences, *parts, HEADS, WIDTH, **rand)
+
+    return draw
+
+
+def _sequential(cell: str) -> Callable[..., tuple[Inputs, Tensor]]:
+    def draw(gen: torch.Generator, batch: int, length: int, sequences: int, kind: str) -> tuple[Inputs, Tensor]:
+        rand = {"generator": gen, "dtype": torch.float64}
+        gates, parts = GATES[cell], PARTS[cell]
+        inputs = {"x": torch.randn(batch, length, gates, HEADS, WIDTH, **rand)}
+        inputs["r"] = _uniform(gen, (gates, HEADS, WIDTH, WIDTH), SCALES[kind] / WIDTH**0.5)
+        inputs["bias"] = torch.randn(gates, HEADS, WIDTH, **rand)
+        state = torch.randn(sequences, *((parts,) if parts > 1 else ()), HEADS, WIDTH, **rand)
+        if parts == 4:
+            # the normaliser is a sum of what was written: positive
+            state[:, 1] = 0.5 + state[:, 1].abs()
+        return inputs, state
+
+    return draw
+
+
+def _m2rnn(gen: torch.Generator, batch: int, length: int, sequences: int, kind: str) -> tuple[Inputs, Tensor]:
+    rand = {"generator": gen, "dtype": torch.float64}
+    inputs = {name: torch.randn(batch, length, HEADS, K, **rand) for name in ("q", "k")}
+    inputs["v"] = torch.randn(batch, length, HEADS, V, **rand)
+    inputs["f"] = torch.sigmoid(torch.randn(batch, length, HEADS, **rand) + DISTRIBUTIONS[kind][1] - 2)
+    inputs["w"] = _uniform(gen, (HEADS, V, V), SCALES[kind] / V**0.5)
+    return inputs, torch.randn(sequences, HEADS, K, V, **rand)
+
+
+def _without_chunk(op: Any, **how: Any) -> Callable[..., tuple[Tensor, Tensor]]:
+    """The same op for tests that pass a chunk to everything."""
+    return lambda *, chunk=None, **given: op(**how, **given)
+
+
+RNN_CASES = {
+    case.name: case
+    for case in (
+        OpCase("newton_gru", partial(newton_rnn, cell="gru"), _newton("gru", False)),
+        OpCase("newton_lstm", partial(newton_rnn, cell="lstm"), _newton("lstm", False)),
+        OpCase("newton_block_gru", partial(newton_rnn, cell="gru"), _newton("gru", True)),
+        OpCase("newton_block_lstm", partial(newton_rnn, cell="lstm"), _newton("lstm", True)),
+        *(OpCase(f"sequential_{c}", _without_chunk(sequential_rnn, cell=c), _sequential(c)) for c in GATES),
+        OpCase("m2rnn", m2rnn, _m2rnn),
+    )
+}
+# a matrix per head is solved on the chunked backend only
+ON_TRITON = [name for name in RNN_CASES if not name.startswith("newton_block")]
+
+
+def is_tokens(name: str) -> bool:
+    """Whether an input has a time axis."""
+    return name not in TIMELESS and name != "initial_state"
+
+
+def carried(case: OpCase, cut: int) -> OpCase:
+    """The same op run as two calls with the state handed over."""
+
+    def op(*, initial_state: Tensor, **given: Any) -> tuple[Tensor, Tensor]:
+        def part(where: slice) -> dict[str, Any]:
+            return {n: x[:, where] if isinstance(x, Tensor) and is_tokens(n) else x for n, x in given.items()}
+
+        out1, middle = case.op(**part(slice(None, cut)), initial_state=initial_state)
+        out2, final = case.op(**part(slice(cut, None)), initial_state=middle)
+        return torch.cat([out1, out2], dim=1), final
+
+    return OpCase(f"{case.name} cut at {cut}", op, case.draw)
