@@ -39,19 +39,19 @@ class Finetune(Rehearsal):
 
     def __init__(
         self,
-        modules: str | Sequence[str],
-        buffer_of: str | None,
-        capacity: int,
-        policy: str,
-        steps: int,
-        replay_batch_size: int,
-        lr: float,
-        momentum: float,
-        repeats: int,
-        alpha: float,
-        updates_statistics: bool,
-        snapshot_steps: int,
-        auto_frac: float,
+        modules: str | Sequence[str] = "auto",
+        buffer_of: str | None = None,
+        capacity: int = 200,
+        policy: str = "reservoir",
+        steps: int = 300,
+        replay_batch_size: int = 32,
+        lr: float = 0.05,
+        momentum: float = 0.9,
+        repeats: int = 1,
+        updates_statistics: bool = True,
+        snapshot_steps: int = 100,
+        auto_frac: float = 0.05,
+        alpha: float = 0.0,
     ) -> None:
         name = self.name
         require_count(f"{name}.replay_batch_size", replay_batch_size)

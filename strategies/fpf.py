@@ -1,6 +1,7 @@
 """Forgetting prioritized finetuning: put the few modules that forget most right again, once, on stored rows.
 
-    after training, `steps` times:  theta_sel <- SGD step on CE(buffer batch);  every other parameter stays as it is
+    after training, `steps` times:  theta_sel <- SGD step on the finetuning's loss; every other parameter stays as it is
+    loss = CE(buffer batch) + alpha * MSE(logits, stored logits)
 
 Source: Zhao et al., "Does Continual Learning Equally Forget All Parameters?", ICML 2023; no official code is known.
 Beside any strategy: `strategy=[replay,fpf] strategy.fpf.buffer_of=replay`, or with a buffer of its own. It belongs
@@ -14,8 +15,6 @@ precision, fp16 without loss scaling.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from cl.hooks import Contract
 from cl.state import TrainState
 from strategies._finetune import Finetune
@@ -27,6 +26,7 @@ class Fpf(Finetune):
     Args:
         modules: "auto" takes the modules that react most to a new experience, "all" is the control; or patterns of
             module names and classes, such as [head, BatchNorm2d].
+        alpha: factor of the squared distance to the logits that the network had when it first saw the row.
         buffer_of: name of another strategy whose buffer is used; None keeps one of its own.
         capacity, policy: of its own buffer: rows stored, and which rows stay (class_balanced for equal classes).
         steps: SGD steps of a finetuning; 0 changes nothing.
@@ -48,37 +48,6 @@ class Fpf(Finetune):
     contract = Contract(
         toy={"capacity": 100, "steps": 60, "snapshot_steps": 6}, zero={"steps": 0}, forgets_less_by=0.25
     )
-
-    def __init__(
-        self,
-        modules: str | Sequence[str] = "auto",
-        buffer_of: str | None = None,
-        capacity: int = 200,
-        policy: str = "reservoir",
-        steps: int = 300,
-        replay_batch_size: int = 32,
-        lr: float = 0.05,
-        momentum: float = 0.9,
-        repeats: int = 1,
-        updates_statistics: bool = True,
-        snapshot_steps: int = 100,
-        auto_frac: float = 0.05,
-    ) -> None:
-        super().__init__(
-            modules,
-            buffer_of,
-            capacity,
-            policy,
-            steps,
-            replay_batch_size,
-            lr,
-            momentum,
-            repeats,
-            0.0,
-            updates_statistics,
-            snapshot_steps,
-            auto_frac,
-        )
 
     def on_experience_end(self, state: TrainState) -> None:
         if state.experience is state.stream.experiences[-1]:

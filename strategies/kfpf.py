@@ -84,10 +84,10 @@ class Kfpf(Finetune):
             lr,
             momentum,
             repeats,
-            alpha,
             updates_statistics,
             snapshot_steps,
             auto_frac,
+            alpha,
         )
         self.k, self.period_steps = k, period_steps
 
