@@ -11,3 +11,6 @@ os.environ.setdefault("CL_CACHE", os.path.join(tempfile.gettempdir(), f"cl-lab-t
 import torch
 
 torch.set_num_threads(1)
+# Triton reads this when it is imported, which whoever collects transformers does; with a card kernels are compiled
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")

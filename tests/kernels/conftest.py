@@ -1,17 +1,12 @@
-"""Kernel tests: the interpreter is switched on before any kernel is imported; shared properties are loaded by path."""
+"""Kernel tests: shared properties are loaded by path; `tests/conftest.py` switches the interpreter on."""
 
 import importlib.util
-import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-
-# the decorator reads the variable when a kernel module is imported; with a card the real compiler is tested instead
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 _HERE = Path(__file__).parent
 
