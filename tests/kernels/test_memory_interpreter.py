@@ -88,6 +88,7 @@ def test_half_precision_is_upcast(case, dtype):
     )
 
 
+@pytest.mark.slow
 def test_bit_equal_runs():
     case = MEMORY_CASES["ridge"]
     inputs = props.cast(props.draw(case, 17), torch.float32)

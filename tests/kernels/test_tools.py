@@ -19,6 +19,7 @@ def run(module, *arguments, **variables):
     return subprocess.run([sys.executable, "-m", module, *arguments], capture_output=True, text=True, env=env)
 
 
+@pytest.mark.slow
 def test_bench_writes_both_tables(tmp_path):
     readme = tmp_path / "README.md"
     readme.write_text("before\n<!-- bench cpu -->\nold\n<!-- end cpu -->\nafter\n")
