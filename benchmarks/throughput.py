@@ -8,8 +8,9 @@ lr 0.1), batch, epochs and threads; permuted MNIST. The three are run in turn, `
 What each is given: images in memory, ours as bytes, the plain loop as floats in [0, 1]. Ours permutes, shuffles,
 converts and keeps books inside its time, and permutes a test set each time it is measured. The plain loop permutes each
 training set when its turn comes and each test set once; its second column has that for free, as if all permuted floats
-had lain in memory before. Avalanche runs its PermutedMNIST as documented, with an empty evaluator. One run of ours and
-of the plain loop comes first and is not counted.
+had lain in memory before. Avalanche runs its PermutedMNIST as documented, with an empty evaluator; hosted,
+the same class of its runs by `strategy=avalanche/NAME`. One run of ours and of the plain loop comes first and is not
+counted.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from torch import Tensor, nn
 
 from cl.backbones.mlp import Mlp
 from cl.config import TrainerConfig
+from cl.hooks import Strategy
 from cl.ledger import Ledger
 from cl.result import environment, write_text
 from cl.trainer import Trainer
@@ -60,7 +62,27 @@ def ours(
 ) -> Rates:
     """Our loop, from result.json's own numbers."""
     strategy = Replay(capacity=CAPACITY) if with_replay else Naive()
-    trainer = Trainer(
+    return _trained(Trainer, strategy, root, batch_size, run_dir, observers, num_experiences)
+
+
+def hosted(root: str, batch_size: int, with_replay: bool) -> Rates:
+    """Avalanche's own strategies in Avalanche's own template, on our stream."""
+    from cl.interop.avalanche import strategy_class
+
+    strategy = strategy_class("Replay")(mem_size=CAPACITY) if with_replay else strategy_class("Naive")()
+    return _trained(strategy.trainer, strategy, root, batch_size)
+
+
+def _trained(
+    trainer_class: type[Trainer],
+    strategy: Strategy,
+    root: str,
+    batch_size: int,
+    run_dir: Path | None = None,
+    observers: tuple = (),
+    num_experiences: int = NUM_EXPERIENCES,
+) -> Rates:
+    trainer = trainer_class(
         permuted("mnist", num_experiences, root=root),
         Mlp,
         [strategy],
@@ -187,14 +209,15 @@ def unpacked(root: Path) -> Iterator[str]:
         yield folder
 
 
-NAMES = ("ours", "plain loop", "plain, permuted for free", "Avalanche")
+NAMES = ("ours", "plain loop", "plain, permuted for free", "Avalanche", "Avalanche hosted")
 
 
 def throughput(root: str, repeats: int) -> list[str]:
     """The table of rates and ratios."""
     ours(root, 64, False), plain(root, 64, False)
     lines = [
-        f"| batch | strategy | | {' | '.join(NAMES)} | {' | '.join(f'ours / {name}' for name in NAMES[1:])} |",
+        f"| batch | strategy | | {' | '.join(NAMES)} | {' | '.join(f'ours / {name}' for name in NAMES[1:-1])} "
+        "| hosted / Avalanche |",
         "|---" * (3 + len(NAMES) + len(NAMES) - 1) + "|",
     ]
     for batch_size in (64, 256):
@@ -202,12 +225,12 @@ def throughput(root: str, repeats: int) -> list[str]:
             measured: list[tuple[Rates, ...]] = []
             for _ in range(repeats):
                 case = root, batch_size, with_replay
-                measured.append((ours(*case), *plain(*case), avalanche(*case)))
+                measured.append((ours(*case), *plain(*case), avalanche(*case), hosted(*case)))
                 print(batch_size, "replay" if with_replay else "naive", measured[-1], flush=True)
             for index, phase in enumerate(("train", "evaluation")):
                 rates = [statistics.median(each[who][index] for each in measured) for who in range(len(NAMES))]
                 cells = [f"{rate / 1000:.1f}k" for rate in rates]
-                ratios = [f"{rates[0] / rate:.2f}" for rate in rates[1:]]
+                ratios = [f"{rates[0] / rate:.2f}" for rate in rates[1:-1]] + [f"{rates[-1] / rates[-2]:.2f}"]
                 strategy = f"replay {CAPACITY}" if with_replay else "naive"
                 lines.append(f"| {batch_size} | {strategy} | {phase} | {' | '.join(cells + ratios)} |")
     return lines

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,8 +13,10 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from cl.core import UserError
+from cl.distributed import model_shards, optimizer_shards
 from cl.hooks import Strategy
 from cl.ledger import Ledger
+from cl.result import replacing
 from cl.state import TrainState
 
 FORMAT = "cl-lab checkpoint 1"
@@ -33,18 +34,11 @@ def save(folder: Path, step: int, payload: dict[str, Any], fingerprint: str) -> 
     Raises:
         OSError: the disk is full or the folder cannot be written; earlier checkpoints are untouched.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"step-{step:09d}.pt"
-    descriptor, name = tempfile.mkstemp(dir=folder, suffix=".tmp")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            torch.save({"format": FORMAT, "fingerprint": fingerprint, **payload}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+    with replacing(path) as file:
+        torch.save({"format": FORMAT, "fingerprint": fingerprint, **payload}, file)
+        file.flush()
+        os.fsync(file.fileno())
     _tidy(folder, path)
     return path
 
@@ -84,6 +78,20 @@ def load_latest(folder: Path, fingerprint: str, device: torch.device | None = No
     raise UserError(f"{folder} holds no readable checkpoint; start the run again with `cl run`")
 
 
+def load_start(path: Path, state: TrainState) -> None:
+    """Begin a run with the weights and the optimizer state of another one.
+
+    Raises:
+        UserError: they do not fit the backbone or the optimizer of this run.
+    """
+    saved = torch.load(path, map_location="cpu", weights_only=True)["state"]
+    try:
+        state.model.load_state_dict(model_shards(saved["model"], state.model))
+        state.optimizer.load_state_dict(optimizer_shards(saved["optimizer"], state.optimizer))
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise UserError(f"the weights in {path} do not fit this run: {str(error).splitlines()[0]}") from None
+
+
 def _newest_first(folder: Path) -> list[Path]:
     return sorted(folder.glob("step-*.pt"), reverse=True)
 
@@ -95,6 +103,7 @@ class Keeper:
         run_dir: where `result.json` and `checkpoints/` go; None keeps no checkpoints.
         fingerprint: of the settings that the run must be resumed with.
         strategies: of the run; the list is shared with the trainer.
+        batch_size: that strategies are asked for their costs with.
     """
 
     def __init__(
@@ -105,22 +114,29 @@ class Keeper:
         scaler: torch.amp.GradScaler,
         strategies: Sequence[Strategy],
         ledger: Ledger,
+        batch_size: int,
     ) -> None:
         self.folder = None if run_dir is None else run_dir / "checkpoints"
         self.fingerprint = fingerprint
         self.state, self.scaler, self.strategies, self.ledger = state, scaler, strategies, ledger
+        self.batch_size = batch_size
 
-    def save_result(self, batch_size: int) -> None:
+    def save_result(self) -> None:
         # a strategy that has just failed is not asked: its answer could hide the first error behind a second
         asked = () if self.ledger.result.status == "failed" else self.strategies
-        self.ledger.save(self.state, sum(strategy.cost(self.state, batch_size).buffer_bytes for strategy in asked))
+        self.ledger.save(self.state, sum(strategy.cost(self.state, self.batch_size).buffer_bytes for strategy in asked))
 
     def save(self, next_experience: int, steps_done: int) -> None:
-        """Everything that the rest of the run depends on, and its position in the stream."""
+        """The result so far, and everything that the rest of the run depends on: states, and its position."""
+        self.ledger.flush(self.state)
+        self.save_result()
         if self.folder is None:
             return
+        state = self.state.state_dict()  # every process has shards to give
+        if self.state.world.rank:
+            return
         payload = {
-            "state": self.state.state_dict(),
+            "state": state,
             "scaler": self.scaler.state_dict(),
             "strategies": [strategy.state_dict() for strategy in self.strategies],
             "ledger": self.ledger.state_dict(),

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from cl.core import UserError
+from cl.distributed import KINDS
 from cl.loader import Budget
 
+CPU = torch.device("cpu")
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -17,7 +21,8 @@ class TrainerConfig:
     """How to train, whatever the stream and the strategies.
 
     Args:
-        epochs, max_steps, max_tokens: budget of each experience; one epoch when none is given.
+        epochs, max_steps, max_tokens: budget of each experience; one epoch when none is given. `max_steps` may list
+            the steps of each; the run ends with the list.
         batch_size: rows of the stream per micro-batch; `accumulation` micro-batches make one step.
         eval_batch_size: rows per batch at evaluation; changes speed only.
         clip_norm: largest gradient norm; None does not clip.
@@ -31,10 +36,16 @@ class TrainerConfig:
         checkpoint_every: steps between checkpoints inside an experience; 0 writes them after experiences only.
         reset_optimizer: build a new optimizer for every experience.
         schedule_span: the learning-rate schedule runs over the whole "run" or anew over each "experience".
+        schedule_start: step of the run at which the schedule begins (`cl rewarm`).
+        schedule_steps: steps of each experience that the schedule is planned for; None takes those trained. After the
+            planned ones it stays where it ends (`cl extend`).
+        parallel: how the processes that torchrun started share the work: "ddp" keeps the whole model in each, "fsdp" a
+            shard of it; "none" is for one process.
+        compile: let torch compile the network; the first steps then take longer.
     """
 
     epochs: int | None = None
-    max_steps: int | None = None
+    max_steps: int | Sequence[int] | None = None
     max_tokens: int | None = None
     batch_size: int = 64
     accumulation: int = 1
@@ -50,6 +61,10 @@ class TrainerConfig:
     checkpoint_every: int = 0
     reset_optimizer: bool = False
     schedule_span: str = "run"
+    schedule_start: int = 0
+    schedule_steps: Sequence[int] | None = None
+    parallel: str = "none"
+    compile: bool = False
 
     def __post_init__(self) -> None:
         for name, allowed in (
@@ -57,15 +72,20 @@ class TrainerConfig:
             ("precision", tuple(PRECISIONS)),
             ("evaluate", ("all", "seen")),
             ("schedule_span", ("run", "experience")),
+            ("parallel", KINDS),
+            ("compile", (True, False)),
         ):
             if getattr(self, name) not in allowed:
-                raise UserError(f"trainer.{name} is {getattr(self, name)!r}; it must be one of {', '.join(allowed)}")
+                raise UserError(
+                    f"trainer.{name} is {getattr(self, name)!r}; it must be one of {', '.join(map(str, allowed))}"
+                )
         for name, smallest in (
             ("eval_batch_size", 1),
             ("eval_every", 0),
             ("checkpoint_every", 0),
             ("eval_rows", 1),
             ("within_eval_rows", 1),
+            ("schedule_start", 0),
         ):
             value = getattr(self, name)
             if value is None and name.endswith("rows"):
@@ -87,7 +107,8 @@ class TrainerConfig:
 
     def torch_device(self) -> torch.device:
         if self.device == "auto":
-            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+            # torchrun gives every process of a machine a number
+            return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if torch.cuda.is_available() else CPU
         try:
             device = torch.device(self.device)
             torch.empty(0, device=device)

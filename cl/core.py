@@ -164,12 +164,14 @@ class Output:
         hidden: (B, F) input of the head, for strategies that work on features.
         loss: scalar, for backbones that compute their own; None leaves it to the trainer.
         state: recurrent state after the last step, for backbones that carry one.
+        auxiliary: terms that the backbone adds to the loss, by name, such as the load balance of experts.
     """
 
     logits: Tensor
     hidden: Tensor | None = None
     loss: Tensor | None = None
     state: Any = None
+    auxiliary: dict[str, Tensor] = field(default_factory=dict)
 
 
 class Data(Protocol):
@@ -312,7 +314,7 @@ class StreamInfo:
     """What a backbone or a strategy may know of a stream before training starts.
 
     Args:
-        input_shape: of one row, after the transform.
+        input_shape: of one row, after the transform; text may be measured at other lengths.
         num_outputs: outputs of one head.
         num_heads: 1 unless the setting gives task labels.
         measure: what R holds; "accuracy" in [0, 1], or "loss" in nats.
@@ -347,7 +349,10 @@ class Stream:
         augment_rows: rows in training order, generator -> inputs; for the rows that the stream itself delivers it takes
             the place of `augment`, which goes on serving replayed rows.
         check_batch: raises `UserError` for a batch size that the stream cannot be trained with.
+        codec: for text, what turned it into tokens, with `encode(texts)`, `decode(tokens)` and `separator`.
         content: digest of the data; a run goes on only with the data that it began with. Empty where nobody checks.
+        general: rows of general text that no experience trains on and no domain measures, for strategies that anchor
+            a model on it; None where there are none.
     """
 
     info: StreamInfo
@@ -357,7 +362,9 @@ class Stream:
     augment: Callable[[Tensor, torch.Generator], Tensor] | None = None
     augment_rows: Callable[[Batch, torch.Generator], Tensor] | None = None
     check_batch: Callable[[int], None] | None = None
+    codec: Any = None
     content: str = ""
+    general: Callable[[], Data] | None = None
 
     def prepare(self, rows: Batch, generator: torch.Generator | None = None) -> Batch:
         """Stored rows as the backbone reads them; augmented when a generator is given and the stream augments."""

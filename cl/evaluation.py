@@ -13,7 +13,7 @@ from torch import nn
 from cl.config import TrainerConfig
 from cl.core import IGNORED, Batch, EvalSet, Output, Setting
 from cl.hooks import Strategy, overrides
-from cl.ledger import Ledger
+from cl.ledger import TOKEN_ACCURACY, Ledger
 from cl.loader import tokens_per_row
 from cl.state import TrainState
 
@@ -36,8 +36,10 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, no gradients, frozen random state; every module's own mode is restored."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
+    # shards are gathered into memory that training uses again, which must not be an inference tensor's
+    is_sharded = hasattr(model, "set_requires_gradient_sync")
     try:
-        with torch.random.fork_rng(), torch.inference_mode():
+        with torch.random.fork_rng(), torch.no_grad() if is_sharded else torch.inference_mode():
             yield
     finally:
         for module, mode in modes:
@@ -56,7 +58,8 @@ def measure(
 
     Args:
         max_rows: measure on the first rows only, always the same ones.
-        extra: filled with what the set's own `score` finds beside the measure.
+        extra: filled with what the set's own `score` finds beside the measure; for losses with the token accuracy, the
+            share of next tokens that are the most likely one.
 
     Returns:
         the measure, and how many rows it was taken on.
@@ -72,16 +75,18 @@ def measure(
             extra.update(others)
         return value, num_rows
     is_loss = state.info.measure == "loss"
-    total, count = torch.zeros((2,), dtype=torch.float64, device=state.device)
+    total, right, count = torch.zeros((3,), dtype=torch.float64, device=state.device)
     for low in range(0, num_rows, batch_size):
         batch = state.prepare(data.rows(torch.arange(low, min(low + batch_size, num_rows))))
         logits = predict(state, strategies, batch).logits
         if is_loss:
             total += F.cross_entropy(logits.flatten(0, -2).float(), batch.targets.flatten(), reduction="sum")
-        else:
-            total += (logits.argmax(-1) == batch.targets).sum()
+        if not is_loss or extra is not None:
+            right += (logits.argmax(-1) == batch.targets).sum()
         count += (batch.targets != IGNORED).sum()
-    return float(total / count), num_rows
+    if is_loss and extra is not None:
+        extra[TOKEN_ACCURACY] = float(right / count)
+    return float((total if is_loss else right) / count), num_rows
 
 
 class Evaluator:
@@ -95,26 +100,45 @@ class Evaluator:
         self, state: TrainState, config: TrainerConfig, ledger: Ledger, strategies: Sequence[Strategy]
     ) -> None:
         self.state, self.config, self.ledger, self.strategies = state, config, ledger, strategies
+        ledger.follow(state)
 
     def row(self) -> list[float | None]:
         """The measure on every domain, or on those trained so far; None elsewhere."""
         every = range(len(self.state.stream.eval_sets))
         columns = every if self.config.evaluate == "all" else self._seen()
-        return self._measured(columns, self.config.eval_rows, self.ledger.result.extra)
+        row = self._measured(columns, self.config.eval_rows, self.ledger.result.extra)
+        self._inform(row, self.config.eval_rows)
+        return row
 
     def within(self) -> None:
-        """Measure the domains trained so far, inside an experience."""
+        """Measure the domains trained so far, and text that is never trained on, inside an experience."""
         self.ledger.flush(self.state)
-        row = self._measured(self._seen(), self.config.within_eval_rows or self.config.eval_rows)
+        max_rows = self.config.within_eval_rows or self.config.eval_rows
+        seen = self._seen()
+        row = self._measured(sorted({*seen, *self._general()}), max_rows)
         stage = self._stage()
         self.ledger.result.within += [[stage, self.state.step, j, v] for j, v in enumerate(row) if v is not None]
         self.ledger.tell("on_within", self.state, row)
+        self._inform([value if j in seen else None for j, value in enumerate(row)], max_rows)
+
+    def _inform(self, row: list[float | None], max_rows: int | None) -> None:
+        """Tell the strategies; of what was measured before training they have no use."""
+        if self.state.experience is not None:
+            for strategy in self.strategies:
+                strategy.on_evaluation(self.state, row, max_rows)
 
     def _seen(self) -> Sequence[int]:
         experience, result = self.state.experience, self.ledger.result
         count = experience.id + 1 if experience else 0
         seen = {j for columns in result.practises[:count] for j in columns} or set(result.trained[:count])
         return range(len(self.state.stream.eval_sets)) if -1 in seen else sorted(seen)
+
+    def _general(self) -> set[int]:
+        """Columns of text that no experience teaches: what a model forgets of language itself."""
+        result = self.ledger.result
+        if result.measure != "loss" or -1 in result.trained:
+            return set()
+        return set(range(len(result.domains))) - {*result.trained, *(j for row in result.practises for j in row)}
 
     def _stage(self) -> int:
         """The row of R that is being made; -1 before training."""
@@ -124,13 +148,16 @@ class Evaluator:
         self, columns: Sequence[int], max_rows: int | None, extra: list[list[Any]] | None = None
     ) -> list[float | None]:
         row: list[float | None] = [None] * len(self.state.stream.eval_sets)
+        self.ledger.mark(self.state)
         predictors = [strategy for strategy in self.strategies if overrides(strategy, "eval_forward")]
         with self.ledger.charged("eval_s"), evaluating(self.state.model):
             for j in columns:
                 eval_set = self.state.stream.eval_sets[j]
                 beside: dict[str, float] = {}
                 size = self.config.eval_batch_size
-                row[j], num_rows = measure(self.state, predictors, eval_set, size, max_rows, beside)
+                row[j], num_rows = measure(
+                    self.state, predictors, eval_set, size, max_rows, None if extra is None else beside
+                )
                 self.ledger.clock["eval_rows"] += num_rows
                 if extra is not None:
                     extra += [[name, self._stage(), j, value] for name, value in beside.items()]

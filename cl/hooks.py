@@ -44,10 +44,15 @@ class Strategy:
     Class attributes:
         settings: where the strategy makes sense.
         contract: parameters of the shipped contract tests.
+        parallel: wrappers ("ddp", "fsdp") under which it computes in several processes what it computes in one. Every
+            process calls `on_batch` and `on_step_end` with the whole batch, and with the same generators; the model
+            sees a share of the rows, and `on_step_end` no logits. A `penalty` must not depend on rows. Under "fsdp"
+            parameters and gradients are shards. Not inherited.
     """
 
     settings: ClassVar[frozenset[Setting]] = ALL_SETTINGS
     contract: ClassVar[Contract] = Contract()
+    parallel: ClassVar[frozenset[str]] = frozenset()
 
     name: str = ""
     """Tag of its batch parts, its penalty and its generator: the file name, or the config node it was made from."""
@@ -55,6 +60,8 @@ class Strategy:
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         cls.name = cls.__module__.rsplit(".", 1)[-1]
+        # what holds for a strategy need not hold for one that is built on it
+        cls.parallel = cls.__dict__.get("parallel", frozenset())
 
     # before training
 
@@ -107,9 +114,23 @@ class Strategy:
 
     def on_experience_end(self, state: TrainState) -> None: ...
 
+    def on_evaluation(self, state: TrainState, row: Sequence[float | None], max_rows: int | None) -> None:
+        """After every measurement inside an experience and at its end (there after `on_experience_end`), before the
+        checkpoint that goes with it.
+
+        Args:
+            row: the measure on every domain; None where it was not measured.
+            max_rows: rows per domain that it was taken on, None for all; values compare at equal numbers only.
+        """
+
     def eval_forward(self, state: TrainState, batch: Batch) -> Output | None:
         """Predict in place of the model; None leaves it to the next strategy, and at last to the model."""
         return None
+
+    @property
+    def needs_evaluation(self) -> bool:
+        """Whether training depends on what `on_evaluation` is told, so that only our own loop can run it."""
+        return False
 
     # what it costs and keeps
 

@@ -14,14 +14,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cl.core import Setting
 from cl.loader import tokens_per_row
-from cl.metrics import EvalTable, language_summary, summary
+from cl.metrics import EvalTable, aufc_log_perplexity, language_summary, summary
 from cl.observe import Observer
 from cl.result import Result, environment
 from cl.state import TrainState
 
 WATCH_EVERY = {"cpu": 1}
 """Steps between reads of the losses: free on a CPU, a stall on other devices, which read every 20."""
+
+TOKEN_ACCURACY = "token_accuracy"
+COURSE = 200
+"""Points of the course that a run on text keeps, besides those at measurements."""
 
 
 class NonFiniteLoss(RuntimeError):
@@ -46,6 +51,12 @@ class Ledger:
         self._every = WATCH_EVERY.get(device.type, 20)
         self._pending: list[tuple[int, Mapping[str, Tensor], float]] = []
         self._opened = time.perf_counter()
+        self._is_text, self._mark_every, self._lr = False, 1, 0.0
+
+    def follow(self, state: TrainState) -> None:
+        """Keep the course of a run on text."""
+        self._is_text = state.info.setting == Setting.CONTINUAL_PRETRAINING
+        self._mark_every = max(1, state.total_steps // COURSE)
 
     def open(self, settings: Mapping[str, Any]) -> None:
         self._opened = time.perf_counter() - self.clock["wall_s"]
@@ -71,6 +82,8 @@ class Ledger:
             "buffer_bytes": self.buffer_bytes,
             "result": [result.R, result.R_init, result.within, result.mlflow_run_id],
             "extra": result.extra,
+            "course": result.course,
+            "traces": result.traces,
         }
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
@@ -78,7 +91,19 @@ class Ledger:
         self.buffer_bytes = saved["buffer_bytes"]
         result = self.result
         result.R, result.R_init, result.within, result.mlflow_run_id = saved["result"]
-        result.extra = saved.get("extra", [])
+        result.course = saved.get("course", [])
+        result.extra, result.traces = saved.get("extra", []), saved.get("traces", [])
+
+    def note(self, state: TrainState, name: str, value: float) -> None:
+        """Keep a number that a strategy measured, in the column of the domain that the experience teaches."""
+        experience = state.experience.id if state.experience else -1
+        column = state.stream.trained_domains[experience] if experience >= 0 else 0
+        self.result.extra.append([name, experience, max(column, 0), float(value)])
+
+    def trace(self, state: TrainState, name: str, value: float) -> None:
+        """Keep a point of a curve over optimizer steps."""
+        self.result.traces.append([name, state.step, float(value)])
+        self.tell("on_trace", state, name, float(value))
 
     def watch(self, state: TrainState, terms: Mapping[str, Tensor], lr: float) -> None:
         """Take note of a step's loss terms before its update.
@@ -86,9 +111,22 @@ class Ledger:
         Raises:
             NonFiniteLoss: as soon as a noted term is read and is NaN or infinite.
         """
+        self._lr = lr
+        if self._is_text and state.step % self._mark_every == 0:
+            self._mark(state, state.step + 1)
         self._pending.append((state.step, terms, lr))
         if len(self._pending) >= self._every:
             self.flush(state)
+
+    def mark(self, state: TrainState) -> None:
+        """Write down where a run on text stands, since something is measured there."""
+        if self._is_text:
+            self._mark(state, state.step)
+
+    def _mark(self, state: TrainState, step: int) -> None:
+        experience, course = state.experience.id if state.experience else -1, self.result.course
+        if not course or course[-1][:2] != [experience, step]:
+            course.append([experience, step, state.tokens, self._lr])
 
     def flush(self, state: TrainState) -> None:
         """Read the losses noted since the last time and tell the observers, step by step."""
@@ -121,6 +159,8 @@ class Ledger:
         if self.result.num_bytes:
             sizes = {"num_tokens": self.result.num_tokens, "num_bytes": self.result.num_bytes}
             self.result.metrics |= language_summary(table, **sizes) if self.result.R else {}
+        if self.result.measure == "loss" and self.result.R:
+            self.result.metrics |= self._over_tokens(table)
         self.result.cost = {
             "train_samples_per_s": clock["train_rows"] / clock["train_s"] if clock["train_s"] else 0.0,
             "eval_samples_per_s": clock["eval_rows"] / clock["eval_s"] if clock["eval_s"] else 0.0,
@@ -135,6 +175,19 @@ class Ledger:
         }
         if self.run_dir is not None:
             self.result.save(self.run_dir / "result.json")
+
+    def _over_tokens(self, table: EvalTable) -> dict[str, float]:
+        """Token accuracy at the end, and the area under the forgetting curve over tokens."""
+        result, last = self.result, len(self.result.R) - 1
+        right = [value for name, i, _, value in result.extra if name == TOKEN_ACCURACY and i == last]
+        ends = {int(experience): tokens for experience, _, tokens, _ in result.course}
+        positions = [ends[i] for i in range(last + 1) if i in ends]
+        area = aufc_log_perplexity(table, positions) if len(positions) == last + 1 else math.nan
+        return {TOKEN_ACCURACY: _mean(right), "aufc_log_perplexity": area}
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else math.nan
 
 
 def new_result(state: TrainState, seed: int, names: Mapping[str, Any]) -> Result:

@@ -24,12 +24,15 @@ BLOCK_BYTES = 1 << 20
 class Budget:
     """How long to train on one experience: in epochs, optimizer steps or tokens (a row that is no text is one token).
 
+    Args:
+        max_steps: of every experience, or a list with those of each.
+
     Raises:
         UserError: more than one of the three is given, or one is not positive.
     """
 
     epochs: int | None = None
-    max_steps: int | None = None
+    max_steps: int | Sequence[int] | None = None
     max_tokens: int | None = None
     batch_size: int = 64
     accumulation: int = 1
@@ -40,7 +43,8 @@ class Budget:
         if len(given) > 1:
             raise UserError(f"trainer has {' and '.join(given)}; a budget is exactly one of {', '.join(limits)}")
         for name, value in (given | {"batch_size": self.batch_size, "accumulation": self.accumulation}).items():
-            if not isinstance(value, int) or value < 1:
+            entries = value if name == "max_steps" and isinstance(value, list | tuple) and value else [value]
+            if not all(isinstance(entry, int) and entry >= 1 for entry in entries):
                 raise UserError(f"trainer.{name} is {value!r}; it must be an integer of at least 1")
 
     def batches_per_epoch(self, num_rows: int) -> int:
@@ -56,7 +60,7 @@ class Budget:
             >>> Budget(epochs=2, batch_size=10).steps(95), Budget(max_tokens=100, batch_size=32).steps(1000)
             (20, 4)
         """
-        if self.max_steps is not None:
+        if isinstance(self.max_steps, int):
             return self.max_steps
         if self.max_tokens is not None:
             # epochs end in a smaller step, so whole epochs are counted apart
@@ -69,12 +73,14 @@ def steps_in(experience: Experience, budget: Budget, info: StreamInfo) -> int:
     """Optimizer steps on an experience, known without loading it.
 
     One that holds the rows of several gets the steps or tokens of as many: joint training is as long as the course that
-    it is compared with, whatever the budget counts.
+    it is compared with, whatever the budget counts. A list of steps is taken as it is.
     """
+    if isinstance(budget.max_steps, list | tuple):
+        return budget.max_steps[experience.id]
     times = experience.merged
     whole = replace(
         budget,
-        max_steps=budget.max_steps and budget.max_steps * times,
+        max_steps=budget.max_steps * times if isinstance(budget.max_steps, int) else None,
         max_tokens=budget.max_tokens and budget.max_tokens * times,
     )
     return whole.steps(experience.num_samples, tokens_per_row(info))

@@ -10,11 +10,12 @@ import math
 import os
 import platform
 import sys
-import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 SCHEMA = 1
 
@@ -31,7 +32,10 @@ class Result:
         practises: columns whose rows each experience trains on; empty when that is `trained` throughout.
         num_tokens, num_bytes: size of each domain's held-out text; empty unless R holds losses of text.
         within: evaluations inside experiences, as [experience, step, domain, value].
+        course: where a run on text stood now and then, at every measurement and at the end of every experience, as
+            [experience, step, tokens trained on, learning rate]; -1 is before training.
         extra: what else was measured beside R, as [name, experience, domain, value]; -1 is before training.
+        traces: curves over optimizer steps that strategies wrote down, as [name, step, value].
         metrics: every scalar of `cl.metrics`; None where undefined.
         status: "done", "interrupted" or "failed".
         error: sentence that says why a run failed.
@@ -50,7 +54,9 @@ class Result:
     R_init: list[float | None] = field(default_factory=list)
     within: list[list[float]] = field(default_factory=list)
     practises: list[list[int]] = field(default_factory=list)
+    course: list[list[float]] = field(default_factory=list)
     extra: list[list[Any]] = field(default_factory=list)
+    traces: list[list[Any]] = field(default_factory=list)
     num_tokens: list[int] = field(default_factory=list)
     num_bytes: list[int] = field(default_factory=list)
     metrics: dict[str, float | None] = field(default_factory=dict)
@@ -90,17 +96,25 @@ class Result:
         return "+".join(self.strategy)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Replace a file in one step, so that a reader or a crash never meets half of it."""
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A file to write that takes the place of `path` in one step: a reader or a crash never meets half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, suffix=".tmp") as file:
-        try:
-            file.write(text)
-            file.flush()
-            os.replace(file.name, path)
-        except BaseException:
-            Path(file.name).unlink(missing_ok=True)
-            raise
+    # a plain name, and not one of `tempfile`, whose files are for their owner's eyes only
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(unfinished, "wb") as file:
+            yield file
+        os.replace(unfinished, path)
+    except BaseException:
+        unfinished.unlink(missing_ok=True)
+        raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a text file in one step."""
+    with replacing(path) as file:
+        file.write(text.encode())
 
 
 def environment() -> dict[str, Any]:

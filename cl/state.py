@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from cl.core import IGNORED, Batch, Data, Experience, Output, Part, Stream, StreamInfo
-from cl.seeding import Seeds
+from cl.distributed import World, gathered, model_shards, optimizer_shards
+from cl.seeding import Seeds, derive_seed
 
 
 @dataclass
@@ -44,12 +45,18 @@ class TrainState:
     Args:
         model: what is trained, after every `wrap`.
         stream: the planned stream; `experience` and `data` are the current ones.
-        step: optimizer steps taken since the run began; `micro_step` counts inside accumulation.
-        total_steps: steps of the whole run.
+        step: optimizer steps taken since the run began; `micro_step` counts inside accumulation, up to `micro_steps`.
+        step_rows: rows of the stream in the running step, all micro-batches together.
+        share: what the micro-batch counts in its step: the factor of all its loss terms (see `shares`).
+        total_steps: steps of the whole run; `experience_steps` are those of each experience.
         classes_seen: classes of this and every earlier experience, in order of appearance.
         masks_absent: the label loss leaves out logits of classes that no row of the batch has (`trainer.logit_mask`).
         strategies: all of the run, in order; the list is the trainer's.
+        world: the processes of the run; `network` is what they send training rows through, None for the model itself.
         loss: a batch that the strategies have prepared -> its output, and the terms of its loss by name.
+        note: name, number: write down what a strategy measured of the running experience (`Result.extra`).
+        trace: name, number: a point of a curve over optimizer steps, such as a coefficient that a strategy controls
+            (`Result.traces`, `train/NAME` in MLflow).
     """
 
     model: nn.Module
@@ -59,21 +66,37 @@ class TrainState:
     device: torch.device
     autocast: Callable[[], Any]
     total_steps: int = 0
+    experience_steps: list[int] = field(default_factory=list)
     experience: Experience | None = None
     data: Data | None = None
     step: int = 0
     micro_step: int = 0
+    micro_steps: int = 1
+    step_rows: int = 0
+    share: float = 1.0
     epoch: int = 0
     tokens: int = 0
     classes_seen: tuple[int, ...] = ()
     spent: Cost = field(default_factory=Cost)
     masks_absent: bool = False
     strategies: Sequence[Any] = ()
+    world: World = field(default_factory=World)
+    network: Callable[[Batch], Output] | None = None
     loss: Callable[[Batch], tuple[Output, dict[str, Tensor]]] = field(init=False, repr=False)
+    note: Callable[[str, float], None] = field(default=lambda name, value: None, repr=False)
+    trace: Callable[[str, float], None] = field(default=lambda name, value: None, repr=False)
 
     @property
     def info(self) -> StreamInfo:
         return self.stream.info
+
+    @property
+    def progress(self) -> float:
+        """Share of the running experience's steps that are done; 0 before the first one."""
+        if self.experience is None or self.experience.id >= len(self.experience_steps):
+            return 0.0
+        before = sum(self.experience_steps[: self.experience.id])
+        return (self.step - before) / max(1, self.experience_steps[self.experience.id])
 
     def forward(self, batch: Batch, model: Callable[[Batch], Output] | None = None) -> Output:
         """Send a batch through the model (or a teacher) under the run's precision, and count its rows."""
@@ -81,6 +104,14 @@ class TrainState:
         with self.autocast():
             output: Output = (model or self.model)(batch)
         return output
+
+    def split(self, batch: Batch) -> Batch:
+        """The rows of a prepared batch that this process works on; the others' are counted as if they were its own."""
+        if self.world.size == 1:
+            return batch
+        own = self.world.split(batch)
+        self.count(forwards=len(batch) - len(own), backwards=len(batch) - len(own))
+        return own
 
     def label_loss(self, output: Output, batch: Batch) -> Tensor:
         """The loss without penalties: the backbone's own, or the cross-entropy of the batch's parts."""
@@ -105,8 +136,8 @@ class TrainState:
     def state_dict(self) -> dict[str, Any]:
         """Everything that the next step depends on, except strategies and the position in the stream."""
         return {
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "model": gathered(self.model.state_dict()),
+            "optimizer": gathered(self.optimizer.state_dict()),
             "seeds": self.seeds.state_dict(),
             "torch_rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state_all() if self.device.type == "cuda" else [],
@@ -115,12 +146,15 @@ class TrainState:
         }
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
-        self.model.load_state_dict(saved["model"])
-        self.optimizer.load_state_dict(saved["optimizer"])
+        self.model.load_state_dict(model_shards(saved["model"], self.model))
+        self.optimizer.load_state_dict(optimizer_shards(saved["optimizer"], self.optimizer))
         self.seeds.load_state_dict(saved["seeds"])
         torch.set_rng_state(saved["torch_rng"])
-        if saved["cuda_rng"]:
-            torch.cuda.set_rng_state_all(saved["cuda_rng"])
+        if saved["cuda_rng"] and self.device.type == "cuda":
+            # a checkpoint may come from a machine with more devices
+            torch.cuda.set_rng_state_all(saved["cuda_rng"][: torch.cuda.device_count()])
+        if self.world.rank:
+            torch.manual_seed(derive_seed(self.seeds.root, "torch", self.world.rank, saved["counters"][0]))
         self.step, self.tokens, forwards, backwards = saved["counters"]
         self.spent = Cost(forwards, backwards)
         self.classes_seen = tuple(saved["classes_seen"])
@@ -213,6 +247,8 @@ def shares(batches: Sequence[Batch]) -> list[float]:
 def current_rows(done: list[tuple[Batch, Output]]) -> tuple[Batch, Output]:
     """The stream's own rows of a step's micro-batches, their logits and what the head read, detached."""
     rows = [batch.current() for batch, _ in done]
+    if done[0][1].logits.shape[0] != len(done[0][0]):  # a share of the rows: nobody may take it for the output
+        return Batch.cat(rows) if len(rows) > 1 else rows[0], Output(done[0][1].logits.new_empty(0))
     logits = [output.logits[: batch.num_current].detach() for batch, output in done]
     hidden = [output.hidden[: batch.num_current].detach() for batch, output in done if output.hidden is not None]
     if len(done) == 1:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from cl.backbones import Backbone
 from cl.checkpoint import Keeper
 from cl.config import TrainerConfig, is_due
 from cl.core import Batch, Experience, Output, Stream, StreamInfo
@@ -26,7 +28,7 @@ from cl.loader import check_rows, steps_from, steps_in
 from cl.observe import Observer
 from cl.result import Result
 from cl.schedules import Schedule, constant, fitted, set_learning_rate
-from cl.setup import experience_steps, prepare
+from cl.setup import Span, experience_steps, prepare
 from cl.state import clear_gradients, current_rows, shares
 
 STEP_HOOKS = ("on_batch", "penalty", "on_gradients", "step", "on_step_end", "make_optimizer")
@@ -68,18 +70,24 @@ class Trainer:
         self.config = config or TrainerConfig()
         self.optimizer = optimizer
         self.settings = dict(settings or {})
-        self._stop_requested = False
+        self._stop_requested = self._is_stopping = False
         self.strategies: list[Strategy] = []
         self.compose(strategies)
         self.state = prepare(stream, backbone, self.strategies, self._make_optimizer, self.config, seed)
-        self.schedule = fitted(schedule, experience_steps(self.state.stream, self.config), self.config.schedule_span)
+        self.span = Span(experience_steps(self.state.stream, self.config), self.config)
+        self.schedule = fitted(schedule, self.span.steps, self.config.schedule_span)
         device = self.state.device
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.config.precision == "fp16")
         reported = {"strategy": [strategy.name for strategy in self.strategies]} | dict(names or {})
-        self.ledger = Ledger(new_result(self.state, seed, reported), observers, run_dir, device)
+        told, written = (observers, run_dir) if self.state.world.rank == 0 else ((), None)
+        self.ledger = Ledger(new_result(self.state, seed, reported), told, written, device)
         self.evaluator = Evaluator(self.state, self.config, self.ledger, self.strategies)
-        self.keeper = Keeper(run_dir, fingerprint, self.state, self.scaler, self.strategies, self.ledger)
+        batch_size = self.config.batch_size
+        self.keeper = Keeper(run_dir, fingerprint, self.state, self.scaler, self.strategies, self.ledger, batch_size)
         self.state.loss, self.state.strategies = self._loss, self.strategies
+        self.state.note = partial(self.ledger.note, self.state)
+        self.state.trace = partial(self.ledger.trace, self.state)
+        self._committing = [m for m in self.state.model.modules() if isinstance(m, Backbone) and m.commits]
 
     def compose(self, strategies: Sequence[Strategy]) -> None:
         """Set who is called, and in which order; the loop skips hooks that a strategy does not override."""
@@ -100,7 +108,7 @@ class Trainer:
             NonFiniteLoss: and any error of a hook; `result.status` is then "failed" and the file says why.
         """
         result = self.ledger.result
-        with self.state.seeds.as_global("torch"):
+        with self.state.seeds.as_global("torch", *self.state.world.names):
             start, steps_done = self.keeper.restore() if resume else (0, 0)
             self.ledger.open(self.settings)
             result.status, result.error = "interrupted", ""
@@ -110,13 +118,11 @@ class Trainer:
                 remaining = self.state.stream.experiences[start:]
                 if all(self._learn(each, steps_done if each.id == start else 0) for each in remaining):
                     result.status = "done"
-            except KeyboardInterrupt:
-                raise
-            except BaseException as error:
+            except Exception as error:
                 result.status, result.error = "failed", str(error)
                 raise
             finally:
-                self.keeper.save_result(self.config.batch_size)
+                self.keeper.save_result()
                 self.ledger.tell("on_end", result)
         return result
 
@@ -127,7 +133,7 @@ class Trainer:
             strategy.on_run_start(self.state)
         if self.config.evaluate == "all":
             self.ledger.result.R_init = self.evaluator.row()
-        self._save(next_experience=0, steps_done=0)
+        self.keeper.save(next_experience=0, steps_done=0)
 
     def _learn(self, experience: Experience, steps_done: int) -> bool:
         """Train on one experience and measure; False when asked to stop before its end."""
@@ -145,61 +151,67 @@ class Trainer:
         while steps_done < num_steps:
             pause = config.next_pause(steps_done, num_steps)
             with ledger.charged("train_s"):
-                while steps_done < pause and not self._stop_requested:
+                while not self._stops() and steps_done < pause:
                     state.epoch, batches = next(steps)
-                    self._step(batches, steps_done, num_steps)
+                    self._step(batches, steps_done)
                     steps_done += 1
             if steps_done == 0:  # asked to stop before the first step: the last checkpoint is where the run stands
                 return False
             if steps_done < num_steps:
                 if is_due(config.eval_every, steps_done):
                     self.evaluator.within()
-                if self._stop_requested or is_due(config.checkpoint_every, steps_done):
-                    self._save(experience.id, steps_done)
-                if self._stop_requested:
+                if self._is_stopping or is_due(config.checkpoint_every, steps_done):
+                    self.keeper.save(experience.id, steps_done)
+                if self._is_stopping:
                     return False
         ledger.flush(state)
         with ledger.charged("train_s"):
             for strategy in self.strategies:
                 strategy.on_experience_end(state)
         ledger.result.R.append(self.evaluator.row())
-        self._save(experience.id + 1, 0)
+        self.keeper.save(experience.id + 1, 0)
         ledger.tell("on_evaluation", state, ledger.result)
-        return not self._stop_requested or experience is state.stream.experiences[-1]
+        return not self._is_stopping or experience is state.stream.experiences[-1]
+
+    def _stops(self) -> bool:
+        """Whether any process was asked to stop; all of them hear the same answer at the same step."""
+        self._is_stopping = self.state.world.any(self._stop_requested)
+        return self._is_stopping
 
     def _enter(self, experience: Experience) -> None:
         state = self.state
-        new = tuple(c for c in experience.classes if c not in state.classes_seen)
-        state.classes_seen += new
+        state.classes_seen += tuple(c for c in experience.classes if c not in state.classes_seen)
         if self.config.reset_optimizer and experience.id > 0:
             state.optimizer = self._make_optimizer(state.model)
         for strategy in self.strategies:
             strategy.on_experience_start(state)
 
-    def _step(self, batches: Sequence[Batch], step: int, num_steps: int) -> None:
+    def _step(self, batches: Sequence[Batch], step: int) -> None:
         """One optimizer step over its micro-batches; the heart of the platform."""
         state, hooked = self.state, self._hooked
-        lr = self._set_learning_rate(step, num_steps)
+        lr = self._set_learning_rate(step)
         clear_gradients(state.optimizer)
-        num_rows = sum(map(len, batches))
         done: list[tuple[Batch, Output]] = []
         means: dict[str, Tensor] = {}
-        for state.micro_step, (batch, weight) in enumerate(zip(batches, shares(batches), strict=True)):
+        state.micro_steps, state.step_rows = len(batches), sum(map(len, batches))
+        for state.micro_step, (batch, state.share) in enumerate(zip(batches, shares(batches), strict=True)):
             state.tokens += batch.targets.numel()
             for strategy in hooked["on_batch"]:
                 batch = strategy.on_batch(state, batch)
-            output, terms = self._loss(batch)
+            output, terms = self._loss(state.split(batch))
             if len(batches) > 1:
-                terms = {name: term * weight for name, term in terms.items()}
+                terms = {name: term * state.share for name, term in terms.items()}
             first, *others = terms.values()
             self.scaler.scale(sum(others, start=first)).backward()
             for name, term in terms.items():
                 means[name] = means[name] + term.detach() if name in means else term.detach()
             done.append((batch, output))
-        self.ledger.watch(state, means, lr)
+        self.ledger.watch(state, state.world.mean(means), lr)
         self._update(done[-1][0])
+        for backbone, (batch, output) in product(self._committing, done):
+            backbone.commit(batch, output)
         state.step += 1
-        self.ledger.clock["train_rows"] += num_rows
+        self.ledger.clock["train_rows"] += state.step_rows
         if hooked["on_step_end"]:
             batch, output = current_rows(done)
             for strategy in hooked["on_step_end"]:
@@ -207,8 +219,8 @@ class Trainer:
 
     def _loss(self, batch: Batch) -> tuple[Output, dict[str, Tensor]]:
         """The output on a batch that the strategies have prepared, and the terms of its loss."""
-        output = self.state.forward(batch)
-        terms = {"cross_entropy": self.state.label_loss(output, batch)}
+        output = self.state.forward(batch, self.state.network)
+        terms = {"cross_entropy": self.state.label_loss(output, batch)} | output.auxiliary
         for strategy in self._hooked["penalty"]:
             penalty = strategy.penalty(self.state, batch, output)
             if penalty is not None:
@@ -229,18 +241,10 @@ class Trainer:
         update()
         self.scaler.update()
 
-    # what a step needs
-
     def _make_optimizer(self, model: nn.Module) -> Optimizer:
         makers = self._hooked["make_optimizer"]
         return makers[-1].make_optimizer(model, self.optimizer) if makers else self.optimizer(model.parameters())
 
-    def _set_learning_rate(self, step: int, num_steps: int) -> float:
-        if self.config.schedule_span == "run":
-            step, num_steps = self.state.step, self.state.total_steps
-        return set_learning_rate(self.state.optimizer, self.schedule(step, num_steps))
-
-    def _save(self, next_experience: int, steps_done: int) -> None:
-        self.ledger.flush(self.state)
-        self.keeper.save_result(self.config.batch_size)
-        self.keeper.save(next_experience, steps_done)
+    def _set_learning_rate(self, step: int) -> float:
+        place = self.span.at(self.state.step, self.state.experience.id, step)
+        return set_learning_rate(self.state.optimizer, self.schedule(*place))

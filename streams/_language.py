@@ -23,6 +23,7 @@ class Text:
 
     Args:
         train: None for a domain that is measured only.
+        general: rows for strategies to anchor on, of a domain that is measured only.
         tokens, passes, weight: as in `Domain`.
     """
 
@@ -32,6 +33,7 @@ class Text:
     tokens: int | None = None
     passes: int = 1
     weight: float | None = None
+    general: Corpus | None = None
 
 
 Entry = str | Sequence[str] | Mapping[str, float]
@@ -90,7 +92,15 @@ def language_stream(
         separator=tokenizer.separator,
         tokenizer=tokenizer.digest,
     )
-    return Stream(info, experiences, eval_sets, as_ids, content=_content(texts))
+    anchors = [general_rows(text.name, text.general, context) for text in texts if text.general is not None]
+    general = (anchors or [None])[0]
+    return Stream(info, experiences, eval_sets, as_ids, content=_content(texts), general=general, codec=tokenizer)
+
+
+def general_rows(name: str, corpus: Corpus, context: int) -> partial[Packed]:
+    """What `Stream.general` is for a corpus."""
+    require_windows(name, corpus, context)
+    return partial(Packed, corpus, context)
 
 
 def _twice(names: Sequence[str]) -> str:
@@ -98,7 +108,9 @@ def _twice(names: Sequence[str]) -> str:
 
 
 def _content(texts: Sequence[Text]) -> str:
-    parts = [corpus.content for text in texts for corpus in (text.train, text.held_out) if corpus is not None]
+    parts = [
+        corpus.content for text in texts for corpus in (text.train, text.held_out, text.general) if corpus is not None
+    ]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 

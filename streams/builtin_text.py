@@ -30,6 +30,7 @@ def builtin_text(
     train_tokens: int | Mapping[str, int] | None = None,
     eval_tokens: int | None = 32_768,
     general: bool = True,
+    eval_on: str = "test",
     cache: str | None = None,
 ) -> Stream:
     """Build the stream; about 1.4, 3.7 and 2.0 million bytes of docs, code and arithmetic.
@@ -42,7 +43,10 @@ def builtin_text(
         train_tokens: of each domain, or a mapping from domain to its own; more than there are repeats the text, and
             None takes one pass.
         eval_tokens: measure on so many tokens of each domain, from all over its held-out text; None takes all.
-        general: also measure on text that is never trained on: what the compiled modules say of themselves.
+        general: also measure on text that no experience trains on: what every other compiled module says of itself. The
+            others' is there for strategies that anchor on general text (`Stream.general`).
+        eval_on: "test"; or "validation", which measures on documents that are otherwise trained on, and leaves those
+            of the test alone: for choosing settings.
         cache: folder for tokenised text; None takes `$CL_CACHE`, or cl-lab in the user's cache folder.
 
     Raises:
@@ -50,6 +54,7 @@ def builtin_text(
     """
     require_integer("stream.context", context)
     require_flag("stream.general", general)
+    require_choice("stream.eval_on", eval_on, ("test", "validation"))
     budgets = train_tokens if isinstance(train_tokens, Mapping) else dict.fromkeys(DOMAINS, train_tokens)
     for name in budgets:
         require_choice("a key of stream.train_tokens", name, tuple(DOMAINS))
@@ -61,25 +66,37 @@ def builtin_text(
         chosen = Bytes()
     elif tokenizer == "bpe":
         require_integer("stream.vocabulary", vocabulary, smallest=258)
-        chosen = trained_bpe((text for text, _ in _part(sources.docs(), is_train=True)), vocabulary, folder, key)
+        documents = _part(sources.docs(), is_train=True, eval_on="test")
+        chosen = trained_bpe((text for text, _ in documents), vocabulary, folder, key)
     else:
         raise UserError(f"stream.tokenizer is {tokenizer!r}; it must be bytes or bpe")
     texts = []
     for name, documents in DOMAINS.items():
         corpora = [
-            corpus_of(name, _part(documents(), is_train), chosen, folder, f"{key}-{name}-{is_train}")
+            corpus_of(name, _part(documents(), is_train, eval_on), chosen, folder, f"{key}-{name}-{is_train}-{eval_on}")
             for is_train in (True, False)
         ]
         texts.append(Text(name, *corpora, tokens=budgets.get(name)))
     if general:
-        pieces = ((text, True) for text in sources.general())
-        texts.append(Text("general", None, corpus_of("general", pieces, chosen, folder, f"{key}-general")))
+        anchors, measured = (
+            corpus_of("general", _alternate(first), chosen, folder, f"{key}-general-{first}") for first in (0, 1)
+        )
+        texts.append(Text("general", None, measured, general=anchors))
     sources.library.cache_clear()
     setting = Setting.CONTINUAL_PRETRAINING
     return language_stream("builtin_text", setting, texts, order, chosen, context, eval_tokens)
 
 
-def _part(documents: Iterable[str], is_train: bool) -> Iterator[Piece]:
+def _alternate(first: int) -> Iterator[Piece]:
+    """Every other document of the general text."""
+    yield from ((text, True) for number, text in enumerate(sources.general()) if number % 2 == first)
+
+
+def _part(documents: Iterable[str], is_train: bool, eval_on: str) -> Iterator[Piece]:
+    """Of every 16 documents the last is the test, and the one before it the validation where that is measured on."""
+    test = sources.HOLD_OUT - 1
+    held_out, unused = (test, None) if eval_on == "test" else (test - 1, test)
     for number, text in enumerate(documents):
-        if (number % sources.HOLD_OUT != sources.HOLD_OUT - 1) == is_train:
+        place = number % sources.HOLD_OUT
+        if place != unused and (place != held_out) == is_train:
             yield text, True

@@ -48,7 +48,8 @@ def text_domains(
         order: the experiences: names of domains, `[a, b]` for a mixture by the domains' weights, `{a: 0.05, b: 0.95}`
             for one by these weights. None takes every domain once. `[[a], [a, b]]` is the cumulative reference,
             `[[a, b]]` the joint one, at as many tokens as the domains have together.
-        general: one more domain, which is measured and never trained on.
+        general: one more domain, which is measured and never trained on. With an eval_path, eval_split or eval_frac of
+            its own, the rest of it is there for strategies that anchor on general text (`Stream.general`).
         tokenizer: "bytes", "bpe" (trained on the first domain of the order), or a model's own: its folder, its
             tokenizer.json or its hub id.
         vocabulary: tokens of a trained BPE.
@@ -79,7 +80,8 @@ def text_domains(
         return [Source(domain, part, root, download) for domain in which]
 
     train, held_out = sources("train", known), sources("eval", [*known, *extra])
-    if extra and extra[0].eval_path is None and extra[0].eval_split is None:
+    has_own = extra and (extra[0].eval_path is not None or extra[0].eval_split is not None)
+    if extra and not has_own and "eval_frac" not in (general or {}):
         held_out[-1].every = None  # nothing of it is trained on, so all of it can be measured
     chosen = _chosen(tokenizer, vocabulary, known, train, order, folder, download)
 
@@ -92,7 +94,9 @@ def text_domains(
         Text(d.name, corpus(ours, d.tokens), corpus(theirs, eval_tokens), d.tokens, d.passes, d.weight)
         for d, ours, theirs in zip(known, train, held_out, strict=False)
     ]
-    texts += [Text(source.domain.name, None, corpus(source, eval_tokens)) for source in held_out[len(known) :]]
+    for source in held_out[len(known) :]:
+        anchors = None if source.every is None and not has_own else corpus(sources("train", extra)[0], extra[0].tokens)
+        texts.append(Text(source.domain.name, None, corpus(source, eval_tokens), general=anchors))
     return language_stream(name, Setting.CONTINUAL_PRETRAINING, texts, order, chosen, context, eval_tokens)
 
 

@@ -12,18 +12,22 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from cl.core import EvalSet, Experience, Setting, Stream, StreamInfo, UserError
 from streams._answers import SCORES, Questions
+from streams._documents import Domain, Source
+from streams._language import general_rows
 from streams._packing import as_ids
 from streams._settings import require_choice, require_integer
-from streams._shards import cache_folder
+from streams._shards import cache_folder, corpus_of
+from streams._styles import Diversified, diversified, require_room
 from streams._tokenizers import Bytes, Tokenizer, read_tokenizer, trained_bpe
 
 LONG = (
@@ -73,6 +77,8 @@ def text_tasks(
     train_rows: int | None = None,
     eval_rows: int | None = None,
     template: str = TEMPLATE,
+    diversify: float = 0.0,
+    general: Mapping[str, Any] | None = None,
     root: str | None = None,
     cache: str | None = None,
     download: bool = False,
@@ -87,6 +93,8 @@ def text_tasks(
         context: T, tokens of a row; the text of a longer question is cut at its end.
         train_rows, eval_rows: of each task, the first ones; None takes all.
         template: of a question; {text} and {options} are filled in. The answer follows after a blank.
+        diversify: share of each task's training rows that are asked for another form of answer (SEFE takes 0.2).
+        general: text that no task trains on, for strategies that anchor on it; keys as of a domain of `text_domains`.
         root: folder that a relative `folder` starts from.
         cache: folder for trained tokenizers; None takes `$CL_CACHE`, or cl-lab in the user's cache folder.
         download: fetch a tokenizer that is on the hub and not on this machine.
@@ -101,6 +109,8 @@ def text_tasks(
             require_integer(f"stream.{name}", value)
     if not isinstance(template, str) or "{text}" not in template:
         raise UserError(f"stream.template is {template!r}; it must hold {{text}}, and may hold {{options}}")
+    if not isinstance(diversify, int | float) or isinstance(diversify, bool) or not 0 <= diversify <= 1:
+        raise UserError(f"stream.diversify is {diversify!r}; it must be a number from 0 to 1")
     place = Path(folder).expanduser()
     if not place.is_absolute() and root is not None:
         place = Path(root).expanduser() / place
@@ -108,9 +118,12 @@ def text_tasks(
     first = [text for text, _ in tasks[0].rows(is_train=True)]
     chosen = _tokenizer(tokenizer, vocabulary, [*first, *map(_options, tasks)], cache, download)
     experiences, eval_sets, digest = [], [], hashlib.sha256()
+    digest.update(f"{diversify}".encode() if diversify else b"")
     for number, task in enumerate(tasks):
         _room(task, chosen, context, template)
-        load = partial(_load, task, chosen, context, template, number)
+        if diversify > 0:
+            require_room(task.labels, chosen, context)
+        load = partial(_load, task, chosen, context, template, number, diversify)
         parts = [task.rows(is_train) for is_train in (True, False)]
         digest.update(json.dumps([task.labels, parts]).encode())
         experiences.append(Experience(number, task.name, task.name, partial(load, True), len(parts[0])))
@@ -124,7 +137,15 @@ def text_tasks(
         separator=chosen.separator,
         tokenizer=chosen.digest,
     )
-    return Stream(info, experiences, eval_sets, as_ids, content=digest.hexdigest())
+    anchors = None
+    if general is not None:
+        source = Source(Domain.of(general, "stream.general"), "train", root, download)
+        source.every = None  # no task measures on it
+        name = source.domain.name
+        corpus = corpus_of(name, source.pieces(), chosen, cache_folder(cache), source.key(), source.domain.tokens)
+        digest.update(corpus.content.encode())
+        anchors = general_rows(name, corpus, context)
+    return Stream(info, experiences, eval_sets, as_ids, content=digest.hexdigest(), general=anchors, codec=chosen)
 
 
 def _names(order: str | Sequence[str], place: Path, root: str | None) -> list[str]:
@@ -196,8 +217,14 @@ def _tokenizer(wanted: str, vocabulary: int, texts: Sequence[str], cache: str | 
 
 
 def _load(
-    task: Task, tokenizer: Tokenizer, context: int, template: str, experience_id: int, is_train: bool
-) -> Questions:
+    task: Task,
+    tokenizer: Tokenizer,
+    context: int,
+    template: str,
+    experience_id: int,
+    diversify: float,
+    is_train: bool,
+) -> Questions | Diversified:
     """The rows of a task, as tokens."""
     rows = task.rows(is_train)
     head, tail, answers, room = _room(task, tokenizer, context, template)
@@ -205,7 +232,8 @@ def _load(
     end = np.array([tokenizer.separator])
     prompts = [np.concatenate((end, head, tokens[:room], tail)).astype(np.int32) for tokens in texts]
     labels = np.array([label for _, label in rows])
-    return Questions(prompts, labels, answers, task.labels, context, tokenizer, experience_id)
+    found = Questions(prompts, labels, answers, task.labels, context, tokenizer, experience_id)
+    return diversified(found, rows, diversify, tokenizer, context) if is_train and diversify > 0 else found
 
 
 def _room(

@@ -88,6 +88,17 @@ class Backbone(nn.Module):
             else MultiHead(num_features, info.num_outputs, info.num_heads)
         )
 
+    def commit(self, batch: Batch, output: Output) -> None:
+        """After the optimizer step, for each training batch and its output: write what outlives the batch.
+
+        The only thing that changes memory kept in buffers; does nothing here.
+        """
+
+    @property
+    def commits(self) -> bool:
+        """Whether `commit` does anything; the trainer asks once, before the first step."""
+        return type(self).commit is not Backbone.commit
+
     def stages(self) -> Sequence[Stage]:
         """The steps of `features`, in order: strategies that split a backbone, or mask its layers, do it by them."""
         if type(self).features is Backbone.features:

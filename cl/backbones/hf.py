@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cl.backbones.gpt import SETTINGS, require_tokens
+from cl.backbones.gpt import TEXT, require_tokens
 from cl.core import Batch, Output, StreamInfo, UserError
 from cl.hub import hub_address, hub_answers, offline
 
@@ -55,7 +55,7 @@ class Hf(nn.Module):
     Cost: as the model's; weights are float32, computed in the trainer's precision.
     """
 
-    settings = SETTINGS
+    settings = TEXT
 
     def __init__(
         self,

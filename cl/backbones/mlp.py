@@ -18,6 +18,7 @@ class Mlp(Backbone):
     Args:
         hidden: widths of the hidden layers; empty for a linear classifier.
         init: "torch" for torch's default, "xavier" for uniform Xavier weights and zero biases (mammoth's MNIST MLP).
+        bias: False leaves out every bias, the head's too (the networks of GPM and HLOP).
 
     Raises:
         UserError: a value outside its range.
@@ -25,7 +26,9 @@ class Mlp(Backbone):
     Cost: sum(width_in * width_out) multiply-adds a row, forward; twice that again, backward.
     """
 
-    def __init__(self, info: StreamInfo, hidden: Sequence[int] = (256, 256), init: str = "torch") -> None:
+    def __init__(
+        self, info: StreamInfo, hidden: Sequence[int] = (256, 256), init: str = "torch", bias: bool = True
+    ) -> None:
         if not isinstance(hidden, Sequence) or isinstance(hidden, str):
             raise UserError(f"backbone.hidden is {hidden!r}; it must be a list of widths, such as [256,256]")
         for width in hidden:
@@ -43,6 +46,10 @@ class Mlp(Backbone):
                 if isinstance(module, nn.Linear):
                     nn.init.xavier_uniform_(module.weight)
                     nn.init.zeros_(module.bias)
+        if not bias:
+            for module in self.modules():
+                if isinstance(module, nn.Linear):
+                    module.bias = None
 
     def features(self, inputs: Tensor) -> Tensor:
         hidden: Tensor = self.body(inputs)

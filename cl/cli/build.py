@@ -48,6 +48,10 @@ KINDS = {
 }
 
 
+FREE = ("trainer.parallel", "trainer.compile")
+"""Settings that a run may be resumed without: they say how it is computed, not what."""
+
+
 def locate(dotted: str) -> Any:
     """The object with this dotted name.
 
@@ -148,6 +152,8 @@ def settings(config: Mapping[str, Any]) -> dict[str, Any]:
     nodes |= {f"strategy.{name}": config["strategy"][name] for name in strategy_names(config)}
     for path, node in nodes.items():
         flat |= _flat(path, node)
+    # what another run began, where this one goes on
+    flat |= {f"origin.{name}": value for name, value in (config.get("origin") or {}).items()}
     return flat
 
 
@@ -164,7 +170,7 @@ def _flat(path: str, node: Any) -> dict[str, Any]:
 
 def fingerprint(config: Mapping[str, Any]) -> str:
     """Short hash of everything that decides what a run computes; where data lie and who tracks it do not."""
-    content = json.dumps(settings(config), sort_keys=True, default=str)
+    content = json.dumps({k: v for k, v in settings(config).items() if k not in FREE}, sort_keys=True, default=str)
     return hashlib.sha256(content.encode()).hexdigest()[:12]
 
 
@@ -175,15 +181,7 @@ def make_trainer(config: Mapping[str, Any], names: Mapping[str, Any], run_dir: P
     if not isinstance(config["seed"], int) or config["seed"] < 0:
         raise UserError(f"seed is {config['seed']!r}; it must be an integer of at least 0")
     flat = settings(config)
-    stream = make("stream", config["stream"])
-    limit = config.get("limit_experiences")
-    if limit is not None:
-        if not isinstance(limit, int) or limit < 1:
-            raise UserError(f"limit_experiences is {limit!r}; it must be an integer of at least 1, or null")
-        stream = stream.first(limit)
-    strategies = [make(f"strategy.{name}", config["strategy"][name]) for name in strategy_names(config)]
-    for name, strategy in zip(strategy_names(config), strategies, strict=True):
-        strategy.name = name
+    stream, strategies = make_stream(config), make_strategies(config)
     optimizer = make("optimizer", config["optimizer"])
     check_optimizer(optimizer)
     # a strategy that brings a loop of its own says so
@@ -202,6 +200,25 @@ def make_trainer(config: Mapping[str, Any], names: Mapping[str, Any], run_dir: P
         settings=flat,
         fingerprint=fingerprint(config),
     )
+
+
+def make_stream(config: Mapping[str, Any]) -> Stream:
+    """The stream of a run, before its strategies plan it."""
+    stream: Stream = make("stream", config["stream"])
+    limit = config.get("limit_experiences")
+    if limit is None:
+        return stream
+    if not isinstance(limit, int) or limit < 1:
+        raise UserError(f"limit_experiences is {limit!r}; it must be an integer of at least 1, or null")
+    return stream.first(limit)
+
+
+def make_strategies(config: Mapping[str, Any]) -> list[Any]:
+    """The strategies of a run, named as their config nodes."""
+    strategies = [make(f"strategy.{name}", config["strategy"][name]) for name in strategy_names(config)]
+    for name, strategy in zip(strategy_names(config), strategies, strict=True):
+        strategy.name = name
+    return strategies
 
 
 def check_optimizer(optimizer: Callable[..., Any]) -> None:

@@ -26,6 +26,8 @@ from cl.interop import catalog
 AVALANCHE = "avalanche/"
 OPEN_NODE = re.compile(r"^(strategy\.\w+|stream|backbone|optimizer|schedule|trainer|tracking)\.[\w.]+=")
 """Nodes whose keys are checked against a signature and not against what the YAML happens to mention."""
+BLOCKS = re.compile(r"^(backbone\.(?:blocks|mlp))=([^'\"].*[\[(+].*)$")
+"""Words for blocks, such as 3x[linear_memory(rule=delta)] + attention, which Hydra takes in quotes only."""
 
 
 def open_signatures(overrides: Sequence[str]) -> list[str]:
@@ -36,9 +38,12 @@ def open_signatures(overrides: Sequence[str]) -> list[str]:
         ['seed=1', '++strategy.derpp.alpha=0.2', '+experiment=x']
         >>> open_signatures(["strategy=[replay,my_ideas.Mine]"])
         ['strategy=[replay]', '++strategy.my_ideas._target_=my_ideas.Mine']
+        >>> open_signatures(["backbone.blocks=2x[attention]"])
+        ['++backbone.blocks="2x[attention]"']
     """
     words = []
     for word in overrides:
+        word = BLOCKS.sub(r'\1="\2"', word)
         key, _, value = word.partition("=")
         names = value.strip("[] ").split(",")
         if key == "strategy" and any("." in name for name in names):

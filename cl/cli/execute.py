@@ -7,16 +7,20 @@ import shutil
 import signal
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+from cl.checkpoint import load_start
 from cl.cli import build
 from cl.core import UserError
+from cl.distributed import rank
 from cl.observe import Observer
 from cl.result import Result, write_text
 
 CONFIG, RESULT, LOG = "config.yaml", "result.json", "run.log"
+START = "start.pt"
+"""Weights and optimizer state that a run begins with, where `cl rewarm` took them from another run."""
 
 
 def choices(config: Mapping[str, Any], backbone: str) -> dict[str, Any]:
@@ -43,18 +47,21 @@ def execute(
     Raises:
         UserError: before anything is written, when the request cannot be carried out.
     """
-    if not resume and (run_dir / RESULT).exists():
+    is_first = rank() == 0
+    if not resume and is_first and (run_dir / RESULT).exists():
         raise UserError(f"{run_dir} already holds a run; go on with `cl resume {run_dir}` or choose another folder")
-    recorders = _recorders(config, run_dir, suite)
+    recorders = _recorders(config, run_dir, suite) if is_first else []
     names = choices(config, _backbone_name(config))
     trainer = build.make_trainer(config, names, run_dir, [*observers, *recorders])
     with _writing(run_dir):
         run_dir.mkdir(parents=True, exist_ok=True)
-        if not resume:
+        if not resume and is_first:
             from omegaconf import OmegaConf
 
             write_text(run_dir / CONFIG, OmegaConf.to_yaml(OmegaConf.create(dict(config))))
-    with _logging_to(run_dir / LOG, say), _stopping(trainer, run_dir, say):
+    if not resume and (run_dir / START).exists():
+        load_start(run_dir / START, trainer.state)
+    with _logging_to(run_dir / LOG, say) if is_first else nullcontext(), _stopping(trainer, run_dir, say):
         result = trainer.run(resume=resume)
     if result.status == "done" and len(recorders) > 1:
         _send_figures(run_dir, recorders)
@@ -142,5 +149,6 @@ def _stopping(trainer: Any, run_dir: Path, say: Callable[[str], None]) -> Iterat
 
 def remove_if_empty(folder: Path) -> None:
     """Take back a folder that was made for a run which never started."""
-    if folder.is_dir() and not any(folder.iterdir()):
+    # Hydra opens a log before anybody writes one
+    if folder.is_dir() and not any(path.name != LOG or path.stat().st_size for path in folder.iterdir()):
         shutil.rmtree(folder)

@@ -156,13 +156,11 @@ def _second_experience(trainer: Any) -> int:
 
 def schedule_plot(trainer: Any) -> str:
     """The learning rate over the whole run; ticks are the first steps of the experiences."""
-    config, steps = trainer.config, experience_steps(trainer.state.stream, trainer.config)
+    steps = experience_steps(trainer.state.stream, trainer.config)
     base = max(group.get("initial_lr", group["lr"]) for group in trainer.state.optimizer.param_groups)
     starts = list(accumulate(steps[:-1], initial=0))
-    if config.schedule_span == "experience":
-        factors = [trainer.schedule(step, count) for count in steps for step in range(count)]
-    else:
-        factors = [trainer.schedule(step, sum(steps)) for step in range(sum(steps))]
+    places = (trainer.span.at(start + step, k, step) for k, start in enumerate(starts) for step in range(steps[k]))
+    factors = [trainer.schedule(*place) for place in places]
     return curve([base * factor for factor in factors], starts)
 
 

@@ -64,10 +64,11 @@ def streams() -> Iterator[Entry]:
 
 
 def backbones() -> Iterator[Entry]:
-    """Every config in configs/backbone/."""
+    """Every config in configs/backbone/, described by its first comment, or else by the file it names."""
     for config in sorted((ROOT / "configs" / "backbone").rglob("*.yaml")):
         path = _target_file(config)
-        yield Entry(config.stem, _first_line(ast.parse(path.read_text())), _relative(path))
+        line = _comment(config) or _first_line(ast.parse(path.read_text()))
+        yield Entry(config.stem, line, _relative(path))
 
 
 def schedules() -> Iterator[Entry]:
@@ -89,9 +90,7 @@ def kernels() -> Iterator[Entry]:
 def experiments() -> Iterator[Entry]:
     """Every config in configs/experiment/, described by its first comment."""
     for config in sorted((ROOT / "configs" / "experiment").glob("*.yaml")):
-        comments = [line.lstrip("# ") for line in config.read_text().splitlines() if line.startswith("#")]
-        lines = [comment for comment in comments if not comment.startswith("@package")]
-        yield Entry(config.stem, lines[0] if lines else "", _relative(config))
+        yield Entry(config.stem, _comment(config), _relative(config))
 
 
 def avalanche() -> Iterator[Entry]:
@@ -159,6 +158,12 @@ def _print_table(name: str, entries: list[Entry]) -> None:
 
 def _plugins(folder: Path) -> list[Path]:
     return [path for path in sorted(folder.glob("*.py")) if not path.name.startswith("_")]
+
+
+def _comment(config: Path) -> str:
+    """First comment of a config that is for people."""
+    comments = [line.lstrip("# ") for line in config.read_text().splitlines() if line.startswith("#")]
+    return next((comment for comment in comments if not comment.startswith("@package")), "")
 
 
 def _first_line(node: ast.AST) -> str:

@@ -15,6 +15,10 @@ COMMANDS = {
     "run": "train one composition of strategies on a stream",
     "compare": "train several on the same seeds, in parallel, and report with intervals and tests",
     "resume": "go on with an interrupted run exactly where it stopped",
+    "extend": "give a run more budget on the same plan",
+    "rewarm": "go on from a run's checkpoint under a new learning-rate schedule",
+    "fork_anneal": "measure an annealed copy of a run while the run goes on",
+    "evaluate": "multiple-choice and generation tasks through lm-eval, offline",
     "report": "write the HTML report and figures of a folder of runs",
     "list": "streams, strategies, backbones, schedules and kernels that exist",
     "explain": "look inside one batch: rows, loss terms, gradients, hooks, cost",
@@ -57,7 +61,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if command not in COMMANDS:
         return _complain(f"{command!r} is no command; the commands are {', '.join(COMMANDS)}")
     try:
-        return _call(command, rest)
+        try:
+            return _call(command, rest)
+        finally:
+            if "RANK" in os.environ:
+                from cl.distributed import stop
+
+                stop()
     except KeyboardInterrupt:
         return _complain("interrupted; `cl resume RUN_DIR`, or the same `cl compare`, goes on", code=1)
     except BrokenPipeError:
@@ -67,7 +77,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         if is_debug:
             traceback.print_exc()
-        return _complain(str(error) or type(error).__name__, code=_exit_code(error))
+        code = _exit_code(error)
+        # of several processes all make the same request, and one says what is wrong with it
+        return code if code == 2 and os.environ.get("RANK", "0") != "0" else _complain(_said(error), code)
 
 
 def usage() -> str:
@@ -83,6 +95,10 @@ def _call(command: str, words: list[str]) -> int:
         return 0
     code = module.main(words)
     return int(code or 0)
+
+
+def _said(error: Exception) -> str:
+    return str(error) or type(error).__name__
 
 
 def _exit_code(error: Exception) -> int:

@@ -46,6 +46,9 @@ class Claim:
         each_above: bound that also every single seed must keep.
         minus: name of another claim; the metric is then the difference to it, paired by seed.
         published: the number in the source, which `expected` may differ from for a stated reason.
+        recalled: a published number that nobody here has read at its source; printed, never asserted.
+        differs: why ours is known to be elsewhere, such as a number of one seed that more seeds did not give; printed
+            below the table, and the verdict is then "differs" in place of "FAILS".
         note: what a reader should know of the protocol; printed below the table.
         is_expensive: left out of `all`.
     """
@@ -60,7 +63,9 @@ class Claim:
     each_above: float = -math.inf
     minus: str = ""
     published: float | None = None
+    recalled: float | None = None
     source: str = ""
+    differs: str = ""
     note: str = ""
     minutes: float = 1.0
     is_expensive: bool = False
@@ -70,11 +75,18 @@ class Claim:
         """The expectation in words."""
         what = f"minus {self.minus} " if self.minus else ""
         what = f"{self.metric} " * (self.metric != "final") + what
+        if not self.is_asserted:
+            return f"{what}published (unverified) {self.recalled:g}"
         each = f", each seed > {self.each_above:g}" * math.isfinite(self.each_above)
         if not math.isnan(self.expected):
             return f"{what}{self.expected:g} ± {self.tolerance:g}{each}"
         bounds = [f"> {self.above:g}"] * math.isfinite(self.above) + [f"< {self.below:g}"] * math.isfinite(self.below)
         return what + ", ".join(bounds) + each
+
+    @property
+    def is_asserted(self) -> bool:
+        """Whether there is anything that ours must keep."""
+        return self.recalled is None
 
     def holds(self, values: Sequence[float]) -> bool:
         """Whether the mean over seeds is where it should be, and every seed beyond its bound."""
@@ -114,7 +126,7 @@ def main(words: list[str]) -> int:
     rows = [judged(claim, results) for claim in claims]
     console.print(_table(rows))
     if options["page"]:
-        write_text(Path(options["page"]), page(rows, [claim for claim in claims if claim.note], words, results))
+        write_text(Path(options["page"]), page(rows, claims, words, results))
     return int(any(row[5] == "FAILS" for row in rows))
 
 
@@ -155,8 +167,16 @@ def judged(claim: Claim, results: Mapping[str, Sequence[Result]]) -> tuple[str, 
         return (*head, "", "", "" if not results else "not done", claim.source)
     mean = sum(values) / len(values)
     spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
-    verdict = "holds" if claim.holds(values) else "FAILS"
-    return (*head, f"{mean:.2f}{spread}", str(len(values)), verdict, claim.source)
+    return (*head, f"{mean:.2f}{spread}", str(len(values)), verdict(claim, values), claim.source)
+
+
+def verdict(claim: Claim, values: Sequence[float]) -> str:
+    """holds, FAILS, differs (fails, for a reason that the claim states) or not asserted."""
+    if not claim.is_asserted:
+        return "not asserted"
+    if claim.holds(values):
+        return "holds"
+    return "differs" if claim.differs else "FAILS"
 
 
 def _values(claim: Claim, results: Mapping[str, Sequence[Result]]) -> list[float]:
@@ -164,7 +184,8 @@ def _values(claim: Claim, results: Mapping[str, Sequence[Result]]) -> list[float
 
     def by_seed(name: str) -> dict[int, float]:
         done = [result for result in results.get(name, ()) if result.status == "done"]
-        return {result.seed: 100 * float(result.metrics[claim.metric] or math.nan) for result in done}
+        found = {result.seed: result.metrics[claim.metric] for result in done}
+        return {seed: math.nan if value is None else 100 * value for seed, value in found.items()}
 
     ours = by_seed(claim.name)
     if claim.minus:
@@ -174,7 +195,10 @@ def _values(claim: Claim, results: Mapping[str, Sequence[Result]]) -> list[float
 
 
 def page(
-    rows: Sequence[Sequence[str]], noted: Sequence[Claim], words: Sequence[str], results: Mapping[str, Sequence[Result]]
+    rows: Sequence[Sequence[str]],
+    claims: Sequence[Claim],
+    words: Sequence[str],
+    results: Mapping[str, Sequence[Result]],
 ) -> str:
     """The table as a Markdown page, with the command, the date and the versions that made it."""
     elsewhere = ("data.root=", "out=", "jobs=", "page=", "tracking=")
@@ -183,13 +207,14 @@ def page(
     env = runs[0].env if runs else environment()
     versions = ", ".join(f"{name} {version}" for name, version in env["versions"].items())
     lines = [HEAD, ["---"] * len(HEAD), *rows]
+    remarks = dict.fromkeys((claim.name, text) for claim in claims for text in (claim.note, claim.differs) if text)
     return (
         f"# Published numbers\n\nMade by `cl reproduce {command} data.root=DATA` on {date.today()}: {len(runs)} runs, "
         f"Python {env['python']}, {versions}.\nOurs: mean ± standard deviation over seeds, in percent. A claim holds "
         "when the mean is within the tolerance that was fixed before it was run.\n\n"
         + "\n".join(f"| {' | '.join(line)} |" for line in lines)
         + "\n\n"
-        + "".join(f"- `{claim.name}`: {claim.note}\n" for claim in noted)
+        + "".join(f"- `{name}`: {remark}\n" for name, remark in remarks)
     )
 
 
@@ -197,7 +222,7 @@ def _table(rows: Sequence[Sequence[str]]) -> Table:
     table = Table(box=None, pad_edge=False)
     for name in ("claim", *HEAD[2:-1]):
         table.add_column(name, overflow="fold")
-    colours = {"holds": "[green]holds[/]", "FAILS": "[bold red]FAILS[/]"}
+    colours = {"holds": "[green]holds[/]", "FAILS": "[bold red]FAILS[/]", "differs": "[yellow]differs[/]"}
     for row in rows:
         table.add_row(row[0], *row[2:5], colours.get(row[5], row[5]))
     return table

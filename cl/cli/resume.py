@@ -1,9 +1,12 @@
 """Go on with an interrupted run exactly where it stopped.
 
-Usage: cl resume RUN_DIR
+Usage: cl resume RUN_DIR [trainer.parallel=none|ddp|fsdp]
 
 The run continues from its last good checkpoint, with the settings it was started with; the result is the same, bit
 for bit on a CPU, as that of a run that was never interrupted. A finished run is left as it is.
+
+Another number of processes may go on: `torchrun --nproc_per_node=2 -m cl resume RUN_DIR trainer.parallel=ddp`. More
+steps are `cl extend`, another learning-rate schedule is `cl rewarm`.
 """
 
 from __future__ import annotations
@@ -21,11 +24,15 @@ from cl.result import Result
 
 def main(words: list[str]) -> int:
     """Resume the run in the folder given."""
-    if len(words) != 1:
-        raise UserError(f"`cl resume` takes one run folder, got {len(words)} words: {' '.join(words) or 'none'}")
+    chosen = [word.partition("=")[2] for word in words if word.startswith("trainer.parallel=")]
+    folders = [word for word in words if not word.startswith("trainer.parallel=")]
+    if len(folders) != 1:
+        raise UserError(f"`cl resume` takes one run folder, got {len(folders)} words: {' '.join(folders) or 'none'}")
     import_from_here()
-    run_dir = Path(words[0])
+    run_dir = Path(folders[0])
     config = saved_config(run_dir)
+    if chosen:
+        config["trainer"]["parallel"] = chosen[-1]
     if (run_dir / RESULT).exists():
         result = Result.load(run_dir / RESULT)
         if result.status == "done":

@@ -8,6 +8,7 @@ Usage: cl run [name=value ...] [Hydra's flags]
   cl run debug=tiny                                           the same, in seconds
   cl run -m strategy=naive,replay seed=0,1,2                  Hydra's sweep
   cl run --cfg job                                            the composed config
+  torchrun --nproc_per_node=2 -m cl run trainer.parallel=ddp  one run in several processes
 
 A Hydra application: `cl run --hydra-help` shows its flags, `cl list` the names to choose from. Every option of a
 class can be set, whether its config file mentions it or not: strategy.replay.capacity=500.
@@ -25,6 +26,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 from rich.console import Console
 
+from cl import distributed
 from cl.cli.compose import import_from_here, one_sentence, open_signatures, plain
 from cl.cli.console import Pulse, matrix_table, metrics_line, progress_bars, progress_line
 from cl.cli.execute import execute, remove_if_empty
@@ -36,7 +38,9 @@ _outcomes: list[Result | Exception] = []
 
 @hydra.main(config_path="pkg://configs", config_name="run", version_base="1.3")
 def _app(config: DictConfig) -> None:
-    run_dir = Path(HydraConfig.get().runtime.output_dir)
+    distributed.start()
+    # each process has read the clock for itself
+    run_dir = Path(distributed.agreed(HydraConfig.get().runtime.output_dir))
     if run_dir.is_relative_to(Path.cwd()):
         run_dir = run_dir.relative_to(Path.cwd())
     try:
@@ -46,6 +50,8 @@ def _app(config: DictConfig) -> None:
         _outcomes.append(error)
     finally:
         remove_if_empty(run_dir)
+        if distributed.rank():
+            remove_if_empty(Path(HydraConfig.get().runtime.output_dir))
 
 
 def main(words: list[str]) -> int:
@@ -56,6 +62,8 @@ def main(words: list[str]) -> int:
     # argparse wants flags and overrides unmixed
     settings = [word for word in words if "=" in word and not word.startswith("-")]
     sys.argv = ["cl run", *(word for word in words if word not in settings), *open_signatures(settings)]
+    if distributed.rank():
+        sys.argv.append("hydra/job_logging=disabled")
     _outcomes.clear()
     try:
         with one_sentence():
@@ -70,7 +78,7 @@ def main(words: list[str]) -> int:
 
 def run_with_progress(config: dict[str, Any], run_dir: Path, resume: bool = False) -> Result:
     """One run with a progress bar, its table and its folder printed."""
-    console = Console()
+    console = Console(quiet=distributed.rank() > 0)
     name = "+".join(config.get("strategy") or ["run"])
     with progress_bars(console) as bars:
         task = bars.add_task("starting", name=name, total=None)

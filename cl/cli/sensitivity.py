@@ -20,6 +20,7 @@ from cl.cli.compose import composed, import_from_here, plain
 from cl.core import Batch, Output, Setting, UserError
 from cl.hooks import Strategy
 from cl.metrics.sensitivity import Change, mean_change, module_of, ranked, sensitivity
+from cl.setup import experience_steps
 from cl.state import TrainState
 
 OPTIONS = ("sensitivity", "figure")
@@ -96,7 +97,7 @@ def measured(config: dict[str, Any], every: int) -> Snapshots:
     experiences = trainer.state.stream.experiences
     if len(experiences) < 2:
         raise UserError(f"sensitivity needs a switch between experiences, and the stream has {len(experiences)}")
-    longest = min(trainer.config.budget.steps(experience.num_samples) for experience in experiences)
+    longest = min(experience_steps(trainer.state.stream, trainer.config))
     if 2 * every > longest:
         raise UserError(
             f"sensitivity is {every}; it must be at most {longest // 2}, half of the steps of the shortest experience"

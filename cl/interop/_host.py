@@ -14,14 +14,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from cl.config import is_due
-from cl.core import Batch, Data, Experience, Output, Stream, UserError
+from cl.core import Data, Experience, Stream, UserError
 from cl.evaluation import Evaluator
 from cl.hooks import Strategy
 from cl.interop import _recipes
 from cl.interop._benchmark import OurExperience, OurStream, Rows, as_benchmark
+from cl.interop._bridge import Bridge, Learner, Tally
 from cl.interop._fetch import bytes_in, fast_fetching
 from cl.interop._network import counting
 from cl.interop._quiet import quiet
@@ -31,11 +31,6 @@ from cl.interop._template import seeded_globals, with_our_hooks
 from cl.interop._theirs import Theirs
 from cl.result import Result
 from cl.trainer import Trainer
-
-with quiet():
-    from avalanche.core import SupervisedPlugin
-    from avalanche.models import avalanche_forward
-    from avalanche.training.plugins import EvaluationPlugin
 
 PASSING = ("experience", "dataloader", "mbatch", "mb_output", "adapted_dataset", "loss", "current_eval_stream")
 """Attributes of a template that mean something inside `train` and `eval` only."""
@@ -65,6 +60,10 @@ class HostingTrainer(Trainer):
 
     def _refuse_settings(self) -> None:
         config = self.config
+        if isinstance(config.max_steps, list | tuple):
+            raise UserError(
+                "trainer.max_steps is a list, and Avalanche's template gives every experience as many steps"
+            )
         for name, wanted in (
             ("accumulation", 1),
             ("precision", "fp32"),
@@ -96,12 +95,12 @@ class HostingTrainer(Trainer):
             return False
         ledger.flush(state)
         ledger.result.R.append(self.evaluator.row())
-        self._save(experience.id + 1, 0)
+        self.keeper.save(experience.id + 1, 0)
         ledger.tell("on_evaluation", state, ledger.result)
         return not self._stop_requested or experience is state.stream.experiences[-1]
 
     def before_step(self, step: int, num_steps: int) -> float:
-        return self._set_learning_rate(step, num_steps)
+        return self._set_learning_rate(step)
 
     def after_step(self, step: int, num_steps: int, loss: Any, lr: float) -> None:
         """Books of one step, and what is due after it."""
@@ -114,58 +113,6 @@ class HostingTrainer(Trainer):
             begin = time.perf_counter()
             self.evaluator.within()
             ledger.clock["train_s"] -= time.perf_counter() - begin
-
-
-class Learner(nn.Module):
-    """What the template trains, as a backbone; replaced parts are followed by `Host.put_in_place`."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, batch: Batch) -> Output:
-        tasks = torch.zeros_like(batch.targets) if batch.task_id is None else batch.task_id
-        return Output(avalanche_forward(self.model, batch.inputs, tasks))
-
-
-class Bridge(SupervisedPlugin):
-    """Tells the trainer of every step of the template, and the template when to stop."""
-
-    def __init__(self, trainer: HostingTrainer) -> None:
-        super().__init__()
-        self.trainer, self.step, self.num_steps, self.lr, self.rows = trainer, 0, 0, 0.0, 0
-
-    def before_training_iteration(self, template: Any, **kwargs: Any) -> None:
-        self.lr = self.trainer.before_step(self.step, self.num_steps)
-        # what a strategy adds to the batch is not the stream's
-        self.rows = min(len(template.mbatch[0]), template.train_mb_size)
-
-    def before_update(self, template: Any, **kwargs: Any) -> None:
-        clip_norm = self.trainer.config.clip_norm
-        if clip_norm is not None:
-            nn.utils.clip_grad_norm_(template.model.parameters(), clip_norm)
-
-    def after_training_iteration(self, template: Any, **kwargs: Any) -> None:
-        state = self.trainer.state
-        state.tokens += self.rows
-        self.trainer.ledger.clock["train_rows"] += self.rows
-        step, self.step = self.step, self.step + 1
-        self.trainer.after_step(step, self.num_steps, template.loss, self.lr)
-        is_counted = self.trainer.config.max_steps is not None or self.trainer.config.max_tokens is not None
-        if is_counted and self.step >= self.num_steps:
-            template.stop_training()
-
-
-class Tally(EvaluationPlugin):
-    """Counts right answers where Avalanche's metrics would look, after every plugin has had its say."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.right, self.rows = 0, 0
-
-    def after_eval_iteration(self, template: Any, **kwargs: Any) -> None:
-        self.right += int((template.mb_output.argmax(-1) == template.mb_y).sum())
-        self.rows += len(template.mb_y)
 
 
 class Host:

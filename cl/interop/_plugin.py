@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cl.backbones import Backbone
 from cl.core import Batch, Output, Stream, UserError
 from cl.hooks import Strategy, check_all, overrides
 from cl.interop._benchmark import Minibatch, OurExperience, Rows, as_dataset, minibatch
-from cl.interop._network import as_backbone, as_model, last_output, rows_of
+from cl.interop._network import announce, as_backbone, as_model, last_output, rows_of
 from cl.interop._quiet import quiet
 from cl.interop._streams import from_avalanche
 from cl.seeding import Seeds
@@ -73,8 +74,9 @@ class OurPlugin(SupervisedPlugin):
             template.optimizer = self._optimizer(template.optimizer, model)
         self.state = TrainState(model, template.optimizer, stream, seeds, template.device, nullcontext)
         self.state.loss, self.state.strategies = partial(self._whole_loss, template), self.strategies
-        rows = sum(-(-e.num_samples // template.train_mb_size) for e in stream.experiences)
-        self.state.total_steps = rows * template.train_epochs
+        batches = [-(-e.num_samples // template.train_mb_size) for e in stream.experiences]
+        self.state.experience_steps = [count * template.train_epochs for count in batches]
+        self.state.total_steps = sum(self.state.experience_steps)
         template._criterion = PartLoss(self, template._criterion)
         for strategy in self.strategies:
             strategy.on_run_start(self.state)
@@ -83,6 +85,11 @@ class OurPlugin(SupervisedPlugin):
         others = [p for p in template.plugins if isinstance(p, OurPlugin) and p is not self]
         if others:
             raise UserError("a template takes one plugin of ours; give it all strategies at once: as_plugin(a, b)")
+        for strategy in self.strategies:
+            if strategy.needs_evaluation:
+                raise UserError(
+                    f"strategy {strategy.name} follows measurements, which no Avalanche template makes; use cl run"
+                )
         if getattr(template, "calls_our_hooks", False):
             return
         for hook in NEED_OUR_TEMPLATE:
@@ -158,6 +165,7 @@ class OurPlugin(SupervisedPlugin):
             batch = strategy.on_batch(self.state, batch)
         self.batch = batch
         template.mbatch = minibatch(batch)
+        announce(template.model, batch)
 
     def after_forward(self, template: Any, **kwargs: Any) -> None:
         self.state.count(forwards=len(self.batch), backwards=len(self.batch))
@@ -180,6 +188,9 @@ class OurPlugin(SupervisedPlugin):
         update()
 
     def after_update(self, template: Any, **kwargs: Any) -> None:
+        for module in self.state.model.modules():
+            if isinstance(module, Backbone) and module.commits:
+                module.commit(self.batch, self.output)
         self.state.step += 1
         batch, output = current_rows([(self.batch, self.output)])
         for strategy in self.hooked("on_step_end"):
@@ -189,7 +200,7 @@ class OurPlugin(SupervisedPlugin):
     def _whole_loss(self, template: Any, batch: Batch) -> tuple[Output, dict[str, Tensor]]:
         """`TrainState.loss`: what the template would make of a batch that the strategies have prepared."""
         output = self.state.forward(batch)
-        terms = {"cross_entropy": template._criterion.of_parts(output, batch)}
+        terms = {"cross_entropy": template._criterion.of_parts(output, batch)} | output.auxiliary
         for strategy in self.hooked("penalty"):
             penalty = strategy.penalty(self.state, batch, output)
             if penalty is not None:
@@ -219,7 +230,7 @@ class PartLoss:
         plugin = self.plugin
         if plugin.output is None or output is not plugin.output.logits:
             return self.inner(output, targets)
-        return self.of_parts(plugin.output, plugin.batch)
+        return sum(plugin.output.auxiliary.values(), start=self.of_parts(plugin.output, plugin.batch))
 
     def of_parts(self, output: Output, batch: Batch) -> Tensor:
         """As `TrainState.label_loss`, with the template's criterion in place of the cross-entropy."""

@@ -56,6 +56,21 @@ class OurLoader:
                 yield minibatch(batch)
 
 
+class MeasuredRows:
+    """Batches of the first rows of one set of ours, in their order, as the network reads them."""
+
+    def __init__(self, experience: OurExperience, num_rows: int, batch_size: int) -> None:
+        self.experience, self.num_rows, self.batch_size = experience, num_rows, batch_size
+
+    def __len__(self) -> int:
+        return -(-self.num_rows // self.batch_size)
+
+    def __iter__(self) -> Iterator[Minibatch]:
+        here = self.experience
+        for index in torch.arange(self.num_rows).split(self.batch_size):
+            yield minibatch(here.stream.prepare(here.data.rows(index)))
+
+
 class OurHooks:
     """Mixin before a template: calls the hooks that have no callback, and takes rows in our order from our streams.
 
@@ -80,6 +95,15 @@ class OurHooks:
         self.dataloader = OurLoader(  # type: ignore[attr-defined]
             state, source, data, self.train_mb_size, kwargs.get("drop_last", False)
         )
+
+    def make_eval_dataloader(self, **kwargs: Any) -> None:
+        here = self.experience  # type: ignore[attr-defined]
+        adapted = self.adapted_dataset  # type: ignore[attr-defined]
+        if isinstance(here, OurExperience) and same_rows(adapted, here.dataset):
+            # theirs first lists every row of the data set, to look for a reader it does not have
+            self.dataloader = MeasuredRows(here, len(adapted), self.eval_mb_size)  # type: ignore[attr-defined]
+        else:
+            super().make_eval_dataloader(**kwargs)  # type: ignore[misc]
 
     def _has_own_rows(self, plugin: OurPlugin | None) -> bool:
         adapted = self.adapted_dataset  # type: ignore[attr-defined]

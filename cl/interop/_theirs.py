@@ -13,32 +13,10 @@ from cl.interop._quiet import quiet, require_avalanche
 from cl.interop.catalog import METHODS, Method
 from cl.state import Cost
 
-OURS = frozenset(
-    {
-        *(
-            "self",
-            "args",
-            "kwargs",
-            "base_kwargs",
-            "model",
-            "feature_extractor",
-            "classifier",
-            "slda_model",
-            "optimizer",
-        ),
-        *(
-            "criterion",
-            "train_mb_size",
-            "train_epochs",
-            "train_passes",
-            "eval_mb_size",
-            "device",
-            "plugins",
-            "evaluator",
-        ),
-        *("eval_every", "peval_mode"),
-    }
-)
+_PASSED_ON = {"self", "args", "kwargs", "base_kwargs"}
+_PARTS = {"model", "feature_extractor", "classifier", "slda_model", "optimizer", "criterion", "device", "plugins"}
+_LOOP = {"train_mb_size", "train_epochs", "train_passes", "eval_mb_size", "eval_every", "peval_mode", "evaluator"}
+OURS = frozenset(_PASSED_ON | _PARTS | _LOOP)
 """Arguments that the run fills in."""
 
 

@@ -19,6 +19,7 @@ from cl.report.more import Column, more_columns
 from cl.report.ranks import Ranks, rank
 from cl.report.revisit import Revisit, retention
 from cl.report.style import UNITS, Look, Unit, looks
+from cl.report.tokens import ByTokens, by_tokens
 from cl.report.within import Within, first_domains, inside
 from cl.result import Result
 
@@ -97,6 +98,7 @@ class StrategyView:
         curves: [D] one per domain, of `matrices[0]`; empty band ends where bands are not drawn.
         fronts: cost keys for which no other strategy is both cheaper and better.
         within: the first domains inside experiences, where the runs were evaluated there.
+        tokens: losses over tokens with the learning rate, for text.
         revisit: the measure against the time since last practice, where domains come back.
     """
 
@@ -110,6 +112,7 @@ class StrategyView:
     curves: list[Band]
     fronts: frozenset[str] = frozenset()
     within: Within | None = None
+    tokens: ByTokens | None = None
     revisit: Revisit | None = None
 
 
@@ -181,6 +184,7 @@ def view(section: Section, reference: str = "naive", palette: dict[str, Look] | 
                 fronts=frozenset(cost for cost, names in fronts.items() if row.strategy in names),
                 # in a single experience nothing can fall
                 within=None if is_bound or longest < 2 else inside(shown, tables, domains),
+                tokens=by_tokens(shown),
                 revisit=retention(tables.values()),
             )
         )

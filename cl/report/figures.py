@@ -17,6 +17,7 @@ from cl.report.matrix_figures import accuracy_matrix, forgetting_curves
 from cl.report.rank_figure import average_ranks
 from cl.report.revisit_figure import LINE_STYLES, revisits
 from cl.report.style import beside, scale_of, short
+from cl.report.tokens_figure import over_tokens
 from cl.report.within_figure import inside_experiences
 
 if TYPE_CHECKING:
@@ -35,6 +36,8 @@ def save_figures(view: SectionView, folder: Path) -> list[Path]:
         drawn.append(("ranks", average_ranks(view)))
     if any(strategy.within for strategy in view.strategies):
         drawn.append(("within", inside_experiences(view)))
+    if any(strategy.tokens for strategy in view.strategies):
+        drawn.append(("tokens", over_tokens(view)))
     if any(strategy.revisit for strategy in view.strategies):
         drawn.append(("revisit", revisits(view)))
     names = file_names([strategy.label for strategy in view.strategies])

@@ -16,7 +16,7 @@ from cl.report.revisit import law_text
 from cl.report.style import Unit, bytes_text, count_text, looks, seconds_text
 from cl.report.words import facts, glossary, headline, reason, unfinished
 
-SCRIPTS = ("draw.js", "charts.js", "ranks.js", "revisit.js", "matrix.js", "within.js", "page.js")
+SCRIPTS = ("draw.js", "charts.js", "ranks.js", "revisit.js", "matrix.js", "within.js", "tokens.js", "page.js")
 
 
 def page(views: Sequence[SectionView], title: str, date: str = "", warnings: Sequence[str] = ()) -> str:
@@ -180,6 +180,9 @@ def _charts(view: SectionView, thinned: bool) -> str:
     if any(strategy.within for strategy in view.strategies):
         label = f"{view.unit.name} on the first domains over optimizer steps."
         inside.append(("within", "Inside experiences", label, "wide"))
+    if any(strategy.tokens for strategy in view.strategies):
+        label = f"{view.unit.name} on each domain over tokens, and the learning rate."
+        inside.append(("tokens", "Over tokens, with the schedule", label, "wide"))
     thin = '<p class="note">This stream is long: the page shows a part of R; the tables folder has all of it.</p>'
     return f"""<div class="legend" role="group" aria-label="Strategies shown"></div>
 <div class="grid">{"".join(figures)}</div>

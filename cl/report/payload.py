@@ -15,6 +15,7 @@ from cl.report.curves import COSTS, Band, Matrix, SectionView, StrategyView
 from cl.report.ranks import Ranks
 from cl.report.revisit import Revisit
 from cl.report.style import GOODNESS, ORDER, Look
+from cl.report.tokens import ByTokens
 from cl.report.within import Within
 
 MAX_CELLS = 300_000
@@ -105,6 +106,7 @@ def _strategy(
         if any(_has_number(curve.low) for curve in strategy.curves)
         else [],
         "within": _within(strategy.within, view.unit.higher_is_better) if strategy.within else None,
+        "tokens": _tokens(strategy.tokens) if strategy.tokens else None,
         "revisit": _revisit(strategy.revisit) if strategy.revisit else None,
     }
 
@@ -137,6 +139,17 @@ def _within(found: Within, higher_is_better: bool) -> dict[str, Any]:
         "values": [_cells(line[kept]) for line in found.values],
         "seeds": found.num_seeds,
         "worst_of": size,
+    }
+
+
+def _tokens(found: ByTokens) -> dict[str, Any]:
+    return {
+        "tokens": found.tokens,
+        "values": [_cells(line) for line in found.values],
+        "ends": found.ends,
+        "at": found.rate_at,
+        "rate": _numbers(found.rate),
+        "seeds": found.num_seeds,
     }
 
 

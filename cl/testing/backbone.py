@@ -30,11 +30,13 @@ class BackboneContract:
     Class attributes:
         backbone: `StreamInfo` -> module; a class, or a `functools.partial` with the arguments of a small form.
         input_shape: of a row it reads; the smallest one that shows everything.
+        text_shape: the same where rows are tokens.
         settings: where it is used.
     """
 
     backbone: Callable[[StreamInfo], nn.Module]
     input_shape: tuple[int, ...] = (1, 8, 8)
+    text_shape: tuple[int, ...] = (16,)
     settings: frozenset[Setting] = ALL_SETTINGS
 
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
@@ -45,7 +47,10 @@ class BackboneContract:
     def info(self, setting: Setting) -> StreamInfo:
         """A stream that the backbone is built for."""
         num_heads = NUM_HEADS if setting == Setting.TASK_INCREMENTAL else 1
-        return StreamInfo("contract", setting, self.input_shape, NUM_OUTPUTS, NUM_HEADS, num_heads)
+        return StreamInfo("contract", setting, self.shape(setting), NUM_OUTPUTS, NUM_HEADS, num_heads)
+
+    def shape(self, setting: Setting) -> tuple[int, ...]:
+        return self.text_shape if setting == Setting.CONTINUAL_PRETRAINING else self.input_shape
 
     def build(self, setting: Setting, seed: int = 0) -> nn.Module:
         with Seeds(seed).as_global("init"):
@@ -56,9 +61,9 @@ class BackboneContract:
         generator = torch.Generator().manual_seed(0)
         rows = torch.arange(num_rows)
         if setting == Setting.CONTINUAL_PRETRAINING:
-            tokens = torch.randint(NUM_OUTPUTS, (num_rows, *self.input_shape), generator=generator)
+            tokens = torch.randint(NUM_OUTPUTS, (num_rows, *self.shape(setting)), generator=generator)
             return Batch(tokens, tokens.roll(-1, dims=1), torch.zeros_like(rows), rows)
-        inputs = torch.rand(num_rows, *self.input_shape, generator=generator)
+        inputs = torch.rand(num_rows, *self.shape(setting), generator=generator)
         task_id = rows % NUM_HEADS if setting == Setting.TASK_INCREMENTAL else None
         return Batch(inputs, rows % NUM_OUTPUTS, torch.zeros_like(rows), rows, task_id)
 
@@ -134,6 +139,10 @@ class BackboneContract:
 
     def test_gradient_reaches_every_parameter(self, setting: Setting) -> None:
         model, batch = self.build(setting), self.batch(setting)
+        if getattr(model, "commits", False):
+            # what reads a memory learns once there is something in it
+            for _ in range(3):
+                model.commit(batch, model(batch))
         self._loss(model, batch).backward()
         for name, p in model.named_parameters():
             assert p.grad is not None, f"no gradient reaches {name}"

@@ -55,15 +55,23 @@ def camel_case(name: str) -> str:
     return "".join(word.capitalize() for word in name.split("_"))
 
 
-def discover(package: str) -> list[Plugin]:
+def discover(package: str, is_deep: bool = False) -> list[Plugin]:
     """The plug-ins of an importable folder, by name; files that begin with an underscore are helpers.
+
+    Args:
+        is_deep: those of the folders inside it too.
 
     Example:
         >>> [plugin.class_name for plugin in discover("strategies") if plugin.name == "replay"]
         ['Replay']
     """
     folder = Path(next(iter(import_module(package).__path__)))
-    return [Plugin(path.stem, package) for path in sorted(folder.glob("*.py")) if not path.stem.startswith("_")]
+    paths = sorted(folder.rglob("*.py") if is_deep else folder.glob("*.py"))
+    return [
+        Plugin(path.stem, ".".join((package, *path.relative_to(folder).parts[:-1])))
+        for path in paths
+        if not path.stem.startswith("_")
+    ]
 
 
 @dataclass(frozen=True)

@@ -214,6 +214,8 @@ class StrategyContract:
             pytest.skip("avalanche-lib is not installed")
         if setting == Setting.CONTINUAL_PRETRAINING:
             pytest.skip("Avalanche's data sets have one class per row")
+        if self.make().needs_evaluation:
+            pytest.skip("follows measurements that no template of Avalanche makes")
         from cl.interop.avalanche import train_in_template
 
         template = train_in_template(
@@ -241,7 +243,8 @@ class StrategyContract:
     def test_works_under_bfloat16(self, setting: Setting) -> None:
         run = self.train(setting, precision="bf16", epochs=2)
         assert run.result.status == "done"
-        assert all(tensor.dtype == torch.float32 for tensor in run.weights.values()), "weights stay float32"
+        weights = [tensor for tensor in run.weights.values() if tensor.is_floating_point()]
+        assert all(tensor.dtype == torch.float32 for tensor in weights), "weights stay float32"
         assert all(tensor.isfinite().all() for tensor in run.weights.values())
 
     def test_forgets_less_than_naive(self) -> None:

@@ -34,7 +34,8 @@ def toy_stream(setting: Setting, seed: int = 0, num_experiences: int = NUM_EXPER
 
     class_incremental: two new classes per experience, one head. domain_incremental: the same four labels for other
     points in every experience, one head. task_incremental: other labels for the same points, a head per experience.
-    continual_pretraining: token rows, another table of successors in every experience, loss in nats.
+    continual_pretraining: token rows, another table of successors in every experience, loss in nats; general rows have
+    a table of their own.
 
     Example:
         >>> stream = toy_stream(Setting.TASK_INCREMENTAL)
@@ -64,7 +65,9 @@ def toy_stream(setting: Setting, seed: int = 0, num_experiences: int = NUM_EXPER
         num_heads=num_experiences if is_task else 1,
         measure="loss" if is_text else "accuracy",
     )
-    return Stream(info, experiences, eval_sets) if is_text else Stream(info, experiences, eval_sets, centred)
+    if is_text:
+        return Stream(info, experiences, eval_sets, general=partial(_text, seed, num_experiences, True))
+    return Stream(info, experiences, eval_sets, centred)
 
 
 def centred(raw: Tensor) -> Tensor:

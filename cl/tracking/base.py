@@ -13,7 +13,17 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from cl.observe import Observer
 from cl.result import Result, write_text
-from cl.tracking.points import Point, is_settled, last_points, points, train_points, within_points
+from cl.tracking.points import (
+    Point,
+    defined,
+    is_settled,
+    last_points,
+    points,
+    trace_point,
+    train_points,
+    within_points,
+    within_token_points,
+)
 
 if TYPE_CHECKING:
     from cl.state import TrainState
@@ -106,6 +116,12 @@ class Recorder(Observer):
 
     def on_within(self, state: TrainState, values: Sequence[float | None]) -> None:
         self._take(within_points(values, self._step))
+        if self._result is not None and self._result.course:
+            _, _, tokens, lr = self._result.course[-1]
+            self._take(within_token_points(values, int(tokens), lr))
+
+    def on_trace(self, state: TrainState, name: str, value: float) -> None:
+        self._take(defined([trace_point(name, value, state.step)]))
 
     def on_evaluation(self, state: TrainState, result: Result) -> None:
         self._take_train(self._lr)

@@ -7,9 +7,10 @@
 | `forgetting/` | experiences seen | `task_00`: `max` definition, from the experience after the first visit |
 | `summary/` | experiences seen | `accuracy_avg` (domains visited so far), `forgetting_avg`, `bwt` |
 | `final/`, `cost/` | experiences seen | one point each, when the run is done |
-| `train/` | optimizer steps taken | `loss`, each loss term, `lr`; `within/task_00`: the measure inside experiences |
+| `train/` | optimizer steps taken | `loss`, its terms, `lr`, traces; `within/task_00`: measured inside experiences |
+| `tokens/` | tokens trained on | text: `task_00`: the loss on column 0 of R, inside and after experiences; `lr` |
 
-The two kinds of step never share a section, since a chart page has one x axis per section.
+The three kinds of step never share a section, since a chart page has one x axis per section.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from typing import Any, NamedTuple
 from cl.metrics import EvalTable, Progress, bits_per_byte, perplexity, progress
 from cl.result import Result
 
-TRAIN = "train/"
+TRAIN, TOKENS = "train/", "tokens/"
 LAST_VALUES = ("final/", "cost/")
 
 # metrics whose field name differs from the key that the naming scheme gives to their last value
@@ -35,7 +36,7 @@ class Point(NamedTuple):
     """One value of one curve.
 
     Args:
-        step: optimizer steps taken for names under `train/`, experiences seen for all others.
+        step: optimizer steps taken for names under `train/`, tokens trained on under `tokens/`, else experiences seen.
     """
 
     name: str
@@ -59,8 +60,8 @@ def points(result: Result, stage: int | None = None) -> list[Point]:
     # only `cl.metrics.stability` reads `within`, and the experience going on has entries but no row yet
     table = EvalTable.from_result(vars(result) | {"within": ()})
     if stage is not None:
-        return defined(_evaluation(result, stage, progress(table.upto(stage + 1))))
-    found = _within(result)
+        return defined(_evaluation(result, stage, progress(table.upto(stage + 1))) + _by_tokens(result, stage))
+    found = _within(result) + _by_tokens(result)
     for i in range(len(result.R)):
         found += _evaluation(result, i, progress(table.upto(i + 1)))
     return defined(found) + (last_points(result) if result.status == "done" else [])
@@ -90,6 +91,18 @@ def train_points(losses: Mapping[str, float], lr: float, step: int) -> list[Poin
     return defined([*found, Point(f"{TRAIN}lr", float(lr), step)])
 
 
+def trace_point(name: str, value: float, step: int) -> Point:
+    """What a strategy controls or measures."""
+    return Point(legal_name(f"{TRAIN}{name}"), value, step)
+
+
+def within_token_points(values: Iterable[float | None], tokens: int, lr: float) -> list[Point]:
+    """The loss on every domain of a text stream, inside an experience, and the learning rate there."""
+    row = list(values)
+    found = [Point(_token_name(j, len(row)), value, tokens) for j, value in enumerate(row) if value is not None]
+    return defined([*found, Point(f"{TOKENS}lr", lr, tokens)])
+
+
 def within_points(values: Iterable[float | None], step: int) -> list[Point]:
     """The measure on every domain, inside an experience."""
     row = list(values)
@@ -107,6 +120,9 @@ def is_settled(point: Point, steps: int | None, experiences: int) -> bool:
     Args:
         steps: optimizer steps taken; None when nothing is left to train.
     """
+    if point.name.startswith(TOKENS):
+        # all of them are in the result, from which they are made again
+        return False
     if point.name.startswith(TRAIN):
         return steps is None or point.step <= steps
     return not point.name.startswith(LAST_VALUES) and point.step <= experiences
@@ -160,7 +176,25 @@ def _within_name(domain: int, num_domains: int) -> str:
 
 def _within(result: Result) -> list[Point]:
     width = len(result.domains)
-    return [Point(_within_name(int(domain), width), value, int(step)) for _, step, domain, value in result.within]
+    found = [Point(_within_name(int(domain), width), value, int(step)) for _, step, domain, value in result.within]
+    return found + [trace_point(name, value, int(step)) for name, step, value in result.traces]
+
+
+def _token_name(domain: int, num_domains: int) -> str:
+    return task_name(TOKENS.rstrip("/"), domain, num_domains)
+
+
+def _by_tokens(result: Result, stage: int | None = None) -> list[Point]:
+    """The loss over tokens: after one experience, or everywhere. Empty where a run has no course."""
+    width, at = len(result.domains), {int(step): (int(tokens), lr) for _, step, tokens, lr in result.course}
+    ends = {int(experience): int(step) for experience, step, *_ in result.course}
+    rows = {-1: result.R_init} | dict(enumerate(result.R))
+    cells = [(ends.get(i), j, value) for i, row in rows.items() if stage in (None, i) for j, value in enumerate(row)]
+    cells += [(int(step), int(j), value) for _, step, j, value in result.within] if stage is None else []
+    known = [(*at[step], j, value) for step, j, value in cells if step in at and value is not None]
+    rates = {tokens: lr for tokens, lr, *_ in known if tokens}
+    found = [Point(_token_name(j, width), value, tokens) for tokens, _, j, value in known]
+    return sorted(found + [Point(f"{TOKENS}lr", lr, tokens) for tokens, lr in rates.items()], key=lambda p: p.step)
 
 
 def _evaluation(result: Result, stage: int, now: Progress) -> list[Point]:

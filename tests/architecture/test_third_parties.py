@@ -13,6 +13,7 @@ HOMES = {
     "triton": r"kernels\.\w+\.triton\w*|kernels\.(common|aot)(\..*)?",
     "datasets": r"streams(\..*)?",
     "torchvision": r"streams(\..*)?",
+    "lm_eval": r"cl\.interop\.harness",
     "transformers": r"cl\.backbones\.hf|strategies\._?\w*lora\w*",
     "peft": r"cl\.backbones\.hf|strategies\._?\w*lora\w*",
 }

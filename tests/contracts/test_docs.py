@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from cl.backbones import _tables
 from cl.cli import listing
 from cl.testing import configs, discover
 
@@ -16,6 +17,12 @@ def test_docs_table_is_what_the_generator_writes(name):
     path = ROOT / "docs" / f"{name}.md"
     assert path.is_file(), f"docs/{name}.md is missing; `make docs` writes it"
     assert table in path.read_text(), f"docs/{name}.md is not up to date; run `make docs`"
+
+
+def test_memory_tables_are_what_the_generator_writes():
+    text = (ROOT / "docs" / "memory.md").read_text()
+    assert _tables.rules_table() in text, "docs/memory.md is not up to date; run `make docs`"
+    assert _tables.mixers_table() in text, "docs/memory.md is not up to date; run `make docs`"
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,8 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = {"strategy": "strategies", "stream": "streams", "backbone": "cl.backbones"}
 GROUPS = (*PACKAGES, "optimizer", "schedule", "trainer", "tracking")
 EVERY_CONFIG = [config for group in GROUPS for config in configs(group) if config.node.get("_target_")]
-EVERY_PLUGIN = [(group, plugin) for group, package in PACKAGES.items() for plugin in discover(package)]
+PLUGINS = {group: discover(package, is_deep=group == "stream") for group, package in PACKAGES.items()}
+EVERY_PLUGIN = [(group, plugin) for group, plugins in PLUGINS.items() for plugin in plugins]
 
 with_target = pytest.mark.parametrize("config", EVERY_CONFIG, ids=lambda c: f"{c.group}/{c.name}")
 
@@ -26,7 +27,7 @@ def test_file_has_a_config(group, plugin):
 
 @pytest.mark.parametrize("group", sorted(PACKAGES))
 def test_config_has_a_file(group):
-    files = {f"{plugin.package}.{plugin.name}" for plugin in discover(PACKAGES[group])}
+    files = {f"{plugin.package}.{plugin.name}" for plugin in PLUGINS[group]}
     lost = {config.name: config.module for config in configs(group) if config.module not in files}
     assert not lost, f"configs/{group}/ names files that are not in {PACKAGES[group]}/: {lost}"
 

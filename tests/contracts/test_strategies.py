@@ -1,12 +1,34 @@
 """Every file in strategies/ keeps the contract of a strategy."""
 
-from cl.testing import StrategyContract, discover
+from importlib.util import find_spec
+
+import pytest
+
+from cl.testing import StrategyContract, ToyNet, discover
 
 PLUGINS = discover("strategies")
 
+
+class LoraToy(ToyNet):
+    """The toy network with its weights frozen and an adapter beside each of them."""
+
+    def __init__(self, info):
+        super().__init__(info)
+        from peft import LoraConfig, inject_adapter_in_model
+
+        self.requires_grad_(False)
+        inject_adapter_in_model(LoraConfig(r=4, lora_alpha=8, target_modules=["first", "head"]), self)
+
+
 for plugin in PLUGINS:
     name = f"Test{plugin.class_name}"
-    globals()[name] = type(name, (StrategyContract,), {"strategy": plugin.load()})
+    own = {"strategy": plugin.load()}
+    if "lora" in plugin.name:
+        own["backbone"] = LoraToy
+    contract = type(name, (StrategyContract,), own)
+    if "lora" in plugin.name:
+        contract = pytest.mark.skipif(find_spec("peft") is None, reason="peft is not installed")(contract)
+    globals()[name] = contract
 
 
 def test_strategies_are_found():

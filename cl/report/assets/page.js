@@ -97,12 +97,14 @@ class SectionPage {
     const name = `${this.strategy.label}, ${this.strategy.matrices[this.matrix].name}`;
     const label = (chart) => `${place(chart).querySelector(".whose").textContent}. ${place(chart).dataset.label}`;
     for (const chart of this.root.querySelectorAll(".inside .chart")) {
-      chart.querySelector(".whose").textContent = chart.dataset.chart === "within" ? nameWithin(this.strategy) : name;
+      const names = { within: nameWithin, tokens: nameTokens };
+      chart.querySelector(".whose").textContent = names[chart.dataset.chart]?.(this.strategy) ?? name;
     }
     const canvasOf = (chart) => place(chart).querySelector(".canvas");
     let highlight = () => {};
     if (place("curves")) highlight = drawCurves(canvasOf("curves"), this.section, this.strategy, this.matrix, label("curves"));
     drawHeatmap(canvasOf("heatmap"), this.section, this.strategy, this.strategy.matrices[this.matrix], label("heatmap"), highlight);
+    if (place("tokens")) drawTokens(canvasOf("tokens"), this.section, this.strategy, label("tokens"));
     if (place("within")) drawWithin(canvasOf("within"), this.section, this.strategy, label("within"));
   }
 }

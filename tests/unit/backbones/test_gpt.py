@@ -1,14 +1,14 @@
 """The decoder against attention written out token by token, and against what packing promises."""
 
 import math
-from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from cl.backbones._mixers import MIXERS, Attention, rotary_angles, rotated
 from cl.backbones.gpt import Gpt
+from cl.backbones.mixers._rotary import rotary_angles, rotated
+from cl.backbones.mixers.attention import Attention
 from cl.core import Batch, Setting, StreamInfo, UserError
 from cl.seeding import Seeds
 
@@ -72,15 +72,14 @@ def attended_plainly(mixer, x, reset):
 @pytest.mark.parametrize("groups", [4, 2, 1])
 def test_attention_is_the_sum_written_out(groups):
     torch.manual_seed(0)
-    mixer = Attention(24, 4, groups).double()
+    mixer = Attention(24, num_heads=4, num_kv_heads=groups).double()
     x = torch.randn(2, 9, 24, dtype=torch.float64)
     reset = torch.zeros(2, 9, dtype=torch.bool)
     reset[0, 4] = reset[1, 0] = reset[1, 7] = True
-    y, _ = mixer(x, reset)
-    # rotation is float32 on both sides of the dot product
-    torch.testing.assert_close(y, attended_plainly(mixer, x, reset), atol=1e-5, rtol=1e-5)
+    y, _ = mixer(x, reset=reset)
+    torch.testing.assert_close(y, attended_plainly(mixer, x, reset), atol=1e-12, rtol=1e-10)
     open_y, _ = mixer(x)
-    torch.testing.assert_close(open_y, attended_plainly(mixer, x, torch.zeros_like(reset)), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(open_y, attended_plainly(mixer, x, torch.zeros_like(reset)), atol=1e-12, rtol=1e-10)
     assert not torch.allclose(y, open_y, atol=1e-3)
 
 
@@ -139,7 +138,7 @@ def test_is_the_published_layout():
     def norm(x, layer):
         return x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * layer.weight
 
-    h = h + block.mixer(norm(h, block.mixer_norm), tokens == SEPARATOR)[0]
+    h = h + block.mixer(norm(h, block.mixer_norm), reset=tokens == SEPARATOR)[0]
     n = norm(h, block.mlp_norm)
     h = h + (F.silu(n @ block.mlp.gate.weight.T) * (n @ block.mlp.up.weight.T)) @ block.mlp.out.weight.T
     hidden = norm(h, network.norm)
@@ -188,28 +187,22 @@ def test_dropout_acts_in_training_only():
     assert not torch.equal(network(rows).logits, network(rows).logits)
 
 
-def test_other_mixers_join_by_name():
-    """What a recurrent layer needs: tokens, document starts, and a state to hand on."""
-
-    class RunningMean(torch.nn.Module):
-        def __init__(self, width, num_heads, gain=1.0):
-            super().__init__()
-            self.gain = torch.nn.Parameter(torch.full((width,), gain))
-
-        def forward(self, x, reset=None, state=None):
-            seen.append((tuple(x.shape), reset.sum().item()))
-            return self.gain * x, {}
-
-    seen = []
-    MIXERS["running_mean"] = RunningMean
-    try:
-        network = model(num_layers=3, mixers=["running_mean", "attention"])
-        assert [type(block.mixer).__name__ for block in network.blocks] == ["RunningMean", "Attention", "RunningMean"]
-        network(batch(packed()))
-        assert seen == [((3, CONTEXT, 16), 6)] * 2
-        assert model(mixers="running_mean", mixer_options={"gain": 3.0}).blocks[0].mixer.gain[0] == 3.0
-    finally:
-        del MIXERS["running_mean"]
+@pytest.mark.parametrize(
+    ("blocks", "num_layers", "names"),
+    [
+        ("attention", None, "aaa"),
+        ("attention", 2, "aa"),
+        ("attention(window=4)", 1, "w"),
+        ("attention(window=4) + attention", None, "wa"),
+        ("attention(window=4) + attention", 3, "waw"),
+        ("2x[attention(window=4)] + attention", None, "wwa"),
+        ("2x[2x attention(window=4) + attention]", 6, "wwawwa"),
+        ("1x[attention]", None, "a"),
+    ],
+)
+def test_words_and_depth(blocks, num_layers, names):
+    network = model(blocks=blocks, num_layers=num_layers)
+    assert "".join("a" if block.mixer.window is None else "w" for block in network.blocks) == names
 
 
 @pytest.mark.parametrize(
@@ -219,9 +212,24 @@ def test_other_mixers_join_by_name():
         ({"width": 6}, "multiple of twice the heads"),
         ({"num_heads": 4, "num_kv_heads": 3}, "backbone.num_kv_heads is 3"),
         ({"num_layers": 0}, "backbone.num_layers is 0"),
-        ({"mixers": "mamba"}, "backbone.mixers names 'mamba'; the mixers are attention"),
-        ({"mixers": []}, "backbone.mixers is empty"),
-        ({"mixer_options": {"window": 3}}, "do not fit the mixer attention"),
+        ({"blocks": "mamba"}, "backbone.blocks names 'mamba'; it must be one of attention, "),
+        ({"blocks": "attention(breadth=3)"}, "gives attention the option 'breadth'; its options are num_heads"),
+        ({"blocks": "attention(attention)"}, "gives attention 1 blocks"),
+        ({"blocks": "attention +"}, "at its end it must have a name"),
+        ({"blocks": "attention)"}, "at ')' it must have + or the end"),
+        ({"blocks": "attention(window=4"}, "at its end it must have ,"),
+        ({"blocks": "attention; attention"}, "at '; attention'"),
+        ({"blocks": "0x[attention]"}, "a count of at least 1"),
+        ({"blocks": 3}, "backbone.blocks is 3"),
+        ({"blocks": "2x[attention]", "num_layers": 3}, "backbone.num_layers is 3, but"),
+        ({"blocks": "attention + attention", "num_layers": 1}, "names 2 blocks"),
+        ({"blocks": "attention(window=0)"}, "window of attention is 0"),
+        ({"mlp": "relu"}, "backbone.mlp names 'relu'; it must be one of"),
+        ({"mlp": "moe(experts=4, top=5)"}, "top of moe is 5"),
+        ({"mlp": "moe(experts=0)"}, "backbone.mlp experts is 0"),
+        ({"mlp": "moe(balance=-1)"}, "balance of moe is -1"),
+        ({"mlp": "moe + moe"}, "it must name one part"),
+        ({"read": "columns"}, "backbone.read is 'columns'; it must be one of rows, pixels"),
         ({"dropout": 1.0}, "backbone.dropout is 1.0"),
         ({"rope_base": 0}, "backbone.rope_base is 0"),
     ],
@@ -232,7 +240,58 @@ def test_bad_values_are_one_sentence(options, words):
     assert words in str(error.value)
 
 
-def test_refuses_images():
-    images = StreamInfo("split_digits", Setting.CLASS_INCREMENTAL, (1, 8, 8), 10, 5)
-    with pytest.raises(UserError, match="reads rows of tokens"):
-        partial(Gpt)(images)
+def images(setting=Setting.CLASS_INCREMENTAL, shape=(2, 4, 3)):
+    return StreamInfo("digits", setting, shape, 5, 2, 2 if setting == Setting.TASK_INCREMENTAL else 1)
+
+
+def rows(setting=Setting.CLASS_INCREMENTAL, shape=(2, 4, 3), num_rows=3):
+    ids = torch.arange(num_rows)
+    inputs = torch.rand(num_rows, *shape, generator=torch.Generator().manual_seed(0))
+    return Batch(inputs, ids, ids * 0, ids, ids % 2 if setting == Setting.TASK_INCREMENTAL else None)
+
+
+@pytest.mark.parametrize(("read", "steps", "features"), [("rows", 4, 6), ("pixels", 12, 2)])
+def test_images_are_read_from_the_top_left(read, steps, features):
+    """The same pixels as a sequence of vectors give the same answer, and the last step predicts."""
+    batch_ = rows()
+    image = batch_.inputs
+    vectors = torch.stack(
+        [image[:, :, y].flatten(1) for y in range(4)]
+        if read == "rows"
+        else [image[:, :, y, x] for y in range(4) for x in range(3)],
+        dim=1,
+    )
+    assert vectors.shape == (3, steps, features)
+    made = [Gpt(images(shape=shape), width=16, num_heads=2, read=read) for shape in ((2, 4, 3), (steps, features))]
+    made[1].load_state_dict(made[0].state_dict())
+    seen = Batch(vectors, batch_.targets, batch_.experience_id, batch_.sample_ids)
+    assert torch.equal(made[0](batch_).logits, made[1](seen).logits)
+    hidden, *_ = made[1].read(made[1].embed(vectors))
+    torch.testing.assert_close(made[1](seen).logits, made[1].head(hidden[:, -1]))
+
+
+def test_a_head_per_task():
+    network = Gpt(images(Setting.TASK_INCREMENTAL), width=16, num_heads=2)
+    batch_ = rows(Setting.TASK_INCREMENTAL)
+    output = network(batch_)
+    expected = torch.stack([network.head.heads[i % 2](output.hidden[i]) for i in range(3)])
+    torch.testing.assert_close(output.logits, expected)
+
+
+def test_images_are_read_in_pieces():
+    network, batch_ = Gpt(images(shape=(7, 3)), width=16, num_heads=2).eval(), rows(shape=(7, 3))
+    first = Batch(batch_.inputs[:, :4], batch_.targets, batch_.experience_id, batch_.sample_ids)
+    rest = Batch(batch_.inputs[:, 4:], batch_.targets, batch_.experience_id, batch_.sample_ids)
+    output = network.step(rest, network.step(first, network.init_state(3)).state)
+    torch.testing.assert_close(output.logits, network(batch_).logits)
+
+
+def test_refuses_what_it_cannot_read():
+    for setting, shape, words in (
+        (Setting.CONTINUAL_PRETRAINING, (1, 8, 8), "reads rows of tokens"),
+        (Setting.CLASS_INCREMENTAL, (8,), "reads rows of tokens, images"),
+    ):
+        with pytest.raises(UserError, match=words):
+            Gpt(images(setting, shape))
+    with pytest.raises(UserError, match="is_tied"):
+        Gpt(images(), is_tied=True)

@@ -108,7 +108,7 @@ def full(*_, **__):
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
-@pytest.mark.parametrize("place", ["cl.checkpoint.torch.save", "cl.checkpoint.os.fsync", "cl.checkpoint.os.replace"])
+@pytest.mark.parametrize("place", ["cl.checkpoint.torch.save", "cl.checkpoint.os.fsync", "cl.result.os.replace"])
 def test_a_full_disk_costs_nothing_but_this_checkpoint(tmp_path, monkeypatch, place):
     save(tmp_path, 1)
     save(tmp_path, 2)

@@ -82,6 +82,12 @@ def test_a_failed_write_keeps_the_old_file_and_leaves_nothing_behind(tmp_path, m
     assert [file.name for file in tmp_path.iterdir()] == ["result.json"]
 
 
+def test_what_is_written_may_be_read_by_whom_any_new_file_may(tmp_path):
+    write_text(tmp_path / "result.json", "{}")
+    (tmp_path / "plain").touch()
+    assert (tmp_path / "result.json").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
 def test_environment_says_where_a_number_comes_from():
     found = environment()
     assert found["versions"]["torch"]

@@ -58,6 +58,15 @@ def results(make_result, kind):
         changes = {"measure": "loss", "R_init": [4.0, 4.5]}
         many = [make_result(name, s, [[2.0, 4.0], [3.0, 2.0]], **changes) for name in ("naive", "<b>") for s in (0, 1)]
         return [*many, make_result("joint", 0, [[2.0, 2.0]], **changes, **joint)]
+    if kind == "text":
+        course = [[-1, 0, 0, 0.0], [0, 5, 1000, 0.1], [0, 10, 2000, 0.05], [1, 15, 3000, 0.1], [1, 20, 4000, 0.05]]
+        changes = {"measure": "loss", "R_init": [4.0, 4.5], "course": course}
+        inside = {"within": [[0, 5, 0, 3.0], [1, 15, 0, 2.5], [1, 15, 1, 3.0]]}
+        rows = [[2.0, 4.0], [3.0, 2.0]]
+        return [make_result("naive", s, rows, **changes, **inside) for s in (0, 1)] + [
+            make_result("replay", 0, rows, **changes, **inside),
+            make_result("<b>", 0, rows, measure="loss"),
+        ]
     if kind == "long":
         R = [[0.9 - 0.004 * abs(i - j) for j in range(60)] for i in range(60)]
         return [make_result(name, 0, R) for name in ("naive", "replay")]
@@ -84,7 +93,7 @@ def results(make_result, kind):
     ]
 
 
-@pytest.mark.parametrize("kind", ["accuracy", "loss", "long", "one", "extras", "recurring"])
+@pytest.mark.parametrize("kind", ["accuracy", "loss", "long", "one", "extras", "recurring", "text"])
 def test_the_page_runs(tmp_path, make_result, kind):
     views = [view(section) for section in sections(results(make_result, kind))]
     dom, said = open_in_browser(tmp_path, page(views, "A title"))

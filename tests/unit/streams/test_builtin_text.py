@@ -59,16 +59,32 @@ def test_code_has_no_docstrings_and_docs_have_them():
     assert docstring not in whole and "def literal_eval" in whole
 
 
-def test_held_out_documents_are_not_trained_on():
+@pytest.mark.parametrize(("eval_on", "place"), [("test", 15), ("validation", 14)])
+def test_held_out_documents_are_not_trained_on(eval_on, place):
     documents = list(sources.arithmetic())
-    held_out = {text for number, text in enumerate(documents) if number % sources.HOLD_OUT == sources.HOLD_OUT - 1}
-    stream = builtin_text(general=False, eval_tokens=None)
+    held_out = {text for number, text in enumerate(documents) if number % sources.HOLD_OUT == place}
+    test = {text for number, text in enumerate(documents) if number % sources.HOLD_OUT == 15}
+    others = {text for number, text in enumerate(documents) if number % sources.HOLD_OUT not in (place, 15)}
+    stream = builtin_text(general=False, eval_tokens=None, eval_on=eval_on)
     trained = decoded(stream.experiences[2].load().rows(torch.arange(stream.experiences[2].num_samples)))
     measured = decoded(stream.eval_sets[2].load().rows(torch.arange(stream.eval_sets[2].num_samples)))
-    only = held_out - (set(documents) - held_out)
+    only = held_out - others
     assert len(only) > 400
-    assert not any(text in trained for text in list(only)[:100])
+    assert not any(text in trained for text in [*list(only)[:100], *list(test - others - held_out)[:100]])
     assert sum(text in measured for text in only) > len(only) - 3
+
+
+def test_general_text_to_anchor_on_is_not_what_is_measured():
+    stream = builtin_text(eval_tokens=None)
+    pieces = (stream.general(), stream.eval_sets[3].load())
+    anchors, measured = (decoded(data.rows(torch.arange(len(data)))) for data in pieces)
+    assert len(anchors) > 100_000 and len(measured) > 32_768
+    texts = list(sources.general())
+    for number, text in enumerate(texts):
+        if len(text) > 1000 and sum(text in other for other in texts) == 1:
+            assert (text[:900] in anchors) == (number % 2 == 0)
+            assert (text[:900] in measured) == (number % 2 == 1)
+    assert builtin_text(general=False).general is None
 
 
 def test_options():
@@ -91,6 +107,7 @@ def test_options():
         ({"eval_tokens": 0}, "stream.eval_tokens is 0"),
         ({"context": 0}, "stream.context is 0"),
         ({"general": "yes"}, "stream.general is 'yes'"),
+        ({"eval_on": "train"}, "stream.eval_on is 'train'"),
         ({"order": ["poetry"]}, "the domains are docs, code, arithmetic"),
     ],
 )

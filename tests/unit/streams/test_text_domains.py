@@ -117,6 +117,21 @@ def test_a_general_set_is_measured_and_never_trained_on(text_root):
     assert [each.domain for each in stream.eval_sets] == ["news", "general"]
     assert len(stream.experiences) == 1
     assert texts_of(all_rows(stream.eval_sets[1].load()))[0] == "first file"
+    assert stream.general is None, "all of it is measured, so nothing is left to anchor on"
+
+
+def test_the_rest_of_a_general_set_is_there_to_anchor_on(text_root):
+    with_path = {"name": "general", "path": "news.jsonl", "eval_path": "held.jsonl"}
+    stream = built(text_root, [CODE_DOMAIN], general=with_path)
+    assert [each.domain for each in stream.eval_sets] == ["code", "general"]
+    assert len(stream.experiences) == 1
+    assert texts_of(all_rows(stream.general()))[0] == NEWS[0]
+    plain = built(text_root, [CODE_DOMAIN], general={"name": "general", "path": "held.jsonl"})
+    assert plain.content != stream.content, "a run goes on with the anchors that it began with only"
+    shared = built(text_root, [CODE_DOMAIN], general={"name": "general", "path": "news.jsonl", "eval_frac": 0.25})
+    anchors, measured = (texts_of(all_rows(each())) for each in (shared.general, shared.eval_sets[1].load))
+    assert anchors[0] == NEWS[0] and measured[0] == NEWS[3]
+    assert not set(anchors[1:-1]) & set(measured[1:-1])
 
 
 # which rows are trained on, and when

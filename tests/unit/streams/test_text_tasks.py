@@ -54,6 +54,66 @@ def test_long_order_takes_the_tasks_that_are_there(root):
     assert len(LONG) == 15 and LONG[:3] == ("yelp", "amazon", "mnli") and LONG[-1] == "wic"
 
 
+def answered(rows, row):
+    """Question and answer of a row as text; the separator is shown as |."""
+    learnt = rows.targets[row] >= 0
+    first = int(learnt.nonzero()[0])
+    shown = [124 if token == 256 else token for token in rows.inputs[row, : first + 1].tolist()]
+    answer = [124 if token == 256 else token for token in rows.targets[row][learnt].tolist()]
+    assert torch.equal(rows.inputs[row, first + 1 : first + len(answer)].long(), rows.targets[row][learnt][:-1])
+    assert (rows.inputs[row, first + len(answer) :] == 256).all()
+    return bytes(shown).decode(), bytes(answer).decode()
+
+
+def test_a_share_of_the_rows_is_answered_in_other_forms(root):
+    plain, mixed = (built(root, order=["amazon"], context=96, diversify=share) for share in (0.0, 0.5))
+    data, usual = mixed.experiences[0].load(), plain.experiences[0].load()
+    assert len(data) == len(usual) == mixed.experiences[0].num_samples
+    rows, before = (each.rows(torch.arange(len(each))) for each in (data, usual))
+    same = [torch.equal(rows.inputs[n], before.inputs[n]) for n in range(len(data))]
+    assert same == [n % 2 == 0 for n in range(len(data))]
+    texts = [text for text, _ in SIZES * 8]
+    right = [label for _, label in SIZES * 8]
+    other = {"small": "very large", "very large": "small"}
+    for count, n in enumerate(range(1, len(data), 2)):
+        question, answer = answered(rows, n)
+        turn, label = count // 3, right[n]
+        if count % 3 == 0:
+            asked = label if turn % 2 == 0 else other[label]
+            wanted = (f"Is it {asked}? Yes or no:", "yes" if asked == label else "no")
+        elif count % 3 == 1:
+            first, second = ("small", "very large") if turn % 2 == 0 else ("very large", "small")
+            wanted = (f"Choices: A. {first} B. {second}\nLetter:", "A" if label == first else "B")
+        else:
+            wanted = ("Options: small, very large\nIn a sentence:", f"The answer is {label}.")
+        assert question == f"|{texts[n].strip()}\n{wanted[0]}"
+        assert answer == f" {wanted[1]}|"
+    measured = [each.eval_sets[0].load().rows(torch.arange(2)).inputs for each in (mixed, plain)]
+    assert torch.equal(*measured), "what is measured keeps its form"
+    assert mixed.content != plain.content
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"diversify": 2}, "stream.diversify is 2"),
+        ({"diversify": 0.5, "context": 60}, "60, too short for a question of stream.diversify with the options small,"),
+    ],
+)
+def test_bad_diversity_is_one_sentence(root, options, words):
+    with pytest.raises(UserError, match=words):
+        built(root, order=["amazon"], **options)
+
+
+def test_general_text_is_there_to_anchor_on(root):
+    (root / "web.txt").write_text("some words from the web, and then some more\n" * 40)
+    with_text, without = built(root, general={"name": "web", "path": "web.txt"}), built(root)
+    rows = with_text.general().rows(torch.tensor([0]))
+    assert rows.inputs.shape == rows.targets.shape == (1, *with_text.info.input_shape)
+    assert (rows.targets >= 0).all() and torch.equal(rows.inputs[0, 1:].long(), rows.targets[0, :-1])
+    assert without.general is None and with_text.content != without.content
+
+
 def test_a_row_is_question_answer_and_the_answer_alone_is_learnt(root):
     rows = built(root, order=["sst2"]).experiences[0].load().rows(torch.tensor([1]))
     question, answer = b"snow\nOptions: green, white\nAnswer:", b" white"

@@ -1,0 +1,79 @@
+"""What the recurrent mixers share: how a cell is named, precision, ages of documents, trainable timescales.
+
+A cell is a file in `scan_cells/` (states by a linear scan) or `rnn_cells/` (states by a nonlinear recurrence).
+
+Shape legend: B rows, T tokens, D width of the mixer, F units.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cl.backbones._spec import Spec, build, parse_one
+from cl.core import UserError
+
+
+def make_cell(cell: str | Spec, folder: str, option: str, width: int, **shared: Any) -> Any:
+    """The cell that a word such as `mingru`, or `hippo(order=4)`, stands for; `shared` as in `build`.
+
+    Raises:
+        UserError: there is none of this name, or it has no such option.
+    """
+    return build(parse_one(cell, option) if isinstance(cell, str) else cell, folder, option, width, **shared)
+
+
+def wide(x: Tensor) -> Tensor:
+    """Float64 as it is, all else in float32: what states are computed in, under autocast too."""
+    return x if x.dtype in (torch.float64, torch.complex128, torch.complex64) else x.float()
+
+
+def ages(num_tokens: int, reset_BT: Tensor | None, before_B: Tensor) -> Tensor:
+    """(B, T) which token of its document each one is, counted from 1; `before_B` were read of the open document.
+
+    Example:
+        >>> ages(4, torch.tensor([[False, False, True, False]]), torch.tensor([5.0])).tolist()
+        [[6.0, 7.0, 1.0, 2.0]]
+    """
+    place_T = torch.arange(1, num_tokens + 1, device=before_B.device, dtype=before_B.dtype)
+    age_BT = before_B[:, None] + place_T
+    if reset_BT is None:
+        return age_BT
+    start_BT = (place_T * reset_BT).cummax(1).values
+    return torch.where(start_BT > 0, place_T - start_BT + 1, age_BT)
+
+
+class Timescale(nn.Module):
+    """Trainable time constants tau = 1 + softplus(rho) > 1, one for each unit, in steps.
+
+    Args:
+        units: F.
+        shortest, longest: in steps; the initial values are spread between them on a logarithmic scale.
+
+    Raises:
+        UserError: not 1 < shortest <= longest.
+    """
+
+    def __init__(self, units: int, shortest: float, longest: float) -> None:
+        super().__init__()
+        if not 1 < shortest <= longest:
+            raise UserError(
+                f"the time constants go from {shortest} to {longest} steps; they must be above 1 and in this order"
+            )
+        tau_F = torch.logspace(0, 1, units, base=longest / shortest) * shortest if units > 1 else None
+        start_F = torch.tensor([shortest]) if tau_F is None else tau_F
+        self.rho = nn.Parameter(torch.log(torch.expm1(start_F - 1)))
+
+    def forward(self) -> Tensor:
+        """(F,) tau."""
+        return 1 + F.softplus(self.rho)
+
+
+def gated_out(y_BTF: Tensor, x_BTD: Tensor, gate: nn.Linear | None, out: nn.Linear) -> Tensor:
+    """What a recurrent mixer adds to the residual stream: out(y * silu(gate(x)))."""
+    y_BTF = y_BTF.to(x_BTD.dtype)
+    mixed_BTD: Tensor = out(y_BTF if gate is None else y_BTF * F.silu(gate(x_BTD)))
+    return mixed_BTD

@@ -1,0 +1,56 @@
+"""A short causal convolution over time within documents, whose unfinished window is part of the state.
+
+Shape legend: B rows, T tokens, C channels, P = size - 1 tokens before.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class ShortConvolution(nn.Module):
+    """y_t = silu(sum_j w_j * x_{t-j}) over the last `size` tokens of the document, each channel by itself.
+
+    Args:
+        channels: C.
+        size: tokens that a token sees, itself among them; 0 leaves the input as it is.
+
+    Cost: C * size multiply-adds a token; the state holds (size - 1) C numbers a row.
+    """
+
+    def __init__(self, channels: int, size: int) -> None:
+        super().__init__()
+        self.channels, self.size, self.num_before = channels, size, max(0, size - 1)
+        if size:
+            # the last tap is the token itself
+            self.weight = nn.Parameter(torch.empty(channels, size).uniform_(-1, 1) * size**-0.5)
+
+    def forward(self, x_BTC: Tensor, tail_BPC: Tensor, reset_BT: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Convolve.
+
+        Args:
+            tail_BPC: inputs before, of the document that goes on; zeros where there are none.
+
+        Returns:
+            (B, T, C), and the tail after the last token.
+        """
+        if self.size == 0:
+            return x_BTC, tail_BPC
+        full_BSC = torch.cat((tail_BPC.to(x_BTC.dtype), x_BTC), 1)
+        after_BPC = full_BSC[:, full_BSC.shape[1] - self.num_before :]
+        if reset_BT is None:
+            weight_C1J = self.weight.to(x_BTC.dtype).unsqueeze(1)
+            y_BTC = F.conv1d(full_BSC.mT, weight_C1J, groups=weight_C1J.shape[0]).mT
+        else:
+            document_BT = reset_BT.long().cumsum(1)
+            document_BS = F.pad(document_BT, (self.num_before, 0))
+            y_BTC = torch.zeros_like(x_BTC)
+            for tap, weight_C in enumerate(self.weight.to(x_BTC.dtype).unbind(1)):
+                seen = slice(tap, tap + x_BTC.shape[1])
+                is_own_BT1 = (document_BS[:, seen] == document_BT).unsqueeze(-1)
+                y_BTC = y_BTC + weight_C * full_BSC[:, seen] * is_own_BT1
+            is_last = document_BS[:, document_BS.shape[1] - self.num_before :] == document_BT[:, -1:]
+            after_BPC = after_BPC * is_last.unsqueeze(-1)
+        return F.silu(y_BTC), after_BPC.to(tail_BPC.dtype)

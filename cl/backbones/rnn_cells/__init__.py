@@ -1,0 +1,1 @@
+"""Cells of the mixer nonlinear_rnn, one a file."""

@@ -1,0 +1,1 @@
+"""Cells of the mixer scan_rnn, one a file."""

@@ -1,0 +1,39 @@
+"""minLSTM: an LSTM whose gates do not look at the state and are normalised to sum to one.
+
+Shape legend: B rows, T tokens, D width, F units.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cl.backbones._cells import wide
+from cl.backbones.scan_cells._base import ScanCell
+
+
+class Minlstm(ScanCell):
+    """h_t = f'_t h_{t-1} + i'_t W_h x_t, f' = f / (f + i), i' = i / (f + i), f, i = sigmoid(W_f x), sigmoid(W_i x).
+
+    Cost: 3 D F multiply-adds a token; state F.
+    Source: Feng et al., 2024 (Were RNNs All We Needed?). Differences: no log-space form, see `kernels.linear_scan`.
+    """
+
+    def __init__(self, width: int, units: int) -> None:
+        super().__init__()
+        self.state_shape = (units,)
+        self.forget, self.input = nn.Linear(width, units), nn.Linear(width, units)
+        self.candidate = nn.Linear(width, units)
+
+    def elements(self, x_BTD: Tensor) -> tuple[Tensor, Tensor]:
+        # f / (f + i) = sigmoid(log f - log i), which no gate can underflow
+        odds = F.logsigmoid(wide(self.forget(x_BTD))) - F.logsigmoid(wide(self.input(x_BTD)))
+        return odds.sigmoid(), (-odds).sigmoid() * wide(self.candidate(x_BTD))
+
+    def step(self, x_BD: Tensor, h: Tensor, age_B: Tensor) -> Tensor:
+        f, i = wide(self.forget(x_BD)).sigmoid(), wide(self.input(x_BD)).sigmoid()
+        new: Tensor = f / (f + i) * h + i / (f + i) * wide(self.candidate(x_BD))
+        return new
+
+    def read(self, h: Tensor, x: Tensor) -> Tensor:
+        return h

@@ -1,0 +1,371 @@
+"""TRC2: columns of attention and experts, a thalamic router between them, and a store of surprising events.
+
+    H = E[x]
+    for each column l:  q = W_q U + W_s s^l;  H = H + attention(q, W_k U, W_v U);  H = H + experts(norm H)
+    s^{l+1} = thalamus_l(H) + [l >= injection] feedback(store, H^injection)         s^1 = 0
+    after the optimizer step: the critic learns from the losses, and the most surprising states enter the store
+
+W_s starts at zero and the store empty, so that the first step is that of the mixture of experts, bit for bit
+(`backbone=gpt` with the same widths and `mlp=moe(shared=1)`). Rows that are replayed take the plain road: no side input
+reaches them, and nothing of them is stored. A forward changes nothing; `commit` alone writes, and only in training.
+
+Source: Khadangi, "Efficient Continual Learning in Language Models via Thalamically Routed Cortical Columns", arXiv
+2602.22479, v2 to v5. What is published there of the method is the list of parts and how they are wired; equations and
+sizes are our own. Differences: the chunk-routed network of v1, which goes by the same name, lets tokens see the future
+of their chunk, and is another model. Replay and its controller are a strategy (`strategy=consolidation`), so that every
+backbone can have them.
+
+Shape legend: B rows, T tokens, D width, R rank, N slots, C chunks of a row, K candidates.
+"""
+
+from __future__ import annotations
+
+from math import gcd
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from cl.backbones._block import Auxiliary, add_terms
+from cl.backbones._heads import require_width
+from cl.backbones._reading import draw
+from cl.backbones._state import State
+from cl.backbones.gpt import Gpt
+from cl.backbones.trc2_parts.critic import Critic
+from cl.backbones.trc2_parts.hippocampus import Hippocampus, Reading
+from cl.backbones.trc2_parts.thalamus import Thalamus, tokens_before
+from cl.core import IGNORED, Batch, Output, Source, StreamInfo, UserError
+
+READS_STORE = ("always", "training", "never")
+CHUNK = 64
+WRITES_PER_ROW = 4
+
+
+class Trace(NamedTuple):
+    """What a forward leaves for `commit`.
+
+    Args:
+        hidden: (B, T, D) normalised states after the early columns.
+        surprise: (B, T) of each token, not normalised; 0 where nothing follows it in its document.
+        has_next: (B, T) whether the next token belongs to the same document.
+        reading: of the store.
+    """
+
+    hidden: Tensor
+    surprise: Tensor
+    has_next: Tensor
+    reading: Reading
+
+
+class Trc2(Gpt):
+    """Columns with a thalamic side path and a hippocampal store, over text or images read as sequences.
+
+    Args:
+        width, num_layers, num_heads, num_kv_heads, mlp_width, mlp, read, rope_base, dropout, is_tied, is_checkpointed:
+            as of `backbone=gpt`; one column per layer.
+        injection: columns before the store is read, 1 to num_layers - 1; None takes half of them.
+        rank: R, width of the side inputs, a multiple of `groups`; None takes about an eighth of `width`.
+        groups: of the side input that share gates and compete among themselves.
+        num_slots: N, events stored.
+        top: slots read at a time.
+        chunk: tokens that give at most one candidate; it must divide the row. None takes 64, or the largest divisor
+            of 64 that does.
+        min_surprise: normalised surprise above which a state may be stored.
+        num_writes: most states stored per commit, so that a step cannot turn the whole store over.
+        discount: gamma of the critics.
+        has_thalamus, has_hippocampus, has_critic: ablations. Without critic, surprise is the normalised loss of a
+            token, which only writes can use; without hippocampus there is no critic either.
+        is_replay_bypassed: rows that are replayed get no side input.
+        starts_closed: begin with W_s = 0; False draws it.
+        reads_store: "always"; "training", which measures as if the store were empty; or "never".
+
+    Raises:
+        UserError: a value outside its range, or more slots than fit into memory.
+
+    Cost: of `gpt`, and a column 2 D R more; the store N D / 4 + 5 D^2 multiply-adds a token, and 2 N D numbers.
+    """
+
+    toy: ClassVar[dict[str, Any]] = {
+        "width": 32,
+        "num_slots": 16,
+        "mlp": "moe(experts=2, top=2, shared=1)",
+        "min_surprise": -9.0,
+        "discount": 0.999,
+        "starts_closed": False,
+    }
+
+    def __init__(
+        self,
+        info: StreamInfo,
+        width: int = 96,
+        num_layers: int = 4,
+        num_heads: int = 4,
+        num_kv_heads: int | None = 2,
+        mlp_width: int | None = None,
+        mlp: str = "moe(experts=8, top=2, shared=1)",
+        injection: int | None = None,
+        rank: int | None = None,
+        groups: int = 8,
+        num_slots: int = 512,
+        top: int = 8,
+        chunk: int | None = None,
+        min_surprise: float = 1.5,
+        num_writes: int = 8,
+        discount: float = 0.9,
+        has_thalamus: bool = True,
+        has_hippocampus: bool = True,
+        has_critic: bool = True,
+        is_replay_bypassed: bool = True,
+        starts_closed: bool = True,
+        reads_store: str = "always",
+        read: str = "rows",
+        rope_base: float | None = 10_000.0,
+        dropout: float = 0.0,
+        is_tied: bool = False,
+        is_checkpointed: bool = False,
+    ) -> None:
+        super().__init__(
+            info,
+            width=width,
+            num_layers=num_layers,
+            num_heads=num_heads,
+            num_kv_heads=num_kv_heads,
+            mlp_width=mlp_width,
+            mlp=mlp,
+            read=read,
+            rope_base=rope_base,
+            dropout=dropout,
+            is_tied=is_tied,
+            is_checkpointed=is_checkpointed,
+        )
+        counts = {"groups": groups, "num_slots": num_slots, "top": top, "num_writes": num_writes}
+        for name, value in counts.items():
+            require_width(name, value)
+        self.injection = _injection(injection, num_layers)
+        rank = -(-width // (8 * groups)) * groups if rank is None else rank
+        require_width("rank", rank)
+        if rank % groups:
+            raise UserError(f"backbone.rank is {rank}; it must be a multiple of backbone.groups={groups}")
+        if not isinstance(discount, int | float) or not 0 <= discount < 1:
+            raise UserError(f"backbone.discount is {discount!r}; it must be a number from 0 to below 1")
+        if not isinstance(min_surprise, int | float):
+            raise UserError(f"backbone.min_surprise is {min_surprise!r}; it must be a number")
+        if reads_store not in READS_STORE:
+            raise UserError(f"backbone.reads_store is {reads_store!r}; it must be one of {', '.join(READS_STORE)}")
+        self.chunk = _chunk(chunk, _num_steps(info, read))
+        self.min_surprise, self.num_writes, self.rank = min_surprise, num_writes, rank
+        self.has_critic, self.is_replay_bypassed = has_critic and has_hippocampus, is_replay_bypassed
+        self.reads_store = reads_store
+        # drawn after everything that the plain decoder has, whose weights are then the same
+        late = range(self.injection, num_layers)
+        routed = range(1, num_layers) if has_thalamus else late if has_hippocampus else ()
+        # surprise is known after the early columns only
+        self.thalami = nn.ModuleDict(
+            {
+                str(n): Thalamus(width, rank, groups, is_alert=self.has_critic and n + 1 >= self.injection)
+                for n in range(num_layers - 1)
+                if has_thalamus
+            }
+        )
+        self.shifts = nn.ModuleDict({str(n): nn.Linear(rank, width, bias=False) for n in routed})
+        self.hippocampus = Hippocampus(width, rank, num_slots, top) if has_hippocampus else None
+        self.critic = Critic(width, discount=discount) if has_hippocampus else None
+        draw(nn.ModuleList(m for m in (self.thalami, self.shifts, self.hippocampus) if m is not None), num_layers)
+        for shift in self.shifts.values():
+            if starts_closed:
+                nn.init.zeros_(shift.weight)
+
+    # reading
+
+    def init_state(self, num_rows: int) -> State:
+        like = torch.zeros((), dtype=torch.promote_types(torch.float32, self.norm.weight.dtype))
+        like = like.to(self.norm.weight.device)
+        side: State = {number: part.init_state(num_rows, like) for number, part in self.thalami.items()}
+        side |= {"count": like.new_zeros(num_rows, dtype=torch.int64), "gap": like.new_zeros(num_rows, 2)}
+        return super().init_state(num_rows) | {"side": side}
+
+    def read(
+        self, x_BTD: Tensor, state: State | None = None, *, reset: Tensor | None = None, mode: str = "chunk"
+    ) -> tuple[Tensor, State, Auxiliary]:
+        return self._read(x_BTD, state, reset, mode)[:3]
+
+    def step(self, batch: Batch, state: State | None = None, mode: str = "chunk") -> Output:
+        read_BTD, left, auxiliary, _ = self._read_batch(batch, state, mode)
+        hidden = self.hidden_of(read_BTD)
+        return Output(self.predict(hidden, batch), hidden, state=left, auxiliary=auxiliary)
+
+    def forward(self, batch: Batch, start: int = 0) -> Output:
+        if start or self.between:
+            return super().forward(batch, start)
+        read_BTD, _, auxiliary, trace = self._read_batch(batch, None, "chunk")
+        hidden = self.hidden_of(read_BTD)
+        return Output(self.predict(hidden, batch), hidden, state=trace if self.training else None, auxiliary=auxiliary)
+
+    def _read_batch(self, batch: Batch, state: State | None, mode: str) -> tuple[Tensor, State, Auxiliary, Any]:
+        is_open_B = _is_current(batch) if self.is_replay_bypassed and len(batch.parts) > 1 else None
+        return self._read(self.embed(batch.inputs), state, self.resets(batch.inputs), mode, is_open_B)
+
+    def _read(
+        self, x_BTD: Tensor, state: State | None, reset: Tensor | None, mode: str, is_open_B: Tensor | None = None
+    ) -> tuple[Tensor, State, Auxiliary, Trace | None]:
+        """As `read`, with what `commit` needs.
+
+        Args:
+            is_open_B: rows that get side inputs; all of them without it.
+        """
+        if mode == "recurrent" and x_BTD.shape[1] > 1:
+            return self._token_by_token(x_BTD, state, reset, is_open_B)
+        state = self.init_state(len(x_BTD)) if state is None else state
+        before_BT = tokens_before(reset, state["side"]["count"], x_BTD.shape[1])
+        left: State = {"side": {"count": before_BT[:, -1] + 1, "gap": state["side"]["gap"]}}
+        auxiliary: Auxiliary = {}
+        side_BTR = feedback_BTR = trace = None
+        surprise_BT = torch.zeros_like(before_BT, dtype=state["side"]["gap"].dtype)
+        for number, block in enumerate(self.blocks):
+            arguments = (x_BTD, state[str(number)], reset, mode, self._shift(number, side_BTR, is_open_B))
+            if self.is_checkpointed and self.training and torch.is_grad_enabled():
+                x_BTD, left[str(number)], terms = checkpoint(block, *arguments, use_reentrant=False)
+            else:
+                x_BTD, left[str(number)], terms = block(*arguments)
+            add_terms(auxiliary, terms)
+            if number + 1 == self.injection and self.hippocampus is not None:
+                feedback_BTR, surprise_BT, trace = self._recall(x_BTD, state["side"]["gap"], before_BT, left)
+            if number + 1 < len(self.blocks):
+                side_BTR = feedback_BTR
+                if str(number) in self.thalami:
+                    routed = (x_BTD, state["side"][str(number)], before_BT, surprise_BT)
+                    side_BTR, left["side"][str(number)] = self.thalami[str(number)](*routed)
+                    side_BTR = side_BTR if feedback_BTR is None else side_BTR + feedback_BTR
+        return self.norm(x_BTD), left, auxiliary, trace
+
+    def _token_by_token(
+        self, x_BTD: Tensor, state: State | None, reset: Tensor | None, is_open_B: Tensor | None
+    ) -> tuple[Tensor, State, Auxiliary, None]:
+        outputs, auxiliary = [], {}
+        for t in range(x_BTD.shape[1]):
+            at = slice(t, t + 1)
+            own_reset = None if reset is None else reset[:, at]
+            y_B1D, state, auxiliary, _ = self._read(x_BTD[:, at], state, own_reset, "recurrent", is_open_B)
+            outputs.append(y_B1D)
+        assert state is not None
+        return torch.cat(outputs, 1), state, auxiliary, None
+
+    def _shift(self, number: int, side_BTR: Tensor | None, is_open_B: Tensor | None) -> Tensor | None:
+        """What is added to the queries of a column."""
+        if side_BTR is None:
+            return None
+        if is_open_B is not None:
+            side_BTR = torch.where(is_open_B.view(-1, 1, 1), side_BTR, 0)
+        shift: Tensor = self.shifts[str(number)](side_BTR)
+        return shift
+
+    def _recall(
+        self, h_BTD: Tensor, gap_B2: Tensor, before_BT: Tensor, left: State
+    ) -> tuple[Tensor, Tensor, Tensor, Trace]:
+        """Feedback of the store, the surprise known at each token (that of two tokens ago), and the trace."""
+        assert self.hippocampus is not None
+        assert self.critic is not None
+        h_BTD = F.rms_norm(h_BTD, h_BTD.shape[-1:], eps=1e-6)
+        is_read = self.reads_store == "always" or (self.reads_store == "training" and self.training)
+        feedback_BTR, reading = self.hippocampus(h_BTD, is_read)
+        gap_BS = torch.cat((gap_B2, self.critic.gap(h_BTD.detach()).to(gap_B2.dtype)), 1)
+        left["side"]["gap"] = gap_BS[:, -2:]
+        s_BS = self.critic.surprise(gap_BS[:, :-1], gap_BS[:, 1:])
+        known_BT = self.critic.normalised(s_BS[:, :-1]).masked_fill(before_BT < 2, 0)
+        if not self.has_critic:
+            known_BT = torch.zeros_like(known_BT)
+        has_next_BT = F.pad(before_BT[:, 1:] > 0, (0, 1))
+        s_BT = F.pad(s_BS[:, 2:], (0, 1)).masked_fill(~has_next_BT, 0)
+        return feedback_BTR, known_BT, Trace(h_BTD.detach(), s_BT, has_next_BT, reading)
+
+    # writing
+
+    @property
+    def commits(self) -> bool:
+        return self.hippocampus is not None
+
+    @torch.no_grad()
+    def commit(self, batch: Batch, output: Output) -> None:
+        """Let the critic learn from the losses of the stream's own rows, and store the most surprising states."""
+        if self.hippocampus is None or self.critic is None or not self.training or output.state is None:
+            return
+        rows = _is_current(batch)
+        reading = output.state.reading
+        h_BTD, s_BT, has_next_BT = (each[rows] for each in output.state[:3])
+        loss_BT, is_known_BT = _losses(output.logits[rows].detach(), batch.targets[rows], h_BTD.shape[1])
+        if not self.has_critic:
+            s_BT = loss_BT
+        self.critic.note(s_BT[has_next_BT & is_known_BT])
+        surprise_BT = self.critic.normalised(s_BT).masked_fill(~(has_next_BT & is_known_BT), float("-inf"))
+        if self.has_critic:
+            # the last token of a piece has a successor that was not read; that of a document has none
+            is_last_BT = F.pad(~has_next_BT[:, :-1], (0, 1), value=not self.is_text)
+            self.critic.learn(h_BTD, loss_BT, is_known_BT & (has_next_BT | is_last_BT), is_last_BT)
+        self.hippocampus.tick(reading.share[rows].sum(0))
+        row_K, token_K, found_K = self._candidates(surprise_BT)
+        self.hippocampus.write(
+            h_BTD[row_K, token_K],
+            h_BTD[row_K, token_K + 1],
+            found_K,
+            batch.experience_id[rows][row_K],
+            reading.own[rows][row_K, token_K],
+            reading.stored,
+        )
+
+    def _candidates(self, surprise_BT: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Rows, tokens and surprise of what may be stored, the most surprising first."""
+        num_tokens = surprise_BT.shape[1]
+        if num_tokens % self.chunk:
+            raise UserError(f"backbone.chunk is {self.chunk}; it must divide the {num_tokens} tokens of a row")
+        best_BC, where_BC = surprise_BT.unflatten(1, (-1, self.chunk)).max(2)
+        token_BC = where_BC + torch.arange(0, num_tokens, self.chunk, device=where_BC.device)
+        best_BK, chunk_BK = best_BC.topk(min(WRITES_PER_ROW, best_BC.shape[1]), 1)
+        best, which = best_BK.flatten().topk(min(self.num_writes, best_BK.numel()))
+        which = which[best > self.min_surprise]
+        row_K = which // best_BK.shape[1]
+        return row_K, token_BC.gather(1, chunk_BK).flatten()[which], best[: len(which)]
+
+
+def _is_current(batch: Batch) -> Tensor:
+    """(B,) rows that the stream delivered."""
+    sources = [part.source == Source.CURRENT for part in batch.parts]
+    lengths = torch.tensor([len(part) for part in batch.parts])
+    return torch.tensor(sources).repeat_interleave(lengths).to(batch.inputs.device)
+
+
+def _losses(logits: Tensor, targets: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
+    """(B, T) cross-entropy of what each token predicts, and where there is one; rows that are no text predict last."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    loss = F.cross_entropy(logits.flatten(0, -2), targets.flatten(), reduction="none").view(targets.shape)
+    if targets.dim() == 1:
+        loss_BT = F.pad(loss.unsqueeze(1), (num_tokens - 1, 0))
+        return loss_BT, torch.ones_like(loss_BT, dtype=torch.bool)
+    return loss, targets != IGNORED
+
+
+def _injection(injection: int | None, num_layers: int) -> int:
+    found = num_layers // 2 if injection is None else injection
+    if not isinstance(found, int) or isinstance(found, bool) or not 1 <= found < num_layers:
+        raise UserError(
+            f"backbone.injection is {injection!r} for {num_layers} columns; it must be an integer from 1 to "
+            f"backbone.num_layers - 1 = {num_layers - 1}, of which there must be at least one"
+        )
+    return found
+
+
+def _num_steps(info: StreamInfo, read: str) -> int:
+    """Steps of a row in the order it is read."""
+    if len(info.input_shape) < 3:
+        return info.input_shape[0]
+    return info.input_shape[1] * (info.input_shape[2] if read == "pixels" else 1)
+
+
+def _chunk(chunk: int | None, num_steps: int) -> int:
+    if chunk is None:
+        return gcd(CHUNK, num_steps)
+    require_width("chunk", chunk)
+    if num_steps % chunk:
+        raise UserError(f"backbone.chunk is {chunk}; it must divide the {num_steps} tokens of a row")
+    return chunk

@@ -1,0 +1,226 @@
+"""Several processes, one run: each works on its share of the rows, and all compute what one process would.
+
+    torchrun --nproc_per_node=2 -m cl run trainer.parallel=ddp ...
+
+Every process draws the same batches, lets the strategies prepare them, and keeps its share of every part. So buffers,
+generators and data order are the same everywhere, and the run can be resumed by another number of processes. A part
+with weight a and n of whose N rows (or tokens to learn) are here gets the weight a W n / N: the mean over W processes
+of what they compute is then the loss of the whole batch, and so is its gradient.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils._pytree import tree_map_only
+
+from cl.core import IGNORED, Batch, Part, UserError
+
+KINDS = ("none", "ddp", "fsdp")
+
+
+def start() -> None:
+    """Meet the other processes that torchrun started; nothing where there are none."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+
+
+def stop() -> None:
+    """Part from the other processes."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def rank() -> int:
+    """Number of this process, from 0; known before the others are met."""
+    return int(os.environ.get("RANK", "0")) if int(os.environ.get("WORLD_SIZE", "1")) > 1 else 0
+
+
+def agreed(value: Any) -> Any:
+    """What the first process has, everywhere."""
+    if not dist.is_initialized():
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes of a run.
+
+    Args:
+        kind: "none" for a single process; "ddp" keeps the whole model in each, "fsdp" a shard of it.
+        rank, size: number of this process and of all.
+    """
+
+    kind: str = "none"
+    rank: int = 0
+    size: int = 1
+
+    @classmethod
+    def of(cls, parallel: str) -> World:
+        """Where this process stands among those that were started.
+
+        Raises:
+            UserError: several were started and the run does not say how they work together.
+        """
+        start()
+        if not dist.is_initialized() or dist.get_world_size() == 1:
+            return cls()
+        if parallel == "none":
+            raise UserError(
+                f"{dist.get_world_size()} processes were started and trainer.parallel is 'none'; set it to ddp or fsdp"
+            )
+        return cls(parallel, dist.get_rank(), dist.get_world_size())
+
+    @property
+    def names(self) -> tuple[int, ...]:
+        """What tells the generators of this process from those of a single one; the first has its own."""
+        return (self.rank,) if self.rank else ()
+
+    def any(self, flag: bool) -> bool:
+        """Whether it is so in any process."""
+        if self.size == 1:
+            return flag
+        box = torch.tensor([int(flag)])
+        dist.all_reduce(box, dist.ReduceOp.MAX)
+        return bool(box)
+
+    def mean(self, terms: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Loss terms of the whole batch, from those of every share."""
+        if self.size == 1:
+            return terms
+        values = torch.stack([term.detach().float().mean() for term in terms.values()])
+        dist.all_reduce(values)
+        return dict(zip(terms, values / self.size, strict=True))
+
+    def split(self, batch: Batch) -> Batch:
+        """This process's rows of every part, weighted so that the mean over processes is the loss of all rows.
+
+        A part with fewer rows than there are processes shows one of them, with weight 0, where it has none to give.
+        """
+        if self.size == 1:
+            return batch
+        parts, rows, stop = [], [], 0
+        for part, low, high, weight in zip(batch.parts, *self._shares(batch), strict=True):
+            rows.append(torch.arange(low, high))
+            parts.append(replace(part, start=stop, stop=stop + high - low, weight=part.weight * weight))
+            stop = parts[-1].stop
+        own = batch[torch.cat(rows).to(batch.inputs.device)]
+        own.parts = tuple(parts)
+        return own
+
+    def _shares(self, batch: Batch) -> tuple[list[int], list[int], list[float]]:
+        """First and last row of each part's share, and the factor of its weight."""
+        lows, highs, weights = [], [], []
+        learnt = None if batch.targets.dim() == 1 else (batch.targets != IGNORED).flatten(1).sum(1).tolist()
+        for part in batch.parts:
+            low, high = self._rows(part)
+            count, whole = high - low, len(part)
+            if learnt is not None:
+                count, whole = sum(learnt[low:high]), sum(learnt[part.rows])
+            weights.append(self.size * count / max(1, whole))
+            lows.append(min(low, part.stop - 1))
+            highs.append(max(high, lows[-1] + 1))
+        return lows, highs, weights
+
+    def _rows(self, part: Part) -> tuple[int, int]:
+        """A contiguous share, as even as can be."""
+        bounds = [part.start + len(part) * k // self.size for k in (self.rank, self.rank + 1)]
+        return bounds[0], bounds[1]
+
+    # the model
+
+    def shard(self, model: nn.Module) -> None:
+        """Spread the weights over the processes (FSDP2): blocks in lists one by one, and the rest together."""
+        if self.kind != "fsdp":
+            return
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        # blocks return views of their states, which nobody changes in place
+        warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
+        mesh = init_device_mesh(next(model.parameters()).device.type, (self.size,))
+        for module in model.modules():
+            if isinstance(module, nn.ModuleList):
+                for block in module:
+                    fully_shard(block, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+
+    def network(self, model: nn.Module, num_heads: int = 1) -> Callable[[Batch], Any] | None:
+        """What training rows are sent through where that is not the model itself."""
+        if self.kind != "ddp":
+            return None
+        device = next(model.parameters()).device
+        ids = [device.index] if device.type == "cuda" else None
+        # of several heads a batch may use one
+        with warnings.catch_warnings():
+            # `broadcast_buffers` has another name from torch 2.14 on
+            warnings.simplefilter("ignore", FutureWarning)
+            made: nn.Module = nn.parallel.DistributedDataParallel(
+                model, device_ids=ids, broadcast_buffers=False, find_unused_parameters=num_heads > 1
+            )
+        return made
+
+    def sync(self, model: nn.Module, network: Any, is_last: bool) -> None:
+        """Exchange gradients in the last micro-batch of a step only."""
+        if self.kind == "ddp":
+            network.require_backward_grad_sync = is_last
+        elif self.kind == "fsdp":
+            model.set_requires_gradient_sync(is_last)  # type: ignore[operator]
+
+
+# full states: what a checkpoint holds, whatever the number of processes
+
+
+def gathered(tree: Any) -> Any:
+    """Nested dicts and lists with every shard replaced by the whole tensor; all processes must ask."""
+    if not dist.is_initialized():
+        return tree
+    from torch.distributed.tensor import DTensor
+
+    return tree_map_only(DTensor, lambda shard: shard.full_tensor(), tree)
+
+
+def model_shards(saved: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """A whole state dict as this process's model takes it."""
+    like = model.state_dict() if dist.is_initialized() else {}
+    return {name: _as(value, like.get(name)) for name, value in saved.items()}
+
+
+def optimizer_shards(saved: Mapping[str, Any], optimizer: Optimizer) -> dict[str, Any]:
+    """The same for an optimizer's state, where what is shaped like its parameter is spread like it."""
+    if not dist.is_initialized():
+        return dict(saved)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    indices = [index for group in saved["param_groups"] for index in group["params"]]
+    of = dict(zip(indices, parameters, strict=True))
+    state = {
+        index: {
+            name: _as(value, of[index]) if isinstance(value, Tensor) and value.shape == of[index].shape else value
+            for name, value in entry.items()
+        }
+        for index, entry in saved["state"].items()
+    }
+    return {**saved, "state": state}
+
+
+def _as(value: Tensor, like: Any) -> Tensor:
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    if not isinstance(like, DTensor):
+        return value
+    # every process read the same file
+    whole = value.detach().to(like.device)
+    return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)

@@ -1,0 +1,156 @@
+"""Runs that one process and several must agree on. Run as a script by test_distributed, once in every process.
+
+RANK=0 WORLD_SIZE=2 MASTER_ADDR=... MASTER_PORT=... python ranks.py FOLDER
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from cl.config import TrainerConfig
+from cl.core import IGNORED, Setting, TensorData
+from cl.hooks import Strategy
+from cl.observe import Observer
+from cl.schedules import cosine
+from cl.testing import ToyNet, toy_stream
+from cl.testing.plugins import discover
+from cl.trainer import Trainer
+
+TEXT = Setting.CONTINUAL_PRETRAINING
+STOP = 11
+"""Runs have 18 steps, 6 in each experience."""
+
+
+class Blocks(ToyNet):
+    """With a list of blocks, which FSDP shards one by one, and dropout off: its draws differ between processes."""
+
+    def __init__(self, info):
+        super().__init__(info)
+        self.blocks = nn.ModuleList(nn.Linear(12, 12) for _ in range(2))
+
+    def features(self, inputs):
+        hidden = super().features(inputs)
+        for block in self.blocks:
+            hidden = hidden + block(hidden).tanh()
+        return hidden
+
+
+class Watch(Observer):
+    def __init__(self, stop_at=None):
+        self.losses, self.stop_at = [], stop_at
+
+    def on_step(self, state, losses, lr):
+        self.losses.append((state.step, losses["loss"]))
+
+
+class Stop(Strategy):
+    """Asks one process only to stop: all must hear of it."""
+
+    settings = frozenset(Setting)
+    parallel = frozenset({"ddp", "fsdp"})
+
+    def __init__(self, at):
+        self.at = at
+
+    def on_step_end(self, state, batch, output):
+        if state.step == self.at and state.world.rank == state.world.size - 1:
+            self.trainer.request_stop()
+
+
+def ragged(data):
+    """Text in which rows have different numbers of tokens to learn."""
+    targets = data.targets.clone()
+    for row in range(0, len(targets), 3):
+        targets[row, row % 7 :] = IGNORED
+    return TensorData(data.inputs, targets, data.experience_id)
+
+
+def jitter(inputs, generator):
+    return inputs + 0.1 * torch.randn(inputs.shape, generator=generator)
+
+
+def stream_of(setting):
+    stream = toy_stream(setting)
+    if setting != TEXT:
+        return replace(stream, augment=jitter)
+    experiences = [replace(each, load=lambda load=each.load: ragged(load())) for each in stream.experiences]
+    return replace(stream, experiences=experiences)
+
+
+def run(strategies, setting, parallel="none", run_dir=None, resume=False, stop_at=None, **config):
+    """(losses by step, R, weights, rows counted) of a toy run. A batch of 17 rows makes uneven shares."""
+    watch = Watch()
+    strategies = [*strategies, Stop(stop_at)]
+    trainer = Trainer(
+        stream_of(setting),
+        Blocks,
+        strategies,
+        optimizer=partial(torch.optim.AdamW, lr=0.01),
+        schedule=cosine,
+        config=TrainerConfig(
+            **(
+                {"max_steps": 6, "batch_size": 17, "accumulation": 2, "clip_norm": 0.5, "device": "cpu"}
+                | config
+                | {"parallel": parallel}
+            )
+        ),
+        observers=[watch],
+        run_dir=run_dir,
+        fingerprint="one",
+    )
+    for strategy in strategies:
+        strategy.trainer = trainer
+    result = trainer.run(resume=resume)
+    state = trainer.state.state_dict()
+    return {
+        "losses": watch.losses,
+        "R": result.R,
+        "status": result.status,
+        "weights": state["model"],
+        "optimizer": state["optimizer"],
+        "counted": [trainer.state.tokens, trainer.state.spent.forwards, trainer.state.spent.backwards],
+        "strategies": [strategy.state_dict() for strategy in strategies],
+        "wrote": run_dir is not None and trainer.ledger.run_dir is not None,
+    }
+
+
+def cases():
+    """(name, strategy, setting, wrapper): every strategy that declares a wrapper, in a setting that it declares."""
+    found = []
+    for plugin in discover("strategies"):
+        kind = plugin.load()
+        for setting in (TEXT, Setting.DOMAIN_INCREMENTAL):
+            if setting in kind.settings:
+                found += [(plugin.name, kind, setting, wrapper) for wrapper in sorted(kind.parallel)]
+    return found
+
+
+def made(kind):
+    return [kind(**kind.contract.toy)]
+
+
+def main(folder):
+    torch.set_num_threads(1)
+    from strategies.replay import Replay
+
+    found = {}
+    for name, kind, setting, wrapper in cases():
+        found[f"{name}-{setting}-{wrapper}"] = run(made(kind), setting, wrapper)
+    for wrapper in ("ddp", "fsdp"):
+        found[f"stopped-{wrapper}"] = run(
+            [Replay(capacity=40)], TEXT, wrapper, folder / f"two-{wrapper}", stop_at=STOP, checkpoint_every=4
+        )
+        found[f"resumed-{wrapper}"] = run([Replay(capacity=40)], TEXT, wrapper, folder / f"one-{wrapper}", resume=True)
+    rank = torch.distributed.get_rank()
+    torch.save(found, folder / f"found-{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,164 @@
+"""Two processes against one: the same losses, R, weights and buffers, and checkpoints that go on in the other."""
+
+import os
+import runpy
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from cl.core import IGNORED, Batch, Source, UserError
+from cl.distributed import World
+from cl.setup import check_world
+from cl.state import Output, cross_entropy
+from cl.testing import equal
+from strategies.derpp import Derpp
+from strategies.naive import Naive
+from strategies.replay import Replay
+
+SCRIPT = Path(__file__).with_name("ranks.py")
+ROOT = Path(__file__).resolve().parents[3]
+ranks = runpy.run_path(str(SCRIPT))
+run, STOP, TEXT, made = (ranks[name] for name in ("run", "STOP", "TEXT", "made"))
+CASES = {f"{name}-{setting}-{wrapper}": (kind, setting) for name, kind, setting, wrapper in ranks["cases"]()}
+
+
+def free_port():
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """What two processes computed, and the run that one left behind for them."""
+    folder = tmp_path_factory.mktemp("ranks")
+    for wrapper in ("ddp", "fsdp"):
+        run([Replay(capacity=40)], TEXT, "none", folder / f"one-{wrapper}", stop_at=STOP)
+    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2"}
+    env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    command = [sys.executable, str(SCRIPT), str(folder)]
+    both = [
+        subprocess.Popen(command, env=env | {"RANK": str(k), "LOCAL_RANK": str(k)}, stderr=subprocess.PIPE, text=True)
+        for k in range(2)
+    ]
+    errors = [process.communicate(timeout=300)[1] for process in both]
+    assert [process.returncode for process in both] == [0, 0], "\n".join(errors)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def found(folder):
+    return [torch.load(folder / f"found-{k}.pt", weights_only=False) for k in range(2)]
+
+
+def assert_same_run(got, wanted, tolerance=1e-5):
+    assert [step for step, _ in got["losses"]] == [step for step, _ in wanted["losses"]]
+    for (step, one), (_, other) in zip(got["losses"], wanted["losses"], strict=True):
+        assert one == pytest.approx(other, abs=tolerance), step
+    assert torch.allclose(torch.tensor(got["R"]), torch.tensor(wanted["R"]), atol=1e-4)
+    for name, value in wanted["weights"].items():
+        assert torch.allclose(got["weights"][name], value, atol=1e-4), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes_compute_what_one_does(case, found):
+    kind, setting = CASES[case]
+    alone = run(made(kind), setting)
+    first, second = (one[case] for one in found)
+    assert_same_run(first, alone)
+    assert first["counted"] == alone["counted"]
+    assert equal(first["weights"], second["weights"])
+    assert second["losses"] == [], "observers are told by the first process only"
+
+
+@pytest.mark.slow
+def test_buffers_are_the_same_everywhere(found):
+    first, second = (one["replay-continual_pretraining-ddp"]["strategies"] for one in found)
+    assert equal(first, second)
+    assert equal(first, run(made(Replay), TEXT)["strategies"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("wrapper", ["ddp", "fsdp"])
+def test_a_run_of_two_goes_on_in_one(wrapper, folder, found, tmp_path):
+    stopped = found[0][f"stopped-{wrapper}"]
+    assert stopped["status"] == "interrupted" and len(stopped["losses"]) == STOP
+    assert [one[f"stopped-{wrapper}"]["wrote"] for one in found] == [True, False]
+    shutil.copytree(folder / f"two-{wrapper}", tmp_path / "two")
+    rest = run([Replay(capacity=40)], TEXT, "none", tmp_path / "two", resume=True)
+    whole = run([Replay(capacity=40)], TEXT)
+    assert_same_run(rest | {"losses": stopped["losses"] + rest["losses"]}, whole)
+    assert equal(rest["strategies"], whole["strategies"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("wrapper", ["ddp", "fsdp"])
+def test_a_run_of_one_goes_on_in_two(wrapper, found):
+    rest, whole = found[0][f"resumed-{wrapper}"], run([Replay(capacity=40)], TEXT)
+    assert rest["status"] == "done" and len(rest["losses"]) == 18 - STOP
+    assert_same_run(rest, whole | {"losses": whole["losses"][STOP:]})
+    assert rest["counted"] == whole["counted"]
+
+
+# one batch, by hand
+
+
+def rows(count, tokens=4):
+    return Batch(torch.arange(count * tokens).view(count, tokens), torch.zeros(count, tokens, dtype=torch.long),
+                 torch.zeros(count), torch.arange(count))  # fmt: skip
+
+
+@pytest.mark.parametrize(("current", "replayed"), [(5, 3), (1, 2), (4, 0), (2, 1)])
+def test_the_mean_over_shares_is_the_loss_of_the_batch(current, replayed):
+    batch = rows(current)
+    batch.targets[0, 1:] = IGNORED
+    if replayed:
+        batch = batch.extended(rows(replayed), Source.REPLAY, "replay", weight=0.5)
+    logits = torch.randn(len(batch), 4, 3, generator=torch.Generator().manual_seed(0))
+    whole = cross_entropy(Output(logits), batch)
+    losses, seen = [], []
+    for rank in range(3):
+        own = World("ddp", rank, 3).split(batch)
+        index = torch.tensor(
+            [
+                next(
+                    k
+                    for k in range(len(batch))
+                    if torch.equal(batch.inputs[k], x) and (k >= current) == (n >= own.num_current)
+                )
+                for n, x in enumerate(own.inputs)
+            ]
+        )
+        losses.append(cross_entropy(Output(logits[index]), own))
+        seen += [(k, part.owner) for part in own.parts if part.weight for k in index[part.rows].tolist()]
+    assert float(torch.stack(losses).mean()) == pytest.approx(float(whole), abs=1e-6)
+    assert len(set(seen)) == len(seen) <= len(batch)
+
+
+def test_a_single_process_passes_everything_on():
+    batch, world = rows(3), World()
+    assert world.split(batch) is batch
+    terms = {"cross_entropy": torch.ones(())}
+    assert world.mean(terms) is terms
+    assert world.any(True) and not world.any(False)
+
+
+@pytest.mark.parametrize(
+    ("strategies", "model", "options", "sentence"),
+    [
+        ([Derpp()], torch.nn.Linear(2, 2), {}, "strategy derpp does not run under trainer.parallel=ddp"),
+        ([Naive()], torch.nn.BatchNorm1d(2), {}, "normalises over the batch"),
+        ([Naive()], torch.nn.Linear(2, 2), {"masks_absent": True}, "trainer.logit_mask is 'batch'"),
+    ],
+)
+def test_what_needs_the_whole_batch_is_refused(strategies, model, options, sentence):
+    options = {"masks_absent": False, "num_heads": 1} | options
+    check_world(World(), strategies, model, **options)
+    with pytest.raises(UserError, match=sentence):
+        check_world(World("ddp", 0, 2), strategies, model, **options)
