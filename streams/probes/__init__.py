@@ -1,0 +1,1 @@
+"""Synthetic streams that show what a network with memory remembers, overwrites, selects and tracks."""

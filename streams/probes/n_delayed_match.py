@@ -1,0 +1,38 @@
+"""N-delayed match: is the last bit the one that was read N - 1 steps before? An experience for each N.
+
+The curricula and the rows are described in `streams/probes/_bits.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from cl.core import Setting, Stream
+from streams.probes._bits import bit_stream
+
+
+def n_delayed_match(
+    sizes: Sequence[int] = (2, 3, 4, 5, 6, 7, 8),
+    setting: str = str(Setting.DOMAIN_INCREMENTAL),
+    train_rows: int = 5000,
+    eval_rows: int = 500,
+    seed: int = 0,
+) -> Stream:
+    """Build the stream.
+
+    Args:
+        sizes: N of each experience, 2 or more; N = 2 compares neighbours.
+        setting: domain_incremental (one head) or task_incremental (a head for each N).
+        train_rows, eval_rows: of every experience, and of every domain.
+
+    Raises:
+        UserError: a value outside its range.
+    """
+    return bit_stream("n_delayed_match", match, sizes, setting, train_rows, eval_rows, seed, smallest=2)
+
+
+def match(last_BN: Tensor, size: int) -> Tensor:
+    """1 where the first and the last of the N bits are the same."""
+    return (last_BN[:, 0] == last_BN[:, -1]).long()
