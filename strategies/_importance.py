@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cl.backbones._mixer import Mixer
 from cl.buffers.base import draw_without_replacement
-from cl.core import Batch, Output
+from cl.core import IGNORED, Batch, Output, Setting
 from cl.state import TrainState
 from strategies._checks import require_choice, require_count
 from strategies._modes import evaluation_mode
@@ -78,7 +79,7 @@ def mean_over_rows(
     Cost: N rows forward and backward, all in evaluation mode and counted.
     """
     total = {name: torch.zeros_like(p) for name, p in state.parameters().items()}
-    vectorised = VectorisedSum(state, total) if group == 1 and _can_be_vectorised(state.model) else None
+    vectorised = VectorisedSum(state, total) if group == 1 and _can_be_vectorised(state) else None
     with evaluation_mode(state.model):
         for some in index.split(max(1, ROWS_AT_A_TIME // group) * group):
             batch = state.prepare(state.data.rows(some))
@@ -107,14 +108,20 @@ def _labels(
         state.count(forwards=len(batch))
         probabilities_BC = state.model(batch).logits.softmax(-1)
     if labels == "sampled":
-        # on the CPU, where the named generators live
-        drawn = torch.multinomial(probabilities_BC.cpu(), 1, generator=generator).squeeze(1)
-        yield drawn.to(state.device), ones
+        # on the CPU, where the named generators live; tokens of text are drawn like rows
+        flat = probabilities_BC.flatten(0, -2).cpu()
+        drawn = torch.multinomial(flat, 1, generator=generator).view_as(batch.targets).to(state.device)
+        yield torch.where(batch.targets == IGNORED, batch.targets, drawn), ones
         return
     for label, probability_B in enumerate(probabilities_BC.unbind(1)):
         yield torch.full_like(batch.targets, label), probability_B.sqrt()
 
 
-def _can_be_vectorised(model: nn.Module) -> bool:
-    """`vmap` has no rules for torch's recurrent layers: it would loop over rows too, and warn."""
-    return not any(isinstance(module, nn.RNNBase) for module in model.modules())
+def _can_be_vectorised(state: TrainState) -> bool:
+    """`vmap` has no rules for torch's recurrent layers: it would loop over rows too, and warn.
+
+    Nor for what models of text and of sequences are made of (masks, caches, kernels); there a row has work enough by
+    itself.
+    """
+    is_text = state.info.setting == Setting.CONTINUAL_PRETRAINING
+    return not is_text and not any(isinstance(module, nn.RNNBase | Mixer) for module in state.model.modules())

@@ -148,7 +148,8 @@ class VectorisedSum:
             for some in index.split(size):
                 found = gradients(parameters, batch.inputs[some], rows.targets[some], rows.factors[some])
                 for name, g in found.items():
-                    self.total[name] += rows.function(g).sum(0)
+                    # weights outside `parameters` are live, and must not come along
+                    self.total[name] += rows.function(g.detach()).sum(0)
 
 
 def add_by_loop(state: TrainState, total: Vectors, rows: Rows, group: int) -> None:

@@ -34,6 +34,7 @@ class Agem(EpisodicMemory):
     Cost: replay_batch_size more rows forward and backward per step, from the second experience on.
     """
 
+    parallel = frozenset({"ddp"})
     contract = Contract(
         toy={"capacity": 100, "replay_batch_size": 64},
         why_not_zero="a projection has no strength",

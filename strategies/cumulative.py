@@ -22,6 +22,7 @@ class Cumulative(Strategy):
     """
 
     settings = frozenset(Setting)
+    parallel = frozenset({"ddp", "fsdp"})
     contract = Contract(why_not_zero="it changes the data, not the loss", forgets_less_by=0.4)
 
     def plan(self, stream: Stream) -> Stream:

@@ -12,17 +12,22 @@ however many experiences there were.
 Source: Kirkpatrick et al., "Overcoming catastrophic forgetting in neural networks", PNAS 2017 (offline); Schwarz et
 al., "Progress & Compress", ICML 2018 (online, one last anchor). Labels and conventions as in van de Ven
 (GMvandeVen/continual-learning) and Avalanche (training/plugins/ewc.py); a strength means nothing without them.
+Text: a row is a row of tokens and log p(y | x) the mean over them, as in the training loss. Were the gradients of T
+tokens independent, this F would be the Fisher information of a token divided by T.
 """
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
+from cl.core import Setting, Stream
 from cl.hooks import Contract
 from cl.state import TrainState
 from strategies._checks import require, require_choice, require_number
 from strategies._importance import DataImportance
+from strategies._per_row import Loss
 from strategies._quadratic import Vectors, snapshot
 
 
@@ -35,7 +40,7 @@ class Ewc(DataImportance):
         mode: "offline" keeps one term per past experience, "online" a running Fisher and the last solution.
         gamma: how much of the running Fisher an experience leaves; online only.
         labels: of the gradients. "true" is the empirical Fisher; "sampled" draws them from the model's predictions;
-            "all" takes the exact expectation over them, at C times the cost.
+            "all" takes the exact expectation over them, at C times the cost; not for text.
         importance_rows: rows of each experience that the Fisher is measured on; None takes all of them.
         convention: "per_row" is the definition above; "avalanche" squares the gradient of every batch's mean loss
             and leaves out the factor 1/2, so that its strength is larger by about the batch size.
@@ -43,6 +48,8 @@ class Ewc(DataImportance):
     Cost: no rows per step; at the end of an experience importance_rows rows forward and backward.
     """
 
+    settings = frozenset(Setting)
+    parallel = frozenset({"ddp"})
     contract = Contract(toy={"strength": 20.0}, zero={"strength": 0.0}, forgets_less_by=0.03)
 
     def __init__(
@@ -65,6 +72,11 @@ class Ewc(DataImportance):
         )
         self.mode, self.gamma, self.labels = mode, gamma, labels
 
+    def check(self, stream: Stream) -> None:
+        super().check(stream)
+        is_text = stream.info.setting == Setting.CONTINUAL_PRETRAINING
+        require(self.labels != "all" or not is_text, "ewc.labels", self.labels, "true or sampled on text")
+
     @property
     def factor(self) -> float:
         return self.strength / 2 if self.convention == "per_row" else self.strength
@@ -72,7 +84,7 @@ class Ewc(DataImportance):
     def on_experience_end(self, state: TrainState) -> None:
         if self.strength == 0:
             return
-        fisher, solution = self.measured(state, F.cross_entropy, torch.square, self.labels), snapshot(state)
+        fisher, solution = self.measured(state, _loss_of(state), torch.square, self.labels), snapshot(state)
         if self.mode == "offline":
             self._add_parabola(fisher, solution)
             return
@@ -95,3 +107,12 @@ class Ewc(DataImportance):
             self.offset += torch.sum(share * a * apart.square(), dtype=torch.float64).item()
             self.anchor[name] += share * apart
             self.importance[name] = both
+
+
+def _loss_of(state: TrainState) -> Loss:
+    """Cross-entropy of rows, or of their tokens."""
+    return _token_loss if state.info.setting == Setting.CONTINUAL_PRETRAINING else F.cross_entropy
+
+
+def _token_loss(logits_BTC: Tensor, targets_BT: Tensor) -> Tensor:
+    return F.cross_entropy(logits_BTC.flatten(0, 1), targets_BT.flatten())

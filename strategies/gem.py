@@ -36,6 +36,7 @@ class Gem(EpisodicMemory):
     while the step lasts.
     """
 
+    parallel = frozenset({"ddp"})
     contract = Contract(toy={"capacity": 90}, why_not_zero="a projection has no strength", forgets_less_by=0.3)
 
     def __init__(self, capacity: int = 200, margin: float = 0.5, ridge: float = 1e-3) -> None:

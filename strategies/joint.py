@@ -22,6 +22,7 @@ class Joint(Strategy):
     """
 
     settings = frozenset(Setting)
+    parallel = frozenset({"ddp", "fsdp"})
     contract = Contract(
         why_not_zero="it changes the data, not the loss",
         why_not_better="it has one experience, and forgetting needs two",

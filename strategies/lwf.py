@@ -4,7 +4,8 @@
 
 `old` is the model at the end of the last experience. Only outputs that it was trained for take part: in the
 class-incremental setting those of earlier classes, in the domain-incremental setting those of all labels seen, in the
-task-incremental setting each earlier head on the new rows.
+task-incremental setting each earlier head on the new rows. On text it is all tokens of the vocabulary, and the mean is
+over the tokens to be learnt.
 
 Source: Li & Hoiem, "Learning without Forgetting", ECCV 2016, as in Avalanche (training/regularization.py).
 Differences: the teacher predicts in evaluation mode. `convention="hinton"` multiplies by T^2, which makes gradients
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from cl.backbones import MultiHead
-from cl.core import Batch, Output, Stream, UserError
+from cl.core import IGNORED, Batch, Output, Setting, Stream, UserError
 from cl.hooks import Contract, Strategy
 from cl.state import Cost, TrainState, tensor_bytes
 from strategies._checks import require_choice, require_number
@@ -43,6 +44,7 @@ class Lwf(Strategy):
     Cost: one more forward pass of the current rows per step, from the second experience on.
     """
 
+    settings = frozenset(Setting)
     contract = Contract(toy={"strength": 5.0}, zero={"strength": 0.0}, forgets_less_by=0.06)
 
     def __init__(self, strength: float = 1.0, temperature: float = 2.0, convention: str = "plain") -> None:
@@ -55,6 +57,8 @@ class Lwf(Strategy):
 
     def check(self, stream: Stream) -> None:
         super().check(stream)
+        if stream.info.setting == Setting.CONTINUAL_PRETRAINING:
+            return
         for experience in list(stream.experiences)[:-1]:
             if not experience.classes:
                 raise UserError(
@@ -68,6 +72,9 @@ class Lwf(Strategy):
         current = batch.current()
         with torch.no_grad(), evaluation_mode(state.model):
             old = state.forward(current, lambda rows: functional_call(state.model, self.teacher, (rows,)))
+        if state.info.setting == Setting.CONTINUAL_PRETRAINING:
+            learnt = current.targets != IGNORED
+            return self.strength * self._divergence(output.logits[: len(current)][learnt], old.logits[learnt])
         total = torch.zeros((), device=state.device)
         for head, outputs in self.old_outputs.items():
             new_BC, old_BC = self._logits(state, head, output, old)

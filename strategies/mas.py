@@ -13,6 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from cl.core import Setting
 from cl.hooks import Contract
 from cl.state import TrainState
 from strategies._checks import require, require_number
@@ -32,6 +33,8 @@ class Mas(DataImportance):
     Cost: no rows per step; at the end of an experience importance_rows rows forward and backward.
     """
 
+    parallel = frozenset({"ddp"})
+    settings = frozenset(Setting)
     contract = Contract(toy={"strength": 0.1}, zero={"strength": 0.0}, forgets_less_by=0.1)
 
     def __init__(
@@ -57,5 +60,5 @@ class Mas(DataImportance):
 
 
 def squared_length(logits_BC: Tensor, targets_B: Tensor) -> Tensor:
-    """Mean over rows of the squared length of the outputs."""
+    """Mean over rows, and over the tokens of text, of the squared length of the outputs."""
     return logits_BC.square().sum(-1).mean()

@@ -13,4 +13,5 @@ class Naive(Strategy):
     """Do nothing against forgetting."""
 
     settings = frozenset(Setting)
+    parallel = frozenset({"ddp", "fsdp"})
     contract = Contract(zero={}, why_not_better="it is what the others are compared with")

@@ -141,7 +141,9 @@ class Refresh(Strategy):
 
     def _displacement(self, p: Tensor, g: Tensor, fisher: Tensor | None, eps: Tensor | None) -> Tensor:
         if self.mode == "official":
-            drift = g * (p.norm() / g.norm().clamp(min=torch.finfo(g.dtype).tiny))
+            # what is behind a closed gate has no gradient at all, and a ratio that overflows
+            size = g.norm()
+            drift = g * torch.where(size >= torch.finfo(g.dtype).tiny, p.norm() / size, 0)
             if eps is not None:
                 drift.add_(eps, alpha=self.noise)
             return drift.mul_(self.delta if fisher is None else self.delta / (1 + self.damping * fisher))

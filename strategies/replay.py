@@ -39,6 +39,7 @@ class Replay(Rehearsal):
     """
 
     settings = frozenset(Setting)
+    parallel = frozenset({"ddp", "fsdp"})
     contract = Contract(toy={"capacity": 100}, zero={"weight": 0.0}, forgets_less_by=0.25)
 
     def __init__(

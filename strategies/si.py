@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cl.core import Batch
+from cl.core import Batch, Setting
 from cl.hooks import Contract
 from cl.state import Cost, TrainState, tensor_bytes
 from strategies._checks import require_choice, require_number
@@ -42,6 +42,8 @@ class Si(Quadratic):
     Cost: no rows; two passes over the parameters per step.
     """
 
+    parallel = frozenset({"ddp"})
+    settings = frozenset(Setting)
     contract = Contract(toy={"strength": 1.0}, zero={"strength": 0.0}, forgets_less_by=0.04)
 
     def __init__(self, strength: float = 0.3, xi: float | None = None, convention: str = "van_de_ven") -> None:

@@ -2,8 +2,14 @@
 
 import pytest
 
-from cl.cli.reproduce import Claim, judged
+from cl.cli.reproduce import Claim, judged, page
 from cl.result import Result
+
+
+def result(name, seed, final):
+    names = (name, [name], "mlp", "class_incremental", seed, ["a"], ["a"], [0], "accuracy")
+    env = {"python": "3", "versions": {}}
+    return Result(*names, metrics={"final": final}, status="done", env=env)
 
 
 @pytest.mark.parametrize(
@@ -24,22 +30,6 @@ def test_holds(claim, values, holds):
 
 
 def test_difference_is_paired_and_the_bound_is_said():
-    def result(name, seed, final):
-        metrics = {"final": final}
-        return Result(
-            name,
-            [name],
-            "mlp",
-            "class_incremental",
-            seed,
-            ["a"],
-            ["a"],
-            [0],
-            "accuracy",
-            metrics=metrics,
-            status="done",
-        )
-
     runs = {"ours": [result("ours", s, f) for s, f in ((0, 0.90), (1, 0.91), (2, 0.5))]}
     runs["theirs"] = [result("theirs", s, f) for s, f in ((1, 0.88), (0, 0.86))]
     claim = Claim("ours", "line", expected=3.5, tolerance=0.1, each_above=2.5, minus="theirs")
@@ -49,3 +39,16 @@ def test_difference_is_paired_and_the_bound_is_said():
     assert (
         judged(Claim("ours", "line", expected=3.5, tolerance=0.1, each_above=3.2, minus="theirs"), runs)[5] == "FAILS"
     )
+
+
+def test_a_recalled_number_is_printed_and_never_asserted():
+    row = judged(Claim("ours", "line", recalled=93.9), {"ours": [result("ours", 0, 0.5)]})
+    assert row[2:6] == ("published (unverified) 93.9", "50.00", "1", "not asserted")
+
+
+def test_a_known_difference_is_neither_hidden_nor_a_failure():
+    runs = {"ours": [result("ours", 0, 0.03)]}
+    claim = Claim("ours", "line", expected=81, tolerance=4, differs="one seed, which more seeds did not give")
+    assert judged(claim, runs)[5] == "differs"
+    assert judged(Claim("ours", "line", expected=3, tolerance=1, differs="none"), runs)[5] == "holds"
+    assert page([judged(claim, runs)], [claim, claim], ["ours"], runs).count("which more seeds did not give") == 1

@@ -33,6 +33,7 @@ def folder(tmp_path_factory):
     files = {
         "c4/train.jsonl": news, "c4/validation.jsonl": news, "wikitext/train.txt": wiki,
         "wikitext/validation.txt": wiki, "gsm8k/train.jsonl": sums, "gsm8k/test.jsonl": sums,
+        "shakespeare/train.txt": "All:\nSpeak, speak.\n" * 80,
         "shakespeare/validation.txt": "First Citizen:\nBefore we proceed any further, hear me speak.\n" * 40,
     }  # fmt: skip
     for task in ("sst2", "agnews"):
@@ -79,8 +80,13 @@ FAST = COMMANDS.index("cl run +experiment=trc2_gcw stream=text_domains data.root
 )
 def test_commands_run(folder, tmp_path, command):
     is_run = command.startswith("cl run")
-    done = run(command, folder, *small(command), *([f"hydra.run.dir={tmp_path}/run"] if is_run else []))
+    is_compare = command.startswith("cl compare")
+    where = [f"hydra.run.dir={tmp_path}/run"] if is_run else [f"out={tmp_path}/out", "jobs=1"] if is_compare else []
+    done = run(command, folder, *small(command), *where)
     assert done.returncode == 0, done.stdout + done.stderr
+    if is_compare:
+        assert "chosen" in done.stdout and (tmp_path / "out" / "tuning.json").is_file()
+        return
     if not is_run:
         assert "learning rate over" in done.stdout and "█" in done.stdout
         return

@@ -25,6 +25,7 @@ def configs(folder: str) -> dict[str, str]:
     return {str(path.parent): path.read_text() for path in Path(folder).rglob("config.yaml")}
 
 
+@pytest.mark.slow
 def test_each_composition_gets_its_best_setting(capsys: pytest.CaptureFixture[str]) -> None:
     words = (
         *TINY,

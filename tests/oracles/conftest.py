@@ -86,8 +86,10 @@ def weights(model: nn.Module) -> dict[str, Tensor]:
 
 
 def stream_of(setting: Setting | Stream) -> Stream:
-    """The toy stream with inputs in float64."""
+    """The toy stream with inputs in float64; tokens stay what they are."""
     stream = toy_stream(setting) if isinstance(setting, Setting) else setting
+    if stream.info.setting == Setting.CONTINUAL_PRETRAINING:
+        return stream
     return replace(stream, transform=lambda raw: raw.double() / 127.5 - 1.0)
 
 

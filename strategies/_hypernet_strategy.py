@@ -1,0 +1,266 @@
+"""What strategies with a hypernetwork have in common: wrapping, targets of old conditions, and what holds them.
+
+    penalty = beta * mean over old conditions j of |theta*_j - theta_j(phi + delta)|^2
+
+phi are the generator's parameters, delta the change that the optimizer would make without the penalty (look-ahead), and
+theta*_j the weights generated for j when the experience began. Embeddings of old conditions are not trained.
+
+At the end of each experience the compression ratio is noted in `Result.extra`: learnt numbers over those of one
+generated network.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.optim import Optimizer
+
+from cl.buffers.base import draw_without_replacement
+from cl.core import Batch, Output, Stream, StreamInfo
+from cl.hooks import Strategy
+from cl.state import Cost, TrainState, tensor_bytes
+from strategies._checks import require, require_choice, require_count, require_number
+from strategies._hypernet import Hypernetwork, heads_of
+from strategies._hypernet_layout import Ranges
+from strategies._importance import mean_over_rows
+from strategies._lookahead import planned, require_planned
+from strategies._quadratic import Vectors, copied
+
+TARGETS = ("weights", "generator")
+
+
+class Generating(Strategy):
+    """Train a generator of weights in place of weights, and hold what it says for old conditions.
+
+    Args:
+        embedding: width of the embedding of a condition.
+        beta: strength of the penalty; 0 keeps no targets.
+        lookahead: penalise the generator as it will be after the step.
+        penalty_conditions: old conditions that the penalty looks at in a step, drawn anew each time; None takes all.
+        targets: keep the generated "weights" of old conditions, or one copy of the "generator" that generates them.
+        importance_rows: rows of each experience that the Fisher information of the generated weights is measured on;
+            it weights the squares, at a mean of 1. None weights all the same.
+        heads: generate "one" head for each condition, or "every" head of the backbone each time, as published; the
+            penalty then leaves out the heads of other conditions.
+        start: "backbone" scales generated weights to those that the backbone was drawn with; "xavier" takes what a
+            generator with Xavier weights says, as published.
+        embedding_lr: learning rate of embeddings; None takes that of the run.
+    """
+
+    def __init__(
+        self,
+        embedding: int,
+        beta: float,
+        lookahead: bool,
+        penalty_conditions: int | None,
+        targets: str,
+        importance_rows: int | None,
+        heads: str,
+        start: str,
+        embedding_lr: float | None,
+    ) -> None:
+        require_count(f"{self.name}.embedding", embedding)
+        require_number(f"{self.name}.beta", beta)
+        require_count(f"{self.name}.penalty_conditions", penalty_conditions, none_means="all old conditions")
+        require_choice(f"{self.name}.targets", targets, TARGETS)
+        require_count(f"{self.name}.importance_rows", importance_rows, none_means="no importance")
+        require_choice(f"{self.name}.heads", heads, ("one", "every"))
+        require_choice(f"{self.name}.start", start, ("backbone", "xavier"))
+        if embedding_lr is not None:
+            require_number(f"{self.name}.embedding_lr", embedding_lr)
+        self.embedding, self.beta, self.lookahead = embedding, beta, lookahead
+        self.penalty_conditions, self.targets, self.importance_rows = penalty_conditions, targets, importance_rows
+        self.heads, self.start, self.embedding_lr = heads, start, embedding_lr
+        self.table: list[int] = []
+        self.num_conditions = 0
+        self.old: list[int] = []
+        """Conditions seen before the running experience, without its own."""
+        self.picked: list[int] = []
+        """Those that the penalty looks at in this step, by their place in `old`."""
+        self.kept: Vectors = {}
+        """Targets: "numbers" (T, N); or the generator's tensors by name, and the "points" (T, E) it was given."""
+        self.importance: Vectors = {}
+        """Condition as a string -> (N,)."""
+        self.others: dict[int, Ranges] = {}
+
+    # the network and its optimizer
+
+    def make_generator(self, num_numbers: int) -> nn.Module:
+        """Embeddings (T, E), conditions -> (T, N); with a linear `last` layer."""
+        raise NotImplementedError
+
+    def plan(self, stream: Stream) -> Stream:
+        """Nothing changes; conditions are counted."""
+        self.table, self.num_conditions = conditions(stream)
+        return stream
+
+    def wrap(self, backbone: nn.Module, info: StreamInfo) -> nn.Module:
+        return Hypernetwork(
+            backbone,
+            info,
+            self.table,
+            self.num_conditions,
+            self.embedding,
+            self.make_generator,
+            one_head=self.heads == "one",
+            keeps_scale=self.start == "backbone",
+        )
+
+    def make_optimizer(self, module: nn.Module, default: Callable[[Iterable[Any]], Optimizer]) -> Optimizer:
+        """Two groups, which an optimizer that works on each number alone treats as two optimizers."""
+        embeddings = list(self.net(module).embeddings.parameters())
+        is_embedding = {id(e) for e in embeddings}
+        others = [p for p in module.parameters() if id(p) not in is_embedding and p.requires_grad]
+        rate = {} if self.embedding_lr is None else {"lr": self.embedding_lr}
+        return default([{"params": others}, {"params": embeddings, **rate}])
+
+    def net(self, model: nn.Module) -> Hypernetwork:
+        return next(m for m in model.modules() if isinstance(m, Hypernetwork))
+
+    def on_run_start(self, state: TrainState) -> None:
+        if self.lookahead and self.beta > 0:
+            require_planned(state.optimizer, f"{self.name}.lookahead")
+
+    # one experience
+
+    def on_experience_start(self, state: TrainState) -> None:
+        net, current = self.net(state.model), self.condition(state)
+        self.old = [c for c in net.seen_conditions() if c != current]
+        self.picked, self.kept = list(range(len(self.old))), {}
+        if self.beta > 0 and self.old:
+            self.kept = self.take(net)
+
+    def condition(self, state: TrainState) -> int:
+        """Of the running experience."""
+        here = state.experience
+        if state.info.num_heads > 1 and here.task_id is not None:
+            return here.task_id
+        return self.table[here.id] if here.id < len(self.table) else -1
+
+    @torch.no_grad()
+    def take(self, net: Hypernetwork) -> Vectors:
+        """Targets of the old conditions, as the generator is now."""
+        if self.targets == "weights":
+            return {"numbers": net.generated(self.old)}
+        own = {f"generator.{name}": value for name, value in net.generator.state_dict().items()}
+        return copied(own) | {"points": net.points(self.old)}
+
+    def on_batch(self, state: TrainState, batch: Batch) -> Batch:
+        self.net(state.model).mark(batch)
+        size = self.penalty_conditions
+        if state.micro_step == 0 and size is not None and self.beta > 0 and size < len(self.old):
+            self.picked = draw_without_replacement(len(self.old), size, state.seeds.named(self.name)).tolist()
+        return batch
+
+    # what holds old conditions
+
+    def penalty(self, state: TrainState, batch: Batch, output: Output) -> Tensor | None:
+        """Without look-ahead the penalty is a term of the loss like any other."""
+        if self.lookahead or not self.kept:
+            return None
+        return self.pull(self.net(state.model))
+
+    def on_gradients(self, state: TrainState) -> None:
+        """With look-ahead it needs the gradients of everything else first, and adds its own to them."""
+        if not self.lookahead or not self.kept:
+            return
+        net = self.net(state.model)
+        named = dict(net.generator.named_parameters())
+        parameters = list(named.values())
+        changes = planned(state.optimizer, parameters)
+        ahead = {name: p + change for (name, p), change in zip(named.items(), changes, strict=True)}
+        found = torch.autograd.grad(self.pull(net, ahead), parameters, allow_unused=True)
+        for p, gradient in zip(parameters, found, strict=True):
+            if gradient is not None:
+                p.grad = gradient if p.grad is None else p.grad.add_(gradient)
+
+    def pull(self, net: Hypernetwork, parameters: Vectors | None = None) -> Tensor:
+        """The penalty for the generator as it is, or with other parameters."""
+        conditions = [self.old[k] for k in self.picked]
+        points_TE = net.points(conditions).detach()
+        numbers_TN = functional_call(net.generator, parameters or {}, (points_TE, conditions))
+        return self.beta * self.apart(net, numbers_TN, self.wanted(net))
+
+    @torch.no_grad()
+    def wanted(self, net: Hypernetwork) -> Sequence[Tensor]:
+        """(N,) targets of each of the conditions picked."""
+        if self.targets == "weights":
+            return [self.kept["numbers"][k] for k in self.picked]
+        start = "generator."
+        own = {name[len(start) :]: value for name, value in self.kept.items() if name.startswith(start)}
+        conditions = [self.old[k] for k in self.picked]
+        generated_TN: Tensor = functional_call(net.generator, own, (self.kept["points"][self.picked], conditions))
+        return generated_TN
+
+    def apart(self, net: Hypernetwork, numbers_TN: Tensor, wanted_TN: Sequence[Tensor]) -> Tensor:
+        """Mean over the conditions picked of the squared distance of their weights, as far as it counts."""
+        conditions = [self.old[k] for k in self.picked]
+        importance_TN = torch.stack([self.importance[str(c)] for c in conditions]) if self.importance else None
+        skipped = [self.skipped(net, c) for c in conditions] if self.heads == "every" else ()
+        return net.layout.distances(numbers_TN, wanted_TN, importance_TN, skipped).mean()
+
+    def skipped(self, net: Hypernetwork, condition: int) -> Ranges:
+        """The heads of other conditions."""
+        if condition not in self.others:
+            self.others[condition] = other_heads(net, condition)
+        return self.others[condition]
+
+    def on_experience_end(self, state: TrainState) -> None:
+        """Measure what the weights of this condition matter."""
+        net, current = self.net(state.model), self.condition(state)
+        state.note(f"{self.name}_compression", net.compression)
+        if self.importance_rows is None or self.beta == 0 or current < 0:
+            return
+        plain = replace(state, model=net.materialised(current).to(state.device))
+        index = draw_without_replacement(
+            len(state.data), min(self.importance_rows, len(state.data)), state.seeds.named(self.name)
+        )
+        fisher_N = net.layout.flat(mean_over_rows(plain, index, F.cross_entropy, torch.square))
+        self.importance[str(current)] = fisher_N / fisher_N.mean().clamp(min=torch.finfo(fisher_N.dtype).tiny)
+
+    # cost and state
+
+    def cost(self, state: TrainState, batch_size: int) -> Cost:
+        nets = [m for m in state.model.modules() if isinstance(m, Hypernetwork)]
+        past = [net.embeddings[c] for net in nets for c in self.old]
+        return Cost(buffer_bytes=tensor_bytes(self.state_dict(), past))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"old": list(self.old), "picked": list(self.picked), "kept": self.kept, "importance": self.importance}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.old, self.picked = list(state["old"]), list(state["picked"])
+        self.kept, self.importance = copied(state["kept"]), copied(state["importance"])
+
+
+def conditions(stream: Stream) -> tuple[list[int], int]:
+    """Condition of each experience, and how many there are: its task, or the place of its domain.
+
+    Re-occurring experiences share their domain, and so their condition.
+    """
+    if stream.info.num_heads > 1:
+        return [experience.task_id or 0 for experience in stream.experiences], stream.info.num_heads
+    domains: dict[str, int] = {}
+    table = [domains.setdefault(experience.domain, len(domains)) for experience in stream.experiences]
+    return table, len(domains)
+
+
+def other_heads(net: Hypernetwork, condition: int) -> Ranges:
+    """Numbers of the heads of other conditions."""
+    prefixes = [prefix for first, rest in heads_of(net.backbone).items() for prefix in (first, *rest)]
+    others = tuple(prefix for prefix in prefixes if not prefix.endswith(f"heads.{condition}."))
+    return [(place.start, place.stop) for place in net.layout.places if others and place.names[0].startswith(others)]
+
+
+def require_widths(name: str, hidden: Any) -> list[int]:
+    """A list of widths of hidden layers, which may be empty."""
+    is_list = isinstance(hidden, Sequence) and not isinstance(hidden, str)
+    is_fine = is_list and all(isinstance(w, int) and not isinstance(w, bool) and w >= 1 for w in hidden)
+    require(is_fine, name, hidden, "a list of integers of at least 1, such as [32,32]")
+    return list(hidden)

@@ -1,0 +1,116 @@
+"""Low-rank adapters as peft puts them into a model: finding them, adding them to the weights, beginning anew.
+
+    W = W_0 + s B A,  A (r, d_in), B (d_out, r), s = alpha / r
+
+Any model that holds plain LoRA layers of peft will do; in this repository that is `backbone=hf` with `backbone.lora`.
+Layers are known by what they have, so that nothing here needs peft to be installed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from cl.core import StreamInfo, UserError
+from cl.hooks import Strategy
+from cl.state import TrainState
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The adapter that is trained in one layer."""
+
+    layer: Any
+    adapter: str
+
+    @property
+    def a(self) -> nn.Parameter:
+        """(r, d_in); (r, number of tokens) of an embedding."""
+        found = self.layer.lora_embedding_A if self._is_embedding else self.layer.lora_A
+        return found[self.adapter] if self._is_embedding else found[self.adapter].weight
+
+    @property
+    def b(self) -> nn.Parameter:
+        """(d_out, r)."""
+        found = self.layer.lora_embedding_B if self._is_embedding else self.layer.lora_B
+        return found[self.adapter] if self._is_embedding else found[self.adapter].weight
+
+    @property
+    def _is_embedding(self) -> bool:
+        return self.adapter in self.layer.lora_embedding_A
+
+    def change(self) -> Tensor:
+        """(d_out, d_in) s B A, with its gradient."""
+        return self.layer.scaling[self.adapter] * (self.b @ self.a)
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Add the adapter to the weight that it adapts, which leaves the model as it was once the adapter is empty."""
+        weight = self.layer.get_base_layer().weight
+        change = self.change().to(weight.dtype)
+        # some layers, and embeddings, keep their weight as (d_in, d_out)
+        weight += change.T if self._is_embedding or getattr(self.layer, "fan_in_fan_out", False) else change
+
+    @torch.no_grad()
+    def restart(self, generator: torch.Generator) -> None:
+        """A as torch draws linear layers, B zero, so that nothing changes yet; of an embedding the other way round."""
+        drawn, zero = (self.b, self.a) if self._is_embedding else (self.a, self.b)
+        if self._is_embedding:
+            drawn.copy_(torch.randn(drawn.shape, generator=generator))
+        else:
+            reach = 1 / math.sqrt(drawn.shape[1])
+            drawn.copy_((2 * torch.rand(drawn.shape, generator=generator) - 1) * reach)
+        zero.zero_()
+
+
+def pairs(model: nn.Module) -> dict[str, Pair]:
+    """Every layer's adapter by the layer's name; empty for a model without any."""
+    found = {}
+    for name, layer in model.named_modules():
+        if hasattr(layer, "lora_A") and hasattr(layer, "lora_embedding_A") and hasattr(layer, "active_adapters"):
+            for adapter in layer.active_adapters[:1]:
+                if adapter in layer.lora_A or adapter in layer.lora_embedding_A:
+                    found[name] = Pair(layer, adapter)
+    return found
+
+
+class LoraStrategy(Strategy):
+    """A strategy for models that are trained through adapters."""
+
+    def wrap(self, backbone: nn.Module, info: StreamInfo) -> nn.Module:
+        """Wraps nothing: a model without adapters is found before anything is trained."""
+        if not pairs(backbone):
+            raise UserError(
+                f"{self.name} works on LoRA adapters, and {type(backbone).__name__} has none; take backbone=hf with "
+                "'backbone.lora={rank: 8}'"
+            )
+        return backbone
+
+    def begin_anew(self, state: TrainState) -> None:
+        """Merge every adapter and let it begin anew, for the optimizer as well."""
+        for pair in pairs(state.model).values():
+            pair.merge()
+            pair.restart(state.seeds.named(self.name))
+            forget(state.optimizer, (pair.a, pair.b))
+
+
+def forget(optimizer: Optimizer, parameters: Iterable[nn.Parameter]) -> None:
+    """What the optimizer remembers of some parameters."""
+    for p in parameters:
+        optimizer.state.pop(p, None)
+
+
+def summed(terms: Iterable[Tensor]) -> Tensor:
+    """Sum of scalars; at least one."""
+    first, *others = terms
+    return sum(others, start=first)
+
+
+Measure = Callable[[Tensor], Tensor]
+MEASURES: dict[str, Measure] = {"absolute": torch.abs, "squared": torch.square}

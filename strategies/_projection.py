@@ -1,0 +1,267 @@
+"""What OWM, GPM and Hebbian projection have in common: updates leave out what old inputs would feel.
+
+    theta <- theta_before + project(theta_after - theta_before)        around the optimizer step
+
+Whatever made the step, gradient, momentum, Adam's division or weight decay, the weights are held along the directions
+that earlier experiences read, so that a response to an old input inside them stays what it was. Convolutions and
+spiking layers are projected in the step. Linear layers are held on the side of their inputs (`_held_inputs`), which is
+the same projection at a fraction of the work; their weights are made the ones that they answer with every `FOLD_EVERY`
+steps, and when the experience ends.
+
+Shape legend: N rows of inputs, D inputs of a unit, O units of a layer, R directions held.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from cl.buffers.base import draw_without_replacement
+from cl.core import Batch, Output, StreamInfo
+from cl.hooks import Strategy
+from cl.state import Cost, TrainState, tensor_bytes
+from strategies._checks import require_choice
+from strategies._held_inputs import HeldInputs
+from strategies._layer_inputs import Layers, Listener, find_layers, input_rows, listening, require_inputs
+from strategies._modes import evaluation_mode
+from strategies._quadratic import Vectors, copied
+from strategies._subspace import InputSubspace
+
+OTHERS = ("refuse", "freeze", "train")
+ROWS_AT_A_TIME = 256
+FOLD_EVERY = 64
+
+
+class Projection(Strategy):
+    """Hold the weights of every linear and convolutional layer in the subspace of its old inputs.
+
+    To be named before strategies that copy the weights when an experience ends.
+
+    Args:
+        others: what becomes of trained layers of other types: "refuse" them, "freeze" them after the first experience
+            (running statistics of batch norm too), or "train" them without protection.
+    """
+
+    listens = False
+    """Whether inputs are looked at in every step, and not only when an experience ends."""
+
+    def __init__(self, others: str = "refuse") -> None:
+        require_choice(f"{self.name}.others", others, OTHERS)
+        self.others = others
+        self.subspaces: dict[str, InputSubspace] = {}
+        self.responses: Vectors = {}
+        """By layer, what it said to the directions held when the experience began."""
+        self.frozen: Vectors = {}
+        self.full: list[str] = []
+        """Layers that were reported to have no direction left."""
+        self.held: dict[str, HeldInputs] = {}
+        self.listener = Listener()
+        self._seen: dict[int, dict[str, list[Tensor]]] = {}
+        self._restored: dict[str, Any] = {}
+
+    # what a method adds
+
+    def new_subspace(self, number: int) -> InputSubspace:
+        """An empty subspace for the layer of this number."""
+        raise NotImplementedError
+
+    def begin(self, state: TrainState, layers: Layers) -> None:
+        """An experience begins."""
+
+    def rows_at_end(self, state: TrainState) -> Iterator[Tensor]:
+        """Numbers of rows whose inputs are looked at when an experience ends, batch by batch."""
+        return iter(())
+
+    # the run
+
+    def wrap(self, backbone: nn.Module, info: StreamInfo) -> nn.Module:
+        """Wraps nothing: a layer that cannot be protected is found before anything is trained or written."""
+        find_layers(backbone, self.name, self.others)
+        return backbone
+
+    def layers(self, state: TrainState) -> Layers:
+        return find_layers(state.model, self.name, self.others)
+
+    def on_run_start(self, state: TrainState) -> None:
+        self.subspaces = {name: self.new_subspace(number) for number, name in enumerate(self.layers(state))}
+
+    def on_resume(self, state: TrainState) -> None:
+        self.on_run_start(state)
+        for name, saved in self._restored.items():
+            self.subspaces[name].load_state_dict(saved)
+            self.subspaces[name].to(state.device)
+        self.responses = {name: each.to(state.device) for name, each in self.responses.items()}
+        self.frozen = {name: each.to(state.device) for name, each in self.frozen.items()}
+        self._restored = {}
+
+    def on_experience_start(self, state: TrainState) -> None:
+        layers = self.layers(state)
+        self.responses = {
+            name: subspace.response(layers[name]) for name, subspace in self.subspaces.items() if subspace.rank
+        }
+        if self.others == "freeze" and state.experience.id > 0:
+            self.frozen = {name: p.detach().clone() for name, p in self._unprotected(state).items()}
+        self.begin(state, layers)
+
+    # one step
+
+    def on_batch(self, state: TrainState, batch: Batch) -> Batch:
+        if self.responses and not self.held:
+            self._attach(state)
+        if self.frozen:
+            for norm in self._norms(state):
+                norm.eval()
+        if self.listens:
+            if not self.listener:
+                self.listener.attach(state.model, self.layers(state))
+            self.listener.clear()
+            if state.micro_step == 0:
+                self._seen = {}
+        return batch
+
+    def _attach(self, state: TrainState) -> None:
+        """Linear layers are held on the side of their inputs from here on."""
+        layers = self.layers(state)
+        self.held = {
+            name: HeldInputs(layers[name], self.subspaces[name], response)
+            for name, response in self.responses.items()
+            if type(layers[name]) is nn.Linear
+        }
+
+    def _fold(self) -> None:
+        """Write into the weights of linear layers what they answer with."""
+        for name, held in self.held.items():
+            self.responses[name] = held.fold()
+
+    def penalty(self, state: TrainState, batch: Batch, output: Output) -> Tensor | None:
+        """Adds nothing to the loss; tells which of the passes since `on_batch` is the one that is trained on."""
+        if self.listener:
+            self._seen[state.micro_step] = self.listener.of(batch)
+        return None
+
+    def step(self, state: TrainState, batch: Batch, update: Callable[[], None]) -> None:
+        update()
+        if not (self.responses or self.frozen or self._seen):
+            return
+        with torch.no_grad():
+            layers = self.layers(state)
+            for name, response in self.responses.items():
+                if name not in self.held:
+                    self.responses[name] = self.subspaces[name].hold(layers[name], response)
+            if (state.step + 1) % FOLD_EVERY == 0:
+                self._fold()
+            parameters = state.parameters() if self.frozen else {}
+            for name, value in self.frozen.items():
+                parameters[name].copy_(value)
+            self._learn(layers)
+
+    def _learn(self, layers: Layers) -> None:
+        passes, self._seen = list(self._seen.values()), {}
+        self.listener.clear()
+        if not passes:
+            return
+        require_inputs(layers, {name for each in passes for name in each}, self.name)
+        for name, subspace in self.subspaces.items():
+            rows = [input_rows(layers[name], inputs) for each in passes for inputs in each.get(name, ())]
+            if rows:
+                subspace.update(torch.cat(rows) if len(rows) > 1 else rows[0])
+
+    # the end of an experience
+
+    def on_experience_end(self, state: TrainState) -> None:
+        self.listener.detach()
+        self._fold()
+        for held in self.held.values():
+            held.detach()
+        self.held = {}
+        layers = self.layers(state)
+        if self.frozen:
+            for norm in self._norms(state):
+                norm.train(state.model.training)
+        last: dict[str, Tensor] = {}
+        with torch.no_grad(), evaluation_mode(state.model), listening(state.model, layers) as listener:
+            for index in self.rows_at_end(state):
+                listener.clear()
+                state.forward(state.prepare(state.data.rows(index)))
+                seen = listener.passes[-1][1]
+                require_inputs(layers, seen, self.name)
+                for name, inputs in seen.items():
+                    last[name] = torch.cat([input_rows(layers[name], each) for each in inputs])
+                    self.subspaces[name].update(last[name])
+        for name, subspace in self.subspaces.items():
+            for what, value in subspace.measures().items():
+                state.note(f"{name}_{what}", value)
+            subspace.end_task()
+            state.note(f"{name}_rank", subspace.rank)
+            if name in last:
+                state.note(f"{name}_captured", subspace.captured(last[name]))
+            if subspace.is_full and name not in self.full:
+                self._report(state, name, subspace)
+
+    def _report(self, state: TrainState, name: str, subspace: InputSubspace) -> None:
+        """A layer has no direction left; it stands still from now on."""
+        self.full.append(name)
+        warnings.warn(
+            f"{self.name}: no direction of the {subspace.rank} inputs of layer {name} is free after experience "
+            f"{state.experience.id} ({state.experience.name!r}); the layer stays as it is from now on, and training "
+            "goes on with the others",
+            stacklevel=2,
+        )
+
+    def drawn(self, state: TrainState, num_rows: int | None, at_a_time: int = ROWS_AT_A_TIME) -> Iterator[Tensor]:
+        """Numbers of some rows of the running experience; None takes all of them."""
+        count = len(state.data)
+        index = draw_without_replacement(count, min(num_rows or count, count), state.seeds.named(self.name))
+        return iter(index.split(at_a_time))
+
+    def _unprotected(self, state: TrainState) -> Vectors:
+        """Trained parameters of no layer that is held, and of no head of a single task."""
+        layers = self.layers(state)
+        protected = {id(p) for layer in layers.values() for p in layer.parameters(recurse=False)}
+        named = state.parameters().items()
+        return {name: p for name, p in named if id(p) not in protected and ".heads." not in f".{name}"}
+
+    def _norms(self, state: TrainState) -> list[nn.Module]:
+        return [module for module in state.model.modules() if isinstance(module, _NormBase)]
+
+    # what it costs and keeps
+
+    def cost(self, state: TrainState, batch_size: int) -> Cost:
+        return Cost(buffer_bytes=tensor_bytes(self.state_dict()))
+
+    def state_dict(self) -> dict[str, Any]:
+        kept = {name: subspace.state_dict() for name, subspace in self.subspaces.items()} or self._restored
+        return {
+            "subspaces": kept,
+            "responses": self.responses,
+            "frozen": self.frozen,
+            "full": list(self.full),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        # which layer a subspace belongs to is known when there is a model
+        self.subspaces, self._restored = {}, {name: copied(saved) for name, saved in state["subspaces"].items()}
+        self.responses, self.frozen = copied(state["responses"]), copied(state["frozen"])
+        self.full = list(state["full"])
+
+
+def for_layer(values: Any, number: int) -> Any:
+    """The value of a layer: the number itself, or that place of a list, whose last value serves all later layers.
+
+    Example:
+        >>> [for_layer([0.95, 0.99], number) for number in range(3)], for_layer(0.9, 5)
+        ([0.95, 0.99, 0.99], 0.9)
+    """
+    if isinstance(values, Sequence):
+        return values[min(number, len(values) - 1)]
+    return values
+
+
+def listed(values: Any) -> list[Any]:
+    """What one value or a list of them holds, for checking."""
+    return list(values) if isinstance(values, Sequence) and not isinstance(values, str) else [values]

@@ -1,0 +1,203 @@
+"""Locas: low-rank side memories beside the FFNs, begun from activations and gradients, one for every experience.
+
+    y = FFN(x) + sum_k B_k relu(A_k x)           k: the experiences after the first; A_k (r, d_in), B_k (d_out, r)
+    A_k = the r main directions of the FFN's inputs, on rows of the experience        at its start
+    B_k = - step * dL/dB at B = 0, on the same rows
+    then only A_k and B_k are trained, and the head where experiences bring classes or heads of their own; in the next
+    experience they are part of the frozen network.
+
+A finished side memory is rows of a wider FFN (its hidden units stand beside the others), so that merging it changes
+nothing that is computed. The first experience trains the network as it is.
+
+Source: "Locas", low-rank side FFN memories initialised from the model's own activations and gradients, trained on the
+context and merged into the FFN [paper abstract]; in the spirit of. Differences: own choices throughout: the context is
+an experience; main directions are those of a singular value decomposition, turned so that they fire; a step of gradient
+descent begins B. Where a network has no FFN of the Llama layout, every linear layer but the head counts as one; where
+it has none of these, the head.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cl.core import Setting, StreamInfo, UserError
+from cl.hooks import Contract, Strategy
+from cl.state import TrainState
+from strategies._checks import require_count, require_number
+from strategies._modes import evaluation_mode
+
+
+class Locas(Strategy):
+    """Learn every experience after the first in a side memory of its own.
+
+    Args:
+        rank: r, hidden units of a side memory.
+        step: of the gradient descent that begins B; 0 begins with nothing.
+        rows: of an experience that a side memory begins from.
+
+    Raises:
+        UserError: a value outside its range, or a network without a linear layer.
+
+    Cost: r (d_in + d_out) weights an FFN and experience, all of them held from the start; no rows per step; `rows`
+        rows forward and backward at the start of an experience.
+    """
+
+    settings = frozenset(Setting)
+    contract = Contract(
+        toy={"rank": 4, "rows": 32},
+        why_not_zero="experiences after the first train side memories, and the rest of the network not at all",
+        why_not_better="the toy network has no FFN for text: what is beside its head changes what earlier ones said",
+    )
+
+    def __init__(self, rank: int = 8, step: float = 0.1, rows: int = 256) -> None:
+        require_count("locas.rank", rank)
+        require_number("locas.step", step)
+        require_count("locas.rows", rows)
+        self.rank, self.step_size, self.rows = rank, step, rows
+        self.started = 0
+
+    def wrap(self, backbone: nn.Module, info: StreamInfo) -> nn.Module:
+        for layer in places(backbone):
+            read, written = _widths(layer)
+            side = Side(read, written, self.rank, info.num_experiences - 1)
+            layer.add_module("side", side.to(next(layer.parameters())))
+            layer.register_forward_hook(add_side)
+        return backbone
+
+    def on_run_start(self, state: TrainState) -> None:
+        self._tell(state)
+
+    def on_resume(self, state: TrainState) -> None:
+        self._tell(state)
+
+    def on_experience_start(self, state: TrainState) -> None:
+        assert state.experience is not None
+        if state.experience.id == 0:
+            return
+        self._begin(state, state.experience.id - 1)
+        self.started = state.experience.id
+        self._tell(state)
+
+    def on_gradients(self, state: TrainState) -> None:
+        if not self.started:
+            return
+        trained = {id(p) for side in sides(state.model).values() for p in side.memory(self.started - 1)}
+        if state.info.setting in (Setting.TASK_INCREMENTAL, Setting.CLASS_INCREMENTAL):
+            named = state.model.named_parameters()
+            trained |= {id(p) for name, p in named if _is_head(name) and ".side." not in name}
+        for p in state.model.parameters():
+            if id(p) not in trained:
+                p.grad = None
+
+    def _begin(self, state: TrainState, number: int) -> None:
+        """Fill the side memories of one experience from rows of it."""
+        assert state.data is not None
+        generator = state.seeds.named(self.name)
+        index = torch.randperm(len(state.data), generator=generator)[: self.rows]
+        found = sides(state.model)
+        for side in found.values():
+            side.seen = []
+        with evaluation_mode(state.model), torch.enable_grad():
+            batch = state.prepare(state.data.rows(index))
+            loss = state.label_loss(state.forward(batch), batch)
+            # a layer that is read several times is begun from the first reading
+            seen = [side.seen[0] for side in found.values() if side.seen]
+            gradients = torch.autograd.grad(loss, [y for _, y in seen])
+        for (side, (x, _)), gradient in zip(
+            ((side, side.seen[0]) for side in found.values() if side.seen), gradients, strict=True
+        ):
+            side.begin(number, x.flatten(0, -2), gradient.flatten(0, -2), self.step_size, generator)
+        for side in found.values():
+            side.seen = None
+
+    def _tell(self, state: TrainState) -> None:
+        for side in sides(state.model).values():
+            side.started = self.started
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"started": self.started}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.started = state["started"]
+
+
+class Side(nn.Module):
+    """Side memories of one layer; those that have not begun are not computed.
+
+    Attributes:
+        started: how many have begun.
+        seen: inputs and outputs of the layer are put here, when it is a list.
+    """
+
+    def __init__(self, read: int, written: int, rank: int, count: int) -> None:
+        super().__init__()
+        self.up = nn.ParameterList(torch.zeros(rank, read) for _ in range(count))
+        self.down = nn.ParameterList(torch.zeros(written, rank) for _ in range(count))
+        self.started = 0
+        self.seen: list[tuple[Tensor, Tensor]] | None = None
+
+    def memory(self, number: int) -> tuple[Tensor, Tensor]:
+        """A and B."""
+        return self.up[number], self.down[number]
+
+    def forward(self, x: Tensor) -> Tensor:
+        up, down = (torch.cat(list(each)[: self.started], dim) for each, dim in ((self.up, 0), (self.down, 1)))
+        return F.linear(F.linear(x, up).relu(), down)
+
+    @torch.no_grad()
+    def begin(self, number: int, x_NI: Tensor, gradient_NO: Tensor, step: float, generator: torch.Generator) -> None:
+        """Main directions of the inputs, then a gradient step from B = 0; missing directions are drawn."""
+        up, down = self.memory(number)
+        x_NI = x_NI.to(up.dtype)
+        found = torch.linalg.svd(x_NI, full_matrices=False).Vh[: len(up)]
+        drawn = F.normalize(torch.randn(len(up) - len(found), up.shape[1], generator=generator), dim=1).to(up)
+        a_RI = torch.cat((found, drawn))
+        # a direction and its opposite are one: take the one in which it fires
+        a_RI = a_RI * torch.where((x_NI @ a_RI.T).sum(0) < 0, -1.0, 1.0).unsqueeze(1)
+        up.copy_(a_RI)
+        down.copy_(-step * gradient_NO.to(up.dtype).T @ (x_NI @ a_RI.T).relu())
+
+
+def add_side(layer: nn.Module, inputs: tuple[Tensor, ...], output: Any) -> Any:
+    """Forward hook: what the layer gives, and what its side memories add; other outputs of it stay."""
+    side: Side = layer.side  # type: ignore[assignment]
+    y = output[0] if isinstance(output, tuple) else output
+    if side.started:
+        y = y + side(inputs[0])
+    if side.seen is not None and y.requires_grad:
+        side.seen.append((inputs[0].detach(), y))
+    return (y, *output[1:]) if isinstance(output, tuple) else y
+
+
+def sides(model: nn.Module) -> dict[str, Side]:
+    """By name of the layer."""
+    return {name.removesuffix(".side"): m for name, m in model.named_modules() if isinstance(m, Side)}
+
+
+def places(backbone: nn.Module) -> list[nn.Module]:
+    """The FFNs of a network: gated MLPs, else linear layers but the head, else the head.
+
+    Raises:
+        UserError: there are none.
+    """
+    parts = ("gate", "up", "out")
+    gated = [m for m in backbone.modules() if all(isinstance(getattr(m, name, None), nn.Linear) for name in parts)]
+    linear = {name: m for name, m in backbone.named_modules() if type(m) is nn.Linear}
+    body = [m for name, m in linear.items() if not _is_head(name)]
+    found = gated or body or list(linear.values())
+    if not found:
+        raise UserError(f"locas needs linear layers, and {type(backbone).__name__} has none")
+    return found
+
+
+def _widths(layer: nn.Module) -> tuple[int, int]:
+    first, last = (layer, layer) if isinstance(layer, nn.Linear) else (layer.up, layer.out)
+    return first.in_features, last.out_features  # type: ignore[union-attr, return-value]
+
+
+def _is_head(name: str) -> bool:
+    return name.split(".")[0] == "head"

@@ -1,0 +1,100 @@
+"""`torchrun -m cl`: one run in two processes, one folder, one sentence when something is wrong; compiled networks."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from cl.cli.main import main
+from cl.config import TrainerConfig
+from cl.core import UserError
+from cl.result import Result
+
+RUN = ("run", "tracking=none", "debug=tiny", "limit_experiences=2", "strategy=replay", "trainer.batch_size=17")
+
+
+def torchrun(*words: str) -> subprocess.CompletedProcess[str]:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}", "-m", "cl"]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run([*command, *words], capture_output=True, text=True, env=env, timeout=300)
+
+
+@pytest.mark.slow
+def test_two_processes_share_one_folder_and_one_voice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.set_num_threads(1)
+    assert main((*RUN, "hydra.run.dir=alone")) == 0
+    done = torchrun(*RUN, "trainer.parallel=ddp")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("run folder:") == 1
+    (folder,) = Path("runs").glob("*/*")
+    alone, both = (Result.load(path / "result.json") for path in (Path("alone"), folder))
+    assert torch.allclose(torch.tensor(alone.R), torch.tensor(both.R), atol=1e-5)
+    assert {path.name for path in folder.iterdir()} == {path.name for path in Path("alone").iterdir()}
+
+
+@pytest.mark.slow
+def test_a_run_of_one_process_is_resumed_by_two(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.set_num_threads(1)
+    assert main((*RUN, "hydra.run.dir=whole", "trainer.checkpoint_every=5")) == 0
+    shutil.copytree("whole", "half")
+    (newest,) = Path("half").glob("checkpoints/step-000000040.pt")
+    newest.unlink()
+    path = Path("half/result.json")
+    path.write_text(path.read_text().replace('"status": "done"', '"status": "interrupted"'))
+    done = torchrun("resume", "half", "trainer.parallel=fsdp")
+    assert done.returncode == 0, done.stderr
+    whole, half = (Result.load(Path(name) / "result.json") for name in ("whole", "half"))
+    assert half.status == "done" and torch.allclose(torch.tensor(whole.R), torch.tensor(half.R), atol=1e-5)
+
+
+@pytest.mark.slow
+def test_processes_without_a_wrapper_are_refused_in_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = torchrun(*RUN)
+    assert done.returncode != 0
+    said = [line for line in done.stderr.splitlines() if line.startswith("cl: ")]
+    assert said == ["cl: 2 processes were started and trainer.parallel is 'none'; set it to ddp or fsdp"]
+    assert not list(Path("runs").glob("*/*")), "nothing was begun"
+
+
+def test_one_process_may_ask_for_a_wrapper_and_trains_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that the config of a run of several goes on in one."""
+    monkeypatch.chdir(tmp_path)
+    assert main((*RUN, "strategy=derpp", "trainer.parallel=fsdp", "hydra.run.dir=run")) == 0
+
+
+def test_options_are_checked() -> None:
+    with pytest.raises(UserError, match=r"trainer\.parallel is 'tp'; it must be one of none, ddp, fsdp"):
+        TrainerConfig(parallel="tp")
+    with pytest.raises(UserError, match=r"trainer\.compile is 'yes'; it must be one of True, False"):
+        TrainerConfig(compile="yes")  # type: ignore[arg-type]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch compiles for a CPU with g++")
+def test_a_compiled_network_learns_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.set_num_threads(1)
+    words = (*RUN, "backbone=gpt", "stream=builtin_text", "backbone.width=16", "backbone.num_layers=1")
+    words += ("backbone.num_heads=2", "stream.context=32", "trainer.eval_rows=10", "trainer.max_steps=5")
+    assert main((*words, "hydra.run.dir=plain")) == 0
+    assert main((*words, "trainer.compile=true", "hydra.run.dir=compiled")) == 0
+    plain, compiled = (Result.load(Path(name) / "result.json") for name in ("plain", "compiled"))
+    assert torch.allclose(torch.tensor(plain.R), torch.tensor(compiled.R), atol=1e-4)
+    states = [torch.load(max(Path(n).glob("checkpoints/*")), weights_only=True) for n in ("plain", "compiled")]
+    assert states[0]["state"]["model"].keys() == states[1]["state"]["model"].keys(), "checkpoints are interchangeable"
+    assert states[0]["fingerprint"] == states[1]["fingerprint"]

@@ -1,0 +1,137 @@
+"""Replay by percent: exact accounting of rows, and the plain loss of a step."""
+
+from __future__ import annotations
+
+from collections import Counter
+from copy import deepcopy
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from cl.config import TrainerConfig
+from cl.core import Batch, Setting, UserError
+from cl.testing import ToyNet, toy_stream
+from cl.trainer import Trainer
+from strategies import token_replay as module
+from strategies.token_replay import TokenReplay
+
+TEXT = Setting.CONTINUAL_PRETRAINING
+ROWS = 192
+
+
+def trained(lab, strategy, stream=None, **config):
+    recorder = lab.Recorder()
+    trainer = Trainer(
+        stream or toy_stream(TEXT),
+        lambda info: ToyNet(info).double(),
+        [strategy, recorder],
+        optimizer=partial(torch.optim.SGD, lr=lab.lr),
+        config=TrainerConfig(**({"epochs": 1, "batch_size": lab.batch_size, "device": "cpu"} | config)),
+    )
+    trainer.run()
+    return recorder, trainer
+
+
+def replayed(steps):
+    """(experience of the step, experience of the row) of every replayed row."""
+    return Counter(
+        (step.experience, origin)
+        for step in steps
+        for part in step.batch.parts[1:]
+        for origin in step.batch.experience_id[part.rows].tolist()
+    )
+
+
+@pytest.mark.parametrize("rate", [1.0, 5.0, 20.0, 50.0])
+@pytest.mark.parametrize("batch_size", [16, 7])
+def test_the_share_of_tokens_is_the_rate(lab, rate, batch_size):
+    recorder, trainer = trained(lab, TokenReplay(rate), batch_size=batch_size)
+    found = replayed(recorder.steps)
+    wanted = ROWS * rate / (100 - rate)
+    assert {k: n for k, n in found.items() if k[0] == 1} == ({(1, 0): int(wanted + 1e-9)} if wanted >= 1 else {})
+    # in the last experience two domains take equal parts; what was owed at its beginning is carried over
+    carried = wanted - int(wanted + 1e-9)
+    assert abs(found[2, 0] - (wanted / 2 + carried)) < 1 and abs(found[2, 1] - wanted / 2) < 1
+    assert trainer.strategies[0].replayed == {k: n for k in (0, 1) if (n := found[1, k] + found[2, k])}
+    done = 0
+    for number, step in enumerate(s for s in recorder.steps if s.experience == 1):
+        # over any stretch from the switch on, to within one row
+        done += len(step.batch) - step.batch.num_current
+        current = min(batch_size * (number + 1), ROWS)
+        assert 0 <= current * rate / (100 - rate) - done + 1e-6 < 1 + 1e-6
+
+
+def test_each_domain_has_its_own_rate(lab):
+    recorder, _ = trained(lab, TokenReplay({"toy 0": 10.0, "toy 1": 30.0, "toy 2": 50.0}, capacity=60))
+    found = replayed(recorder.steps)
+    # beside domain 1 only domain 0 is past: 10 of 90; beside domain 2 both are: 10 and 30 of 60
+    assert found == {(1, 0): int(ROWS / 9), (2, 0): int(ROWS / 9 % 1 + ROWS / 6), (2, 1): ROWS // 2}
+
+
+def test_a_domain_that_returns_is_not_replayed_into_itself(lab):
+    stream = toy_stream(TEXT)
+    first, second, _ = stream.experiences
+    again = type(first)(2, "again", "toy 0", first.load, first.num_samples)
+    stream = replace(stream, experiences=[first, second, again])
+    recorder, trainer = trained(lab, TokenReplay(25.0), stream)
+    assert {key for key in replayed(recorder.steps) if key[0] == 2} == {(2, 1)}
+    assert len(trainer.strategies[0].buffer.members) == 2
+
+
+def check(lab):
+    """One mean over all tokens of the step."""
+    recorder, _ = trained(lab, TokenReplay(20.0, capacity=50))
+    model = deepcopy(recorder.start)
+    for step in recorder.steps[::5]:
+        model.load_state_dict(step.before)
+        rows = step.batch
+        loss = F.cross_entropy(model(rows).logits.flatten(0, 1), rows.targets.flatten())
+        gradients = lab.gradient(model, loss)
+        lab.close(step.after, {name: p - lab.lr * gradients[name] for name, p in step.before.items()}, 1e-5, 1e-6)
+
+
+def test_a_token_is_a_token(lab):
+    check(lab)
+
+
+def test_the_oracle_needs_the_weight(lab, monkeypatch):
+    whole = module.added
+    monkeypatch.setattr(module, "added", lambda *args: whole(*args, 1.0))
+    lab.dies(lambda: check(lab))
+
+
+def test_a_step_does_not_depend_on_how_it_is_cut(lab):
+    after = [
+        trained(lab, TokenReplay(20.0), batch_size=16 // cuts, accumulation=cuts)[0].steps[-1].after for cuts in (1, 4)
+    ]
+    lab.close(after[1], after[0], 1e-5, 1e-6)
+
+
+def test_stored_rows_are_those_of_the_stream_in_equal_shares(lab):
+    _, trainer = trained(lab, TokenReplay(10.0, capacity=60))
+    buffer = trainer.strategies[0].buffer
+    assert buffer.columns["experience_id"].bincount().tolist() == [20, 20, 20]
+    rows = buffer.rows(torch.arange(60))
+    for row in range(60):
+        source = trainer.state.stream.experiences[int(rows.experience_id[row])].load()
+        same: Batch = source.rows(rows.sample_ids[row : row + 1])
+        assert torch.equal(same.inputs[0], rows.inputs[row]) and torch.equal(same.targets[0], rows.targets[row])
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"rate": 100.0}, "token_replay.rate is 100.0; it must be below 100 percent"),
+        ({"rate": -1}, "token_replay.rate is -1"),
+        ({"rate": {"toy 0": 60, "toy 1": 40}}, "below 100 percent"),
+        ({"rate": {"news": 1}}, "names 'news', no domain of stream toy_continual_pretraining; they are toy 0, toy 1"),
+        ({"capacity": 0}, "token_replay.capacity is 0"),
+    ],
+)
+def test_bad_values_are_one_sentence(lab, options, words):
+    with pytest.raises(UserError) as error:
+        trained(lab, TokenReplay(**options))
+    assert words in str(error.value) and "\n" not in str(error.value)
