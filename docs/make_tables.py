@@ -1,6 +1,6 @@
 """Rewrite the tables in docs/ that are made from the code.
 
-    python docs/make_tables.py          # strategies.md, streams.md, backbones.md
+    python docs/make_tables.py          # strategies.md, streams.md, backbones.md, memory.md
 
 A test compares the files with what this would write.
 """
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from cl.backbones import _tables
 from cl.cli import listing
 from cl.interop import catalog
 
@@ -21,10 +22,34 @@ PAGES = {
     "backbones": "The networks; heads per task where the setting gives task labels.",
 }
 
+MEMORY = """# Memory
+
+The blocks of `backbone=gpt`, written in words: `backbone.blocks='3x[linear_memory(rule=gated_delta)] + attention'`.
+Options are in the files' docstrings (`cl/backbones/mixers/`, `cl/backbones/memory_rules/`).
+
+Made by `make docs` from what the files say of themselves.
+
+## Rules
+
+Each keeps a memory S of a head so that k S gives v: what it fits (the loss of one token), what it keeps of the memory
+before, how it writes, and how it is read.
+
+{rules}
+
+## What changes when
+
+Slow is every parameter: the optimizer changes it. Fast is the state: it changes with every token, is handed from one
+piece of a text to the next, and a checkpoint in mid-text needs it. `commit`, after the optimizer step, is all that
+writes what outlives a batch. No state is carried from one task to the next unless the run hands it on.
+
+{mixers}
+"""
+
 
 def pages() -> dict[str, str]:
     """File name -> content."""
-    return {
+    memory = MEMORY.format(rules=_tables.rules_table(), mixers=_tables.mixers_table())
+    return {"memory.md": memory} | {
         f"{name}.md": f"# {name.capitalize()}\n\n{words}\n\nMade by `make docs` from the first lines of the files.\n\n"
         f"{listing.markdown(list(listing.LISTS[name]()))}\n"
         for name, words in PAGES.items()

@@ -1,0 +1,106 @@
+"""Time of a training step with projection, as a multiple of the same step without: 784-2000-2000-10 by default.
+
+    python benchmarks/projection_overhead.py [batch=64] [ranks=80,200,100] [hidden=2000,2000] [steps=64] [optimizer=sgd]
+
+Naive and projected steps take turns in one process, so that both see the same machine; the ratio is that of the means,
+folds included. `ranks` are the directions held in each layer; by default those of HLOP's first experience.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+from functools import partial
+
+import torch
+
+from cl.backbones.mlp import Mlp
+from cl.config import TrainerConfig
+from cl.core import EvalSet, Experience, Setting, Stream, StreamInfo, TensorData
+from cl.hooks import Strategy
+from cl.trainer import Trainer
+from strategies.gpm import Gpm
+from strategies.hebbian import Hebbian
+from strategies.owm import Owm
+
+OPTIONS = {"batch": "64", "ranks": "80,200,100", "hidden": "2000,2000", "steps": "64", "optimizer": "sgd"}
+OPTIMIZERS = {
+    "sgd": partial(torch.optim.SGD, lr=0.01),
+    "momentum": partial(torch.optim.SGD, lr=0.01, momentum=0.9, weight_decay=1e-4),
+    "adam": partial(torch.optim.Adam, lr=1e-4),
+}
+WARMUP = 3
+
+
+class Stepper:
+    """A run whose steps are taken one at a time."""
+
+    def __init__(self, strategies: list[Strategy], options: dict[str, str]) -> None:
+        batch = int(options["batch"])
+        rows = torch.randint(256, (2 * batch, 1, 28, 28), dtype=torch.uint8)
+        data = TensorData(rows, torch.arange(2 * batch) % 10)
+        experiences = [Experience(k, f"{k}", f"{k}", lambda: data, len(data), tuple(range(10))) for k in range(2)]
+        info = StreamInfo("noise", Setting.DOMAIN_INCREMENTAL, (1, 28, 28), 10, 2)
+        sets = [EvalSet(f"{k}", lambda: data, len(data)) for k in range(2)]
+        stream = Stream(info, experiences, sets, lambda raw: raw / 255.0)
+        config = TrainerConfig(
+            max_steps=10**6, batch_size=batch, device="cpu" if not torch.cuda.is_available() else "cuda"
+        )
+        backbone = partial(Mlp, hidden=[int(width) for width in options["hidden"].split(",")])
+        self.trainer = Trainer(stream, backbone, strategies, optimizer=OPTIMIZERS[options["optimizer"]], config=config)
+        state = self.trainer.state
+        state.experience, state.data = experiences[1], data
+        for strategy in strategies:
+            strategy.on_run_start(state)
+        self.rows = state.prepare(data.rows(torch.arange(batch)))
+
+    def hold(self, ranks: list[int]) -> None:
+        """As after a first experience that left so many directions in each layer."""
+        state = self.trainer.state
+        for strategy in self.trainer.strategies:
+            for (name, subspace), rank in zip(strategy.subspaces.items(), ranks, strict=True):
+                layer = strategy.layers(state)[name]
+                width = layer.weight.shape[1] + 1
+                rank = min(rank, width)
+                subspace.basis = torch.linalg.qr(torch.randn(width, rank)).Q.to(layer.weight)
+                subspace.strength = torch.ones(rank).to(layer.weight)
+            strategy.on_experience_start(state)
+
+    def __call__(self) -> float:
+        begin = time.perf_counter()
+        self.trainer._step([self.rows], 0)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return time.perf_counter() - begin
+
+
+def main(words: list[str]) -> None:
+    """Print one line for each method."""
+    options = OPTIONS | dict(word.split("=", 1) for word in words)
+    ranks = [int(rank) for rank in options["ranks"].split(",")]
+    methods = {
+        "naive": [],
+        "gpm": [Gpm()],
+        "owm": [Owm()],
+        "hebbian": [Hebbian(growth=[70, 70, 70], inner_steps=5)],
+        "hebbian, 1 inner step": [Hebbian(growth=[70, 70, 70], inner_steps=1)],
+    }
+    steppers = {name: Stepper(strategies, options) for name, strategies in methods.items()}
+    for stepper in steppers.values():
+        stepper.hold(ranks)
+    times: dict[str, list[float]] = {name: [] for name in steppers}
+    for turn in range(WARMUP + int(options["steps"])):
+        for name, stepper in steppers.items():
+            seconds = stepper()
+            if turn >= WARMUP:
+                times[name].append(seconds)
+    plain = statistics.fmean(times["naive"])
+    print(f"784-{options['hidden'].replace(',', '-')}-10, {options}, {torch.get_num_threads()} threads")
+    for name, seconds in times.items():
+        mean = statistics.fmean(seconds)
+        print(f"{name:24s} {1000 * mean:8.2f} ms   {mean / plain:5.2f} x naive")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

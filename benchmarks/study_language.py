@@ -1,0 +1,214 @@
+"""The language study: how much of earlier domains replay, GeRe's losses, learning rates and schedules save.
+
+    python benchmarks/study_language.py --data DIR [--out runs/language] [--page docs/comparisons/language] [--seeds 3]
+
+Two streams, each read by a decoder of about a million weights: `builtin` (docs, then code, then arithmetic; bytes) and
+`local` (C4, then WikiText, then GSM8K from files below DIR; a BPE of 1,024 tokens). On each:
+
+- strategies: naive, replay of 1, 5 and 25 % of the tokens, GeRe with 200 rows of the first domain and each of its
+  losses (the model is not pretrained, so the original model is the one after the first domain);
+- naive with a learning rate chosen on validation documents and a seed of its own: the reference that any gain has to
+  beat, since much forgetting is a learning rate that is too large;
+- schedules, without replay and with 5 %.
+
+Every condition is one `cl compare` of one composition (this file only writes its command), so the same command goes on
+where it was stopped; the page is made from the results on disk, whatever there is of them. `--quick` is a trial of
+everything at a size that means nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean, stdev
+
+from cl.cli.main import main as cl
+from cl.result import Result, write_text
+
+RATES = "{optimizer.lr: [0.0002, 0.0005, 0.001, 0.002, 0.004]}"
+MODEL = ("backbone.width=128", "backbone.num_layers=5", "backbone.num_heads=4")
+COMMON = (*MODEL, "trainer.eval_batch_size=128", "tracking=none")
+TRAIN_FILES = (
+    "{name: c4, path: text/c4/train.jsonl}",
+    '{name: wikitext, path: text/wikitext/train.txt, starts: "^ = [^=].* = $"}',
+    "{name: gsm8k, path: text/gsm8k/train.jsonl, field: [question, answer]}",
+)
+
+STREAMS: Mapping[str, Sequence[str]] = {
+    "builtin": ("+experiment=builtin_text",),
+    "local": ("+experiment=text_local", "schedule=rewarmed_cosine"),
+}
+TUNE_ON = {
+    "builtin": "stream.eval_on=validation",
+    # documents of the training files are measured on in place of the test files
+    "local": f"stream.domains=[{', '.join(TRAIN_FILES)}]",
+}
+QUICK = {
+    "builtin": ("stream.train_tokens=6400", "stream.eval_tokens=2000"),
+    "local": ("trainer.max_steps=4", "stream.eval_tokens=2000"),
+}
+
+GERE = (
+    "strategy.gere.source=first",
+    "strategy.gere.samples=200",
+    "strategy.gere.general_batch_size=2",
+)
+REPLAY_5 = ("token_replay", ("strategy.token_replay.rate=5", "strategy.token_replay.capacity=6000"))
+SCHEDULES: Mapping[str, Sequence[str]] = {
+    "rewarmed_cosine": (),
+    "infinite": ("schedule=infinite",),
+    "constant": ("schedule=constant",),
+    "cosine": ("schedule=cosine",),
+    "warmup_stable_decay": ("schedule=warmup_stable_decay",),
+    "inverse_square_root": ("schedule=inverse_square_root",),
+    "autoregressive": ("schedule=autoregressive",),
+}
+
+Condition = tuple[str, Sequence[str]]
+"""A strategy and its settings."""
+
+
+def strategies() -> dict[str, Condition]:
+    """The conditions of the first table, by name."""
+    found: dict[str, Condition] = {"naive": ("naive", ()), "naive, rate chosen": ("naive", (f"tune={RATES}",))}
+    for rate in (1, 5, 25):
+        words = (f"strategy.token_replay.rate={rate}", "strategy.token_replay.capacity=6000")
+        found[f"replay {rate} %"] = ("token_replay", words)
+    for loss in ("ce", "kl", "l1", "l2", "tm"):
+        found[f"gere, {loss}"] = ("gere", (*GERE, f"strategy.gere.loss={loss}"))
+    return found
+
+
+def schedules() -> dict[str, Condition]:
+    """The conditions of the second table; the first schedule is that of the first table, so its runs are those."""
+    found: dict[str, Condition] = {}
+    for name, words in SCHEDULES.items():
+        found[f"{name}, no replay"] = ("naive", words)
+        found[f"{name}, replay 5 %"] = (REPLAY_5[0], (*REPLAY_5[1], *words))
+    return found
+
+
+@dataclass(frozen=True)
+class Study:
+    """Where things are and how much of them there is."""
+
+    data: str
+    out: Path
+    seeds: int
+    jobs: int
+    is_quick: bool
+
+    def folder(self, stream: str, condition: Condition) -> Path:
+        """Of a condition; conditions of the same words share their runs."""
+        strategy, words = condition
+        parts = [word.partition("=")[2] if word[0] != "t" else "tuned" for word in words]
+        return self.out / stream / "-".join([strategy, *parts]).replace("/", "_")
+
+    def compare(self, stream: str, condition: Condition) -> None:
+        """One `cl compare`, which repeats nothing that is done."""
+        strategy, words = condition
+        where = (f"out={self.folder(stream, condition)}", f"data.root={self.data}", f"jobs={self.jobs}")
+        request = (f"strategies={strategy}", f"reference={strategy}", f"seeds={self.seeds}")
+        tuned = (f"tune_on={TUNE_ON[stream]}",) if any(word.startswith("tune=") for word in words) else ()
+        quick = QUICK[stream] if self.is_quick else ()
+        code = cl(["compare", *STREAMS[stream], *COMMON, *quick, *words, *tuned, *request, *where])
+        if code:
+            raise SystemExit(code)
+
+    def results(self, stream: str, condition: Condition) -> list[Result]:
+        """Finished runs, in the order of their seeds."""
+        paths = sorted(self.folder(stream, condition).glob("*/seed-*/result.json"))
+        return [run for run in map(Result.load, paths) if run.status == "done"][: self.seeds]
+
+    def chosen(self, stream: str, condition: Condition) -> str:
+        """What tuning chose, for the page."""
+        path = self.folder(stream, condition) / "tuning.json"
+        notes = json.loads(path.read_text()) if path.is_file() else {}
+        return ", ".join(word for note in notes.values() for word in note["chosen"])
+
+
+def bits(run: Result) -> list[list[float]]:
+    """R in bits per byte, with the measurement before training as the first row."""
+    scale = [t / (b * math.log(2)) for t, b in zip(run.num_tokens, run.num_bytes, strict=True)]
+    return [[value * s for value, s in zip(row, scale, strict=True)] for row in (run.R_init, *run.R)]
+
+
+def table(study: Study, stream: str, conditions: Mapping[str, Condition]) -> str:
+    """Bits per byte at the end on every domain, and how much of naive training's loss on the first one is avoided."""
+    naive = study.results(stream, ("naive", ()))
+    if not naive:
+        return "Not run yet.\n"
+    domains, last = naive[0].domains, len(naive[0].R)
+    rows = [("condition", *domains, f"rise of {domains[0]} avoided", "updates", "seeds")]
+    rows.append(("---",) * len(rows[0]))
+    for name, condition in conditions.items():
+        runs = study.results(stream, condition)
+        if not runs:
+            rows.append((name, *["not run"] * len(domains), "", "", "0"))
+            continue
+        ends = [[bits(run)[last][j] for run in runs] for j in range(len(domains))]
+        paired = {run.seed: rise(run) for run in naive}
+        avoided = [1 - rise(run) / paired[run.seed] for run in runs if paired.get(run.seed, 0) > 0]
+        share = f"{100 * fmean(avoided):.0f} %" if avoided and name != "naive" else ""
+        chosen = study.chosen(stream, condition)
+        title = f"{name} ({chosen})" if chosen else name
+        rows.append((title, *map(spread, ends), share, f"{runs[0].cost['updates']:,.0f}", str(len(runs))))
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"
+
+
+def rise(run: Result) -> float:
+    """Bits per byte that the first domain lost after its own experience."""
+    measured = bits(run)
+    return measured[-1][0] - measured[1][0]
+
+
+def spread(values: Sequence[float]) -> str:
+    """Mean and standard deviation over seeds."""
+    return f"{fmean(values):.2f} ± {stdev(values):.2f}" if len(values) > 1 else f"{fmean(values):.2f}"
+
+
+def page(study: Study) -> str:
+    """The Markdown page."""
+    parts = [
+        "# Language: replay, GeRe and schedules\n",
+        f"Made by `python benchmarks/study_language.py --data DATA --seeds {study.seeds}`; how it is done is in that "
+        "file's docstring. Bits per byte on held-out text after the last experience, lower is better; mean and "
+        "standard deviation over seeds. `general` and `shakespeare` are never trained on. The rise that is avoided "
+        "compares, seed by seed, what the first domain lost since its own experience with what it lost under naive "
+        "training. GeRe's original model is the one after the first domain, its rows are 200 of that domain, two "
+        "beside every step of 16.\n",
+    ]
+    for stream in STREAMS:
+        parts += [f"## {stream}: strategies\n", table(study, stream, strategies())]
+        parts += [f"## {stream}: schedules\n", table(study, stream, schedules())]
+    return "\n".join(parts)
+
+
+def main() -> None:
+    """Run what is not done, then write the page."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--out", type=Path, default=Path("runs/language"))
+    parser.add_argument("--page", type=Path, default=Path("docs/comparisons/language"))
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--streams", default=",".join(STREAMS))
+    parser.add_argument("--only", default="", help="conditions whose names hold this text")
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--page-only", action="store_true", help="run nothing; write the page from what there is")
+    given = parser.parse_args()
+    study = Study(given.data, given.out, given.seeds, given.jobs, given.quick)
+    conditions = {**strategies(), **schedules()}
+    for stream in () if given.page_only else given.streams.split(","):
+        for name, condition in conditions.items():
+            if given.only in name:
+                study.compare(stream, condition)
+    write_text(given.page / "README.md", page(study))
+
+
+if __name__ == "__main__":
+    main()
