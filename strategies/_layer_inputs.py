@@ -56,8 +56,8 @@ def find_layers(model: nn.Module, strategy: str, others: str | None = None) -> L
         elif others in ("refuse", None):
             ways_out = f"; {strategy}.others=freeze holds all others after the first experience, train lets them go"
             raise UserError(
-                f"{strategy} cannot work on the layer {name or '(the model itself)'} ({type(module).__name__}); it "
-                f"works on {SUPPORTED}" + ways_out * (others == "refuse")
+                f"{strategy} cannot work on the layer {name or '(the model itself)'} ({type(module).__name__}) of "
+                f"{type(model).__name__}; it works on {SUPPORTED}" + ways_out * (others == "refuse")
             )
     if not found:
         raise UserError(f"{strategy} finds no layer to work on in {type(model).__name__}; it works on {SUPPORTED}")

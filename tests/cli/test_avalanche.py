@@ -108,6 +108,7 @@ def test_resume_goes_on_at_the_boundary(monkeypatch: pytest.MonkeyPatch) -> None
     assert result("halves")["R"] == result("whole")["R"]
 
 
+@pytest.mark.slow
 def test_compare_ours_and_theirs(capsys: pytest.CaptureFixture[str]) -> None:
     names = "strategies=naive,avalanche/Naive,avalanche/EWC,avalanche/my_lab.Mine"
     options = ("strategy.avalanche/EWC.ewc_lambda=3", "strategy.avalanche_Mine.strength=2.5")

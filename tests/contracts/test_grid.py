@@ -33,8 +33,21 @@ def trained(stream, strategy, backbone):
     return Trainer(stream, backbone, [strategy], optimizer=optimizer, config=CONFIG).run()
 
 
-@pytest.mark.parametrize("config", STREAMS, ids=str)
-@pytest.mark.parametrize("plugin", STRATEGIES, ids=str)
+PLAIN, USUAL = {"naive", "replay"}, {"mlp", "convnet", "gpt"}
+"""Every strategy meets these backbones and every stream but the probes each time, and everything meets these
+strategies; the other pairs are slow."""
+
+
+def met(plugin, other, is_usual):
+    """A pair as a test parameter."""
+    marks = () if is_usual or plugin.name in PLAIN else pytest.mark.slow
+    return pytest.param(plugin, other, marks=marks, id=f"{plugin}-{other}")
+
+
+ON_STREAMS = [met(p, s, not s.name.startswith("probes/")) for p in STRATEGIES for s in STREAMS]
+
+
+@pytest.mark.parametrize(("plugin", "config"), ON_STREAMS)
 def test_strategy_on_stream(plugin, config):
     stream, strategy = made(config).first(2), plugin.load()()
     backbone = Gpt if stream.info.setting == Setting.CONTINUAL_PRETRAINING else Mlp
@@ -59,18 +72,11 @@ def shared_settings(plugin, backbone):
     return sorted(plugin.load().settings & getattr(backbone.load(), "settings", ALL_SETTINGS))
 
 
-USUAL = {"mlp", "convnet", "gpt", "naive", "replay", "ewc"}
-"""Every strategy meets these backbones, and every backbone these strategies, each time; the other pairs are slow."""
-
-PAIRS = [
-    pytest.param(p, b, marks=() if USUAL & {p.name, b.name} else pytest.mark.slow, id=f"{p}-{b}")
-    for b in discover("cl.backbones")
-    for p in STRATEGIES
-    if shared_settings(p, b)
-]
+BACKBONES = discover("cl.backbones")
+ON_BACKBONES = [met(p, b, b.name in USUAL) for b in BACKBONES for p in STRATEGIES if shared_settings(p, b)]
 
 
-@pytest.mark.parametrize(("plugin", "backbone"), PAIRS)
+@pytest.mark.parametrize(("plugin", "backbone"), ON_BACKBONES)
 def test_strategy_on_backbone(plugin, backbone):
     """Batch norm, recurrence, convolutions and attention, in the first setting that both declare."""
     setting = shared_settings(plugin, backbone)[0]

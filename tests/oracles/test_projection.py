@@ -153,7 +153,7 @@ class Normed(Backbone):
 
 def test_layers_of_other_types_are_named():
     with pytest.raises(
-        UserError, match=r"gpm cannot work on the layer norm \(BatchNorm1d\); it works on Linear, Conv1d"
+        UserError, match=r"gpm cannot work on the layer norm \(BatchNorm1d\) of \w+; it works on Linear, Conv1d"
     ):
         _trained(Gpm(), Normed)
     with pytest.raises(UserError, match=r"hebbian.others is 'drop'; it must be one of refuse, freeze, train"):
