@@ -15,6 +15,7 @@ from torch.func import functional_call
 
 from cl.core import Batch, Output
 from strategies._layer_inputs import find_layers
+from strategies._modules import compute_once
 
 Factors = dict[str, tuple[Tensor, Tensor]]
 """(B, A) of each weight, by its name."""
@@ -30,6 +31,7 @@ class FactorNet(nn.Module):
     def __init__(self, backbone: nn.Module, rank: int, strategy: str) -> None:
         super().__init__()
         self.backbone, self.is_frozen = backbone, False
+        compute_once(backbone)
         layers = find_layers(backbone, strategy, others="train")
         self.names = [f"{name}.weight" for name in layers]
         weights = [layer.weight.detach().flatten(1) for layer in layers.values()]

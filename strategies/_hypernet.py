@@ -30,6 +30,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from cl.backbones import MultiHead
 from cl.core import Batch, Output, StreamInfo, UserError
 from strategies._hypernet_layout import Layout
+from strategies._modules import compute_once
 
 MakeGenerator = Callable[[int], nn.Module]
 """Number of numbers -> module: embeddings (T, E) and the conditions they belong to -> (T, N)."""
@@ -67,10 +68,7 @@ class Hypernetwork(nn.Module):
         if keeps_scale:
             calibrate(self.generator, self.points([0]).detach())
         self.backbone = emptied(backbone, drawn)
-        for module in backbone.modules():
-            for flag in ("is_checkpointed", "is_replayed"):
-                if getattr(module, flag, False):
-                    setattr(module, flag, False)
+        compute_once(backbone)
         if getattr(backbone, "commits", False):
             backbone.commit = self._commit
         self._keep_statistics(num_conditions)

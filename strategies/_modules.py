@@ -19,6 +19,17 @@ from strategies._quadratic import Vectors, copied, snapshot
 Parameters = dict[str, nn.Parameter]
 
 
+def compute_once(backbone: nn.Module) -> None:
+    """Keep a backbone from computing anything again in the backward pass: weights lent for a call are gone by then.
+
+    Segments and blocks that save memory that way (`is_checkpointed`, `is_replayed`) keep what they computed instead.
+    """
+    for module in backbone.modules():
+        for flag in ("is_checkpointed", "is_replayed"):
+            if getattr(module, flag, False):
+                setattr(module, flag, False)
+
+
 def owners(model: nn.Module) -> dict[str, nn.Module]:
     """Modules that own trained parameters themselves, by name.
 

@@ -21,7 +21,7 @@ Shape legend: B rows, T tokens, D width, R rank, N slots, C chunks of a row, K c
 from __future__ import annotations
 
 from math import gcd
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -34,29 +34,13 @@ from cl.backbones._reading import draw
 from cl.backbones._state import State
 from cl.backbones.gpt import Gpt
 from cl.backbones.trc2_parts.critic import Critic
-from cl.backbones.trc2_parts.hippocampus import Hippocampus, Reading
+from cl.backbones.trc2_parts.events import Trace, candidates, is_current, token_losses
+from cl.backbones.trc2_parts.hippocampus import Hippocampus
 from cl.backbones.trc2_parts.thalamus import Thalamus, tokens_before
-from cl.core import IGNORED, Batch, Output, Source, StreamInfo, UserError
+from cl.core import Batch, Output, StreamInfo, UserError
 
 READS_STORE = ("always", "training", "never")
 CHUNK = 64
-WRITES_PER_ROW = 4
-
-
-class Trace(NamedTuple):
-    """What a forward leaves for `commit`.
-
-    Args:
-        hidden: (B, T, D) normalised states after the early columns.
-        surprise: (B, T) of each token, not normalised; 0 where nothing follows it in its document.
-        has_next: (B, T) whether the next token belongs to the same document.
-        reading: of the store.
-    """
-
-    hidden: Tensor
-    surprise: Tensor
-    has_next: Tensor
-    reading: Reading
 
 
 class Trc2(Gpt):
@@ -204,7 +188,7 @@ class Trc2(Gpt):
         return Output(self.predict(hidden, batch), hidden, state=trace if self.training else None, auxiliary=auxiliary)
 
     def _read_batch(self, batch: Batch, state: State | None, mode: str) -> tuple[Tensor, State, Auxiliary, Any]:
-        is_open_B = _is_current(batch) if self.is_replay_bypassed and len(batch.parts) > 1 else None
+        is_open_B = is_current(batch) if self.is_replay_bypassed and len(batch.parts) > 1 else None
         return self._read(self.embed(batch.inputs), state, self.resets(batch.inputs), mode, is_open_B)
 
     def _read(
@@ -291,10 +275,10 @@ class Trc2(Gpt):
         """Let the critic learn from the losses of the stream's own rows, and store the most surprising states."""
         if self.hippocampus is None or self.critic is None or not self.training or output.state is None:
             return
-        rows = _is_current(batch)
+        rows = is_current(batch)
         reading = output.state.reading
         h_BTD, s_BT, has_next_BT = (each[rows] for each in output.state[:3])
-        loss_BT, is_known_BT = _losses(output.logits[rows].detach(), batch.targets[rows], h_BTD.shape[1])
+        loss_BT, is_known_BT = token_losses(output.logits[rows].detach(), batch.targets[rows], h_BTD.shape[1])
         if not self.has_critic:
             s_BT = loss_BT
         self.critic.note(s_BT[has_next_BT & is_known_BT])
@@ -304,7 +288,7 @@ class Trc2(Gpt):
             is_last_BT = F.pad(~has_next_BT[:, :-1], (0, 1), value=not self.is_text)
             self.critic.learn(h_BTD, loss_BT, is_known_BT & (has_next_BT | is_last_BT), is_last_BT)
         self.hippocampus.tick(reading.share[rows].sum(0))
-        row_K, token_K, found_K = self._candidates(surprise_BT)
+        row_K, token_K, found_K = candidates(surprise_BT, self.chunk, self.num_writes, self.min_surprise)
         self.hippocampus.write(
             h_BTD[row_K, token_K],
             h_BTD[row_K, token_K + 1],
@@ -313,36 +297,6 @@ class Trc2(Gpt):
             reading.own[rows][row_K, token_K],
             reading.stored,
         )
-
-    def _candidates(self, surprise_BT: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Rows, tokens and surprise of what may be stored, the most surprising first."""
-        num_tokens = surprise_BT.shape[1]
-        if num_tokens % self.chunk:
-            raise UserError(f"backbone.chunk is {self.chunk}; it must divide the {num_tokens} tokens of a row")
-        best_BC, where_BC = surprise_BT.unflatten(1, (-1, self.chunk)).max(2)
-        token_BC = where_BC + torch.arange(0, num_tokens, self.chunk, device=where_BC.device)
-        best_BK, chunk_BK = best_BC.topk(min(WRITES_PER_ROW, best_BC.shape[1]), 1)
-        best, which = best_BK.flatten().topk(min(self.num_writes, best_BK.numel()))
-        which = which[best > self.min_surprise]
-        row_K = which // best_BK.shape[1]
-        return row_K, token_BC.gather(1, chunk_BK).flatten()[which], best[: len(which)]
-
-
-def _is_current(batch: Batch) -> Tensor:
-    """(B,) rows that the stream delivered."""
-    sources = [part.source == Source.CURRENT for part in batch.parts]
-    lengths = torch.tensor([len(part) for part in batch.parts])
-    return torch.tensor(sources).repeat_interleave(lengths).to(batch.inputs.device)
-
-
-def _losses(logits: Tensor, targets: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
-    """(B, T) cross-entropy of what each token predicts, and where there is one; rows that are no text predict last."""
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    loss = F.cross_entropy(logits.flatten(0, -2), targets.flatten(), reduction="none").view(targets.shape)
-    if targets.dim() == 1:
-        loss_BT = F.pad(loss.unsqueeze(1), (num_tokens - 1, 0))
-        return loss_BT, torch.ones_like(loss_BT, dtype=torch.bool)
-    return loss, targets != IGNORED
 
 
 def _injection(injection: int | None, num_layers: int) -> int:

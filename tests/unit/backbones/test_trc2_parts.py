@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from cl.backbones.trc2 import Trc2
 from cl.backbones.trc2_parts import hippocampus as hippocampus_file
 from cl.backbones.trc2_parts.critic import Critic
+from cl.backbones.trc2_parts.events import candidates
 from cl.backbones.trc2_parts.hippocampus import Hippocampus
 from cl.backbones.trc2_parts.thalamus import Thalamus, tokens_before
 from cl.core import Setting, StreamInfo, UserError
@@ -213,16 +214,15 @@ def test_use_follows_what_is_read():
 
 def test_the_most_surprising_tokens_are_candidates():
     """At most one per chunk, four per row, as many as may be written per step; none below the threshold."""
-    model = made(chunk=4, num_writes=6, min_surprise=1.5)
     surprise = torch.full((2, CONTEXT), float("-inf"))
     peaks = [(0, 1, 9.0), (0, 2, 8.0), (0, 5, 7.0), (0, 9, 6.0), (0, 13, 5.0), (0, 17, 4.0), (1, 20, 6.5), (1, 3, 1.4)]
     for row, token, value in peaks:
         surprise[row, token] = value
-    row, token, found = model._candidates(surprise)
+    row, token, found = candidates(surprise, chunk=4, num_writes=6, min_surprise=1.5)
     assert list(zip(row.tolist(), token.tolist(), found.tolist(), strict=True)) == [
         (0, 1, 9.0), (0, 5, 7.0), (1, 20, 6.5), (0, 9, 6.0), (0, 13, 5.0),
     ]  # fmt: skip
-    assert len(made(chunk=4, num_writes=2)._candidates(surprise)[0]) == 2
+    assert len(candidates(surprise, chunk=4, num_writes=2, min_surprise=1.5)[0]) == 2
 
 
 # what is refused
