@@ -108,6 +108,7 @@ def test_one_death_is_reported_and_the_next_call_goes_on(capsys: pytest.CaptureF
     assert after.R == results()["naive/seed-1"].R
 
 
+@pytest.mark.slow
 def test_ctrl_c_leaves_checkpoints_and_the_next_call_goes_on(capsys: pytest.CaptureFixture[str]) -> None:
     Path("impatient.py").write_text(IMPATIENT)
     words = ("compare", *TINY, "strategies=naive,impatient.Impatient", "seeds=2")

@@ -40,6 +40,7 @@ def test_the_page_has_what_this_file_runs():
     assert {shlex.split(line)[0] for line in COMMANDS} == {"python", "cl"}
 
 
+@pytest.mark.slow
 def test_contracts_pass_in_a_folder_of_ones_own(folder):
     said = run("python -m pytest -q -p no:cacheprovider", folder)
     assert int(re.search(r"(\d+) passed", said)[1]) > 60

@@ -26,6 +26,7 @@ def test_python_blocks_run_in_order(tmp_path, monkeypatch):
     assert names["strategy"].clock.train_iterations > 0
 
 
+@pytest.mark.slow
 def test_commands_run_in_order(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     commands = [line for kind, code in BLOCKS if kind == "sh" for line in code.splitlines()]

@@ -19,6 +19,7 @@ def image_bytes():
 
 
 @pytest.mark.parametrize("family", [permuted, rotated])
+@pytest.mark.slow
 def test_a_thousand_experiences_hold_no_images(family):
     family("digits", 1)
     before = image_bytes()
