@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import platform
 import sys
 from datetime import UTC, datetime
@@ -10,16 +11,26 @@ from typing import Any
 
 import torch
 
-from kernels.bench.measure import TOLERANCE, Ceilings, ceilings, cpu_s, graph_s, launches, median_s, passes, worst_error
+from kernels.bench.measure import (
+    TOLERANCE,
+    Ceilings,
+    ceilings,
+    graph_s,
+    in_turns,
+    launches,
+    median_s,
+    passes,
+    peak_bytes,
+    worst_error,
+)
 from kernels.bench.peers import PEERS, SLACK, Peer, peer_error, peers_of, timed
 from kernels.bench.shapes import PROBLEMS, Inputs, Problem, Shape, chunk_of, shapes
+from kernels.bench.tables import fill, line, table
 from kernels.common import explain
 from kernels.common.dispatch import HAS_TRITON
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-COLUMNS = ["op", "B T H D", "dtype", "pass", "backend", "ms", "Mtok/s", "GB/s", "% roofline", "launches", "graph ms"]
-COLUMNS += ["max rel err", "loop ms", "x loop", "cpu ms", "loop cpu ms", "x loop cpu", "peer", "peer err", "peer ms"]
-COLUMNS += ["x peer"]
+LOOPS = 3
 L2_BYTES = 200 * 2**20
 
 
@@ -29,12 +40,12 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
     parser.add_argument("--dtypes", default=None, help="comma list of fp32, bf16, fp16 (CPU: fp32; GPU: bf16)")
     parser.add_argument("--peers", default=",".join(PEERS), help="comma list, or none")
-    parser.add_argument("--repeats", type=int, default=None, help="times per row (CPU 7, GPU 50)")
+    parser.add_argument("--repeats", type=int, default=None, help="times per row (CPU 9, GPU 50)")
     parser.add_argument("--loop", action=argparse.BooleanOptionalAction, default=None, help="time the token loop too")
     parser.add_argument("--smoke", action="store_true", help="tiny shapes: does the command work")
     parser.add_argument("--json", type=Path, help="write all rows here")
     parser.add_argument("--markdown", type=Path, help="write the table here")
-    parser.add_argument("--readme", type=Path, help="replace the generated table in this file")
+    parser.add_argument("--readme", type=Path, nargs="+", default=[], help="fill the marked tables of these files")
     arguments = parser.parse_args(argv)
     for name, allowed in (("ops", PROBLEMS), ("dtypes", DTYPES), ("peers", {**PEERS, "none": None})):
         for value in (getattr(arguments, name) or "").split(","):
@@ -63,7 +74,7 @@ def _row(
     copies = max(2, -(-L2_BYTES // size)) if cuda and not options.smoke else 1
     sets: list[Inputs] = [{n: x.clone().requires_grad_() for n, x in first.items()} for _ in range(copies)]
     out = problem.op(**first)[0]
-    repeats = options.repeats or (50 if cuda else 7)
+    repeats = options.repeats or (50 if cuda else 9)
     with_loop = not cuda if options.loop is None else options.loop
     peers = peers_of(problem.name, options.peers.split(","))
     if not cuda:
@@ -71,7 +82,13 @@ def _row(
     rows = []
     for backward in (False, True):
         call = passes(problem.op, sets, torch.randn_like(out), backward)
-        seconds = median_s(call, device, repeats)
+        loop = passes(lambda **x: problem.op(**x, backend="reference"), sets, torch.randn_like(out), backward)
+        if cuda:
+            times = []
+            seconds, loop_s = median_s(call, device, repeats), median_s(loop, device, LOOPS) if with_loop else 0.0
+        else:
+            times = in_turns([call, loop][: 1 + with_loop], [repeats, LOOPS][: 1 + with_loop])
+            seconds, loop_s = times[0].wall_s, times[-1].wall_s
         nbytes = problem.compulsory_bytes(first, out)[backward]
         batch, length, heads, width = shape
         flops = problem.flops(width, chunk_of(problem, dtype, device))[backward] * batch * length * heads
@@ -87,12 +104,13 @@ def _row(
         graphed = graph_s(call, device, repeats)
         row["graph ms"] = None if graphed is None else graphed * 1e3
         if with_loop:
-            loop = passes(lambda **x: problem.op(**x, backend="reference"), sets, torch.randn_like(out), backward)
-            row["loop ms"] = median_s(loop, device, 3) * 1e3
-            row["x loop"] = row["loop ms"] / row["ms"]
-            if not cuda:
-                row["cpu ms"], row["loop cpu ms"] = cpu_s(call, repeats) * 1e3, cpu_s(loop, 3) * 1e3
-                row["x loop cpu"] = row["loop cpu ms"] / row["cpu ms"]
+            row |= {"loop ms": loop_s * 1e3, "x loop": loop_s / seconds}
+        if times:
+            row["cpu ms"] = times[0].cpu_s * 1e3
+        if times and with_loop:
+            row |= {"loop cpu ms": times[1].cpu_s * 1e3, "x loop cpu": times[1].cpu_s / times[0].cpu_s}
+        if times and backward:
+            row["peak memory"] = peak_bytes(call) / problem.allowance(first, shape)
         for name, peer in peers.items():
             rows.append({**row, **_peer_row(name, peer, problem, first, dtype, device, repeats, backward, row["ms"])})
         if not rows or rows[-1]["pass"] != row["pass"]:
@@ -129,31 +147,14 @@ def _peer_row(
     return {"peer": name, "peer err": f"{worst:.1e}", "peer ms": peer_ms, "x peer": peer_ms / ours_ms}
 
 
-def _cell(value: Any) -> str:
-    if value is None:
-        return "–"
-    return (
-        f"{value:.3g}"
-        if isinstance(value, float) and value < 1000
-        else f"{value:.0f}"
-        if isinstance(value, float)
-        else str(value)
-    )
-
-
-def table(rows: list[dict[str, Any]]) -> str:
-    """Rows as Markdown, without the columns that are empty throughout."""
-    columns = [c for c in COLUMNS if any(row.get(c) is not None for row in rows)]
-    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
-    return "\n".join([*lines, *("| " + " | ".join(_cell(row.get(c)) for c in columns) + " |" for row in rows)])
-
-
 def _environment(device: torch.device, limits: Ceilings) -> dict[str, Any]:
     cuda = device.type == "cuda"
     triton = __import__("importlib.metadata").metadata.version("triton") if HAS_TRITON else None
     return {
         "date": datetime.now(UTC).date().isoformat(),
         "device": torch.cuda.get_device_name() if cuda else f"{_cpu_name()}, {torch.get_num_threads()} threads",
+        # how busy others keep the machine while this starts
+        "load": f"{os.getloadavg()[0]:.1f} on {os.cpu_count()} cores" if hasattr(os, "getloadavg") else None,
         "torch": torch.__version__,
         "triton": triton,
         "python": platform.python_version(),
@@ -187,19 +188,17 @@ def main(argv: list[str] | None = None) -> int:
                 found = _row(PROBLEMS[name], shape, dtype, device, limits, options)
                 rows += found
                 for row in found:
-                    print("  ".join(f"{c} {_cell(row[c])}" for c in COLUMNS if row.get(c) is not None), flush=True)
-    text = "\n".join(["", ", ".join(f"{k} {v}" for k, v in environment.items()), "", table(rows), ""])
+                    print(line(row), flush=True)
+    asked = ["python -m kernels.bench", *(sys.argv[1:] if argv is None else argv)]
+    header = f"`{' '.join(asked)}`: " + ", ".join(f"{k} {v}" for k, v in environment.items())
+    text = "\n".join(["", header, "", table(rows), ""])
     print(text)
     if options.json:
         options.json.write_text(json.dumps({"environment": environment, "rows": rows}, indent=1))
     if options.markdown:
         options.markdown.write_text(text)
-    if options.readme:
-        before, rest = options.readme.read_text().split(f"<!-- bench {device.type} -->")
-        options.readme.write_text(
-            f"{before}<!-- bench {device.type} -->{text}<!-- end {device.type} -->"
-            + rest.split(f"<!-- end {device.type} -->")[1]
-        )
+    for path in options.readme:
+        path.write_text(fill(path.read_text(), device.type, rows, header))
     return int(any(row["pass"] == "REFUSED" for row in rows))
 
 

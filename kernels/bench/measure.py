@@ -5,8 +5,9 @@
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -42,34 +43,53 @@ def ceilings(device: torch.device, dtype: torch.dtype, smoke: bool) -> Ceilings:
     return Ceilings(2 * source.numel() * source.element_size() / copy_s, 2 * n**3 / matmul_s)
 
 
-def cpu_s(call: Callable[[], Any], repeats: int) -> float:
-    """Median seconds of processor time of one call, all threads together: what a busy machine cannot inflate."""
-    times = []
-    for _ in range(repeats):
-        start = time.process_time()
-        call()
-        times.append(time.process_time() - start)
-    return statistics.median(times)
-
-
 def median_s(call: Callable[[], Any], device: torch.device, repeats: int) -> float:
     """Seconds of one call, after one to warm up: the median on a card, the fastest on a CPU, which others share."""
+    if device.type != "cuda":
+        return in_turns([call], [repeats])[0].wall_s
     call()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-        events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
-        for start, end in events:
-            start.record()
-            call()
-            end.record()
-        torch.cuda.synchronize()
-        return float(statistics.median(start.elapsed_time(end) for start, end in events)) / 1e3
-    times = []
-    for _ in range(repeats):
-        start_s = time.perf_counter()
+    torch.cuda.synchronize()
+    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
+    for start, end in events:
+        start.record()
         call()
-        times.append(time.perf_counter() - start_s)
-    return min(times)
+        end.record()
+    torch.cuda.synchronize()
+    return float(statistics.median(start.elapsed_time(end) for start, end in events)) / 1e3
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Of one call on a CPU: fastest wall time, and median processor time of all threads together."""
+
+    wall_s: float
+    cpu_s: float
+
+
+def in_turns(calls: Sequence[Callable[[], Any]], repeats: Sequence[int]) -> list[Timing]:
+    """Time calls on a CPU in turns, after one of each to warm up: what slows the machine down meets all of them."""
+    seen: list[list[tuple[float, float]]] = [[] for _ in calls]
+    for call in calls:
+        call()
+    # the shares of all calls grow alike: the next turn is of the one that has the smallest share behind it
+    for _ in range(sum(repeats)):
+        k = min(range(len(calls)), key=lambda i: (len(seen[i]) + 0.5) / repeats[i])
+        wall, cpu = time.perf_counter(), time.process_time()
+        calls[k]()
+        seen[k].append((time.perf_counter() - wall, time.process_time() - cpu))
+    return [Timing(min(w for w, _ in times), statistics.median(c for _, c in times)) for times in seen]
+
+
+def peak_bytes(call: Callable[[], Any]) -> int:
+    """Most bytes alive at once of all that torch allocates on the CPU during the call, its result included."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        kept = call()
+    events = seen.profiler.kineto_results.events()
+    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+    del kept
+    return max(accumulate(change for _, change in changes), default=0)
 
 
 def passes(op: Callable[..., Any], sets: list[Inputs], cotangent: Tensor, backward: bool) -> Callable[[], None]:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.common.dispatch import explained_by, matrix_chunk
+from kernels.common.dispatch import CPU_CHUNK, explained_by, matrix_chunk
 from kernels.delta_rule import delta_rule
 from kernels.gated_linear_attention import gated_linear_attention
 from kernels.linear_scan import linear_scan
@@ -36,12 +36,19 @@ class Problem:
     flops: Callable[[int, int], tuple[int, int]]
     # a slice small enough for the float64 loop; None cuts [B, T, H] of every input
     cut: Callable[[Inputs], Inputs] | None = None
+    keeps_states: bool = False
 
     def compulsory_bytes(self, inputs: Inputs, out: Tensor) -> tuple[int, int]:
         """Bytes that must move, forward and forward + backward: each input, output and gradient once per pass."""
         given = sum(x.numel() * x.element_size() for x in inputs.values())
         result = out.numel() * out.element_size()
         return given + result, 3 * given + 2 * result
+
+    def allowance(self, inputs: Inputs, shape: Shape) -> int:
+        """Bytes of the inputs, and of one state per chunk where the op keeps them: half of what it may need (CPU)."""
+        batch, length, heads, width = shape
+        states = 4 * batch * heads * -(-length // CPU_CHUNK) * width**2 if self.keeps_states else 0
+        return sum(x.numel() * x.element_size() for x in inputs.values()) + states
 
 
 def _scan(shape: Shape, dtype: torch.dtype, device: torch.device) -> Inputs:
@@ -210,12 +217,14 @@ PROBLEMS = {
     problem.name: problem
     for problem in (
         Problem("linear_scan", linear_scan, _scan, lambda width, chunk: (2 * width, 5 * width)),
-        Problem("gla_scalar", gated_linear_attention, _matrix("scalar", False), _attention_flops),
-        Problem("gla_channel", gated_linear_attention, _matrix("channel", False), _attention_flops),
-        Problem("deltanet", delta_rule, _matrix("none", True), _delta_flops),
-        Problem("gated_deltanet", delta_rule, _matrix("scalar", True), _delta_flops),
-        Problem("gdn_normalized", partial(delta_rule, normalize=True), _matrix("scalar", True), _delta_flops),
-        Problem("kda", delta_rule, _matrix("channel", True), _delta_flops),
+        Problem("gla_scalar", gated_linear_attention, _matrix("scalar", False), _attention_flops, keeps_states=True),
+        Problem("gla_channel", gated_linear_attention, _matrix("channel", False), _attention_flops, keeps_states=True),
+        Problem("deltanet", delta_rule, _matrix("none", True), _delta_flops, keeps_states=True),
+        Problem("gated_deltanet", delta_rule, _matrix("scalar", True), _delta_flops, keeps_states=True),
+        Problem(
+            "gdn_normalized", partial(delta_rule, normalize=True), _matrix("scalar", True), _delta_flops, None, True
+        ),
+        Problem("kda", delta_rule, _matrix("channel", True), _delta_flops, keeps_states=True),
         # the ratio at which 30 steps have converged to rounding: the time does not depend on it, the check does
         Problem("ridge", partial(ridge_memory, ratio=0.1, steps=RIDGE_STEPS), _memory("ridge"), _ridge_flops),
         Problem(

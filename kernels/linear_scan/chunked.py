@@ -10,39 +10,55 @@ Legend: B batch, T time, N channels, C chunk, S sequences (S = B unless packed).
 # mypy: disable-error-code="no-untyped-call"
 # torch leaves Tensor.unflatten without types
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from kernels.common.checks import state_dtype
 
 
+def steps_of(x_BTN: Tensor, begin: int, n: int, chunk: int) -> Sequence[Tensor]:
+    """Step i of all n chunks from token `begin` on, for every i: C views [B, n, N]."""
+    steps: Sequence[Tensor] = x_BTN[:, begin : begin + n * chunk].unflatten(1, (n, chunk)).unbind(2)
+    return steps
+
+
+def gates_ahead(gates: Sequence[Tensor], behind: float = 1.0) -> list[Tensor]:
+    """The gates of the tokens after, `behind` the last token as given: views but for one step."""
+    return [*gates[1:], torch.cat([gates[0][:, 1:], torch.full_like(gates[0][:, :1], behind)], 1)]
+
+
 def walk(a_BTN: Tensor, u_BTN: Tensor, h_BN: Tensor, out_BTN: Tensor, chunk: int, reverse: bool) -> Tensor:
-    """Write every state into `out_BTN` and return the last; `reverse` walks time backwards."""
-    length = u_BTN.shape[1]
-    n = length // chunk
-    body = slice(length - n * chunk, length) if reverse else slice(0, n * chunk)
-    tail = range(length - n * chunk) if reverse else range(n * chunk, length)
-    if n >= 2:
-        a, u, out = (x[:, body].unflatten(1, (n, chunk)) for x in (a_BTN, u_BTN, out_BTN))
-        steps = range(chunk - 1, -1, -1) if reverse else range(chunk)
-        chunks = range(n - 1, -1, -1) if reverse else range(n)
-        product, last = a[:, :, steps[0]].clone(), u[:, :, steps[0]].clone()
-        for i in steps[1:]:
-            product.mul_(a[:, :, i])
-            torch.addcmul(u[:, :, i], a[:, :, i], last, out=last)
-        start = torch.empty_like(last)
-        for j in chunks:
-            start[:, j] = h_BN
-            h_BN = torch.addcmul(last[:, j], product[:, j], h_BN)
-        state = start
-        for i in steps:
-            torch.addcmul(u[:, :, i], a[:, :, i], state, out=out[:, :, i])
-            state = out[:, :, i]
-    else:
-        tail = range(length)
-    for t in reversed(tail) if reverse else tail:
-        torch.addcmul(u_BTN[:, t], a_BTN[:, t], h_BN, out=out_BTN[:, t])
-        h_BN = out_BTN[:, t]
+    """Write out_t = u_t + a_t out_{t-1}, with `h` before the first token, and return the last.
+
+    `reverse` walks time backwards, out_t = u_t + a_{t+1} out_{t+1}, with `h` behind the last token (its gate is 1).
+    """
+    length, way = u_BTN.shape[1], -1 if reverse else 1
+    n = length // chunk if length >= 2 * chunk else 0
+    rest = length - n * chunk
+    if n:
+        gates, inputs, outs = (steps_of(x, rest if reverse else 0, n, chunk) for x in (a_BTN, u_BTN, out_BTN))
+        if reverse:
+            gates = gates_ahead(gates)
+        steps = list(zip(gates, inputs, outs, strict=True))[::way]
+        product, last = steps[0][0].clone(), steps[0][1].clone()
+        for gate, given, _ in steps[1:]:
+            product.mul_(gate)
+            torch.addcmul(given, gate, last, out=last)
+        starts = torch.empty_like(last)
+        for start, p, end in list(zip(starts.unbind(1), product.unbind(1), last.unbind(1), strict=True))[::way]:
+            h_BN = torch.addcmul(end, p, start.copy_(h_BN))
+        state = starts
+        for gate, given, out in steps:
+            state = torch.addcmul(given, gate, state, out=out)
+    tail = slice(0, rest) if reverse else slice(length - rest, length)
+    gates, inputs, outs = (x[:, tail].unbind(1) for x in (a_BTN, u_BTN, out_BTN))
+    if reverse:
+        gates = a_BTN[:, 1 : rest + 1].unbind(1)
+        gates = gates if n else [*gates, torch.ones_like(h_BN)]
+    for gate, given, out in list(zip(gates, inputs, outs, strict=True))[::way]:
+        h_BN = torch.addcmul(given, gate, h_BN, out=out)
     return h_BN.clone()
 
 
@@ -94,8 +110,7 @@ def backward(
     x = torch.empty_like(g)
     da = torch.empty_like(a)
     if cu_seqlens is None:
-        x[:, -1] = g[:, -1] + dfinal
-        walk(a[:, 1:], g[:, :-1], x[:, -1], x[:, :-1], chunk, reverse=True)
+        walk(a, g, dfinal, x, chunk, reverse=True)
         torch.mul(x[:, 1:], h[:, :-1], out=da[:, 1:])
         torch.mul(x[:, 0], h0, out=da[:, 0])
         return da.to(a_BTN.dtype), x.to(h_BTN.dtype), a[:, 0] * x[:, 0]
@@ -103,8 +118,7 @@ def backward(
     g, gate = g.clone(), a.clone()
     g[0, last] += dfinal[alive]
     gate[0, first] = 0
-    x[:, -1] = g[:, -1]
-    walk(gate[:, 1:], g[:, :-1], x[:, -1], x[:, :-1], chunk, reverse=True)
+    walk(gate, g, torch.zeros_like(g[:, 0]), x, chunk, reverse=True)
     torch.mul(x[:, 1:], h[:, :-1], out=da[:, 1:])
     da[0, first] = x[0, first] * h0[alive]
     dh0 = dfinal.clone()

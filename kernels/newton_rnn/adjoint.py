@@ -10,55 +10,74 @@ Legend: B batch, T time, G gates, U units ([N] or [H, D]), P parts of the state,
 # mypy: disable-error-code="no-untyped-call"
 # torch leaves Tensor.unflatten without types
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from kernels.linear_scan.chunked import walk
+from kernels.linear_scan.chunked import gates_ahead, steps_of, walk
 from kernels.newton_rnn.cells import GRU, LSTM, Parts, cell_of
 from kernels.newton_rnn.layout import Layout, Mark, initial, initial_parts
 
 # elements of one wide tensor of a piece of time, and the chunk of the linear recurrence
-BACK_SPAN = 262144
+BACK_SPAN = 131072
 BACK_CHUNK = 8
 
 
-def _walk_pair(m: list[Tensor], u: Parts, state: Parts, out: Parts, chunk: int) -> None:
+# the transposed Jacobian of an LSTM step in four planes (f, i, x, o): M v = (f t, x t + o v_h), t = v_c + i v_h
+Planes = Sequence[Tensor]
+IDENTITY = (1.0, 0.0, 0.0, 1.0)
+
+
+def _step(m: Planes, add: Planes, v: Planes, out: Planes | tuple[None, None] = (None, None)) -> Planes:
+    """add + M v."""
+    f, i, x, o = m
+    total = torch.addcmul(v[0], i, v[1])
+    return torch.addcmul(add[0], f, total, out=out[0]), torch.addcmul(add[1], o, v[1], out=out[1]).addcmul_(x, total)
+
+
+def move(m: Planes, v: Planes) -> Parts:
+    """M v, for one part M = (m)."""
+    if len(m) == 1:
+        return [m[0] * v[0]]
+    f, i, x, o = m
+    total = torch.addcmul(v[0], i, v[1])
+    return [f * total, (x * total).addcmul_(o, v[1])]
+
+
+def _walk_pair(m: Parts, u: Parts, state: Planes, out: Parts, chunk: int) -> None:
     """Reversed 2x2 linear recurrence, out_t = u_t + M_{t+1} out_{t+1}, in the three passes of `linear_scan`.
 
-    m: entries (00, 01, 10, 11) for the step from the token after; state: out of the token after the last.
+    `state` stands behind the last token, whose M is the identity.
     """
     length = u[0].shape[1]
-    n = length // chunk
-    tail = length - n * chunk if n >= 2 else length
-
-    def step(a: list[Tensor], add: Parts, v: Parts, into: Parts | None = None) -> Parts:
-        first = torch.addcmul(add[0], a[0], v[0]).addcmul_(a[1], v[1])
-        second = torch.addcmul(add[1], a[2], v[0]).addcmul_(a[3], v[1])
-        return [first, second] if into is None else [into[0].copy_(first), into[1].copy_(second)]
-
-    if n >= 2:
-        body = slice(tail, length)
-        mc, uc, oc = ([x[:, body].unflatten(1, (n, chunk)) for x in group] for group in (m, u, out))
-        at = [[x[:, :, i] for x in mc] for i in range(chunk)]
-        adds = [[x[:, :, i] for x in uc] for i in range(chunk)]
-        product, last = at[chunk - 1], adds[chunk - 1]
-        for i in range(chunk - 2, -1, -1):
-            a = at[i]
-            product = [
-                torch.addcmul(a[2 * row] * product[col], a[2 * row + 1], product[2 + col])
-                for row in (0, 1)
-                for col in (0, 1)
-            ]
-            last = step(a, adds[i], last)
+    n = length // chunk if length >= 2 * chunk else 0
+    rest = length - n * chunk
+    if n:
+        inputs, outs = (zip(*(steps_of(x, rest, n, chunk) for x in group), strict=True) for group in (u, out))
+        gates = (gates_ahead(steps_of(x, rest, n, chunk), one) for x, one in zip(m, IDENTITY, strict=True))
+        steps = list(zip(zip(*gates, strict=True), inputs, outs, strict=True))[::-1]
+        gate = steps[0][0]
+        last: Planes = steps[0][1]
+        one, zero = torch.ones_like(last[0]), torch.zeros_like(last[0])
+        # the columns of the product of all M of a chunk
+        of_c, of_h = move(gate, (one, zero)), move(gate, (zero, one))
+        for gate, given, _ in steps[1:]:
+            of_c, of_h, last = move(gate, of_c), move(gate, of_h), _step(gate, given, last)
         starts = [torch.empty_like(x) for x in last]
-        for j in range(n - 1, -1, -1):
-            for start, s in zip(starts, state, strict=True):
-                start[:, j] = s
-            state = step([p[:, j] for p in product], [x[:, j] for x in last], state)
-        for i in range(chunk - 1, -1, -1):
-            starts = step(at[i], adds[i], starts, [x[:, :, i] for x in oc])
-    for t in range(tail - 1, -1, -1):
-        state = step([x[:, t] for x in m], [x[:, t] for x in u], state, [x[:, t] for x in out])
+        chunks = [zip(*(x.unbind(1) for x in group), strict=True) for group in (starts, of_c, of_h, last)]
+        for start, by_c, by_h, end in list(zip(*chunks, strict=True))[::-1]:
+            c, h = (s.copy_(x) for s, x in zip(start, state, strict=True))
+            state = [e.addcmul(pc, c).addcmul_(ph, h) for e, pc, ph in zip(end, by_c, by_h, strict=True)]
+        v: Planes = starts
+        for gate, given, into in steps:
+            v = _step(gate, given, v, into)
+    ahead = [list(x[:, 1 : rest + 1].unbind(1)) for x in m]
+    if not n:
+        ahead = [[*x, torch.full_like(state[0], one)] for x, one in zip(ahead, IDENTITY, strict=True)]
+    inputs, outs = (zip(*(x[:, :rest].unbind(1) for x in group), strict=True) for group in (u, out))
+    for gate, given, into in list(zip(zip(*ahead, strict=True), inputs, outs, strict=True))[::-1]:
+        state = _step(gate, given, state, into)
 
 
 class Adjoint:
@@ -71,8 +90,8 @@ class Adjoint:
         self.dpeephole: Tensor | None = None
         self.dh0 = torch.zeros_like(dfinal_SPU)
 
-    def piece(self, x: Tensor, dh: Tensor, kept: Parts, begin: int, end: int, carry: Parts) -> tuple[Parts, Parts]:
-        """Gradients of the pre-activations of tokens begin .. end, and the adjoint that leaves towards the past."""
+    def piece(self, x: Tensor, dh: Tensor, kept: Parts, begin: int, end: int, carry: Parts, dx_BTGU: Tensor) -> Parts:
+        """Write the gradients of the pre-activations of tokens begin .. end; returns the adjoint that leaves them."""
         marks = self.layout.within(begin, end)
         before = self._before(kept[:-1], begin, end, marks)
         planes = self.cell.planes(list(x[:, begin:end].unbind(2)), before, [s[:, begin:end] for s in kept])
@@ -85,12 +104,12 @@ class Adjoint:
                 part[b, t - begin] += d
         solve = self._scan if self.diagonal else self._loop
         adjoint, carry = solve(planes, given, marks, begin, carry)
-        dx = self.cell.token(planes, adjoint)
+        dx = self.cell.token(planes, adjoint, dx_BTGU[:, begin:end].unbind(2))
         dr, dpeephole = self.cell.weights(planes, dx)
         self.dr = dr if self.dr is None else [a.add_(b) for a, b in zip(self.dr, dr, strict=True)]
         if dpeephole is not None:
             self.dpeephole = dpeephole if self.dpeephole is None else self.dpeephole.add_(dpeephole)
-        return dx, carry
+        return carry
 
     def _before(self, states: Parts, begin: int, end: int, marks: list[Mark]) -> Parts:
         """The state each token started from."""
@@ -114,25 +133,19 @@ class Adjoint:
     ) -> tuple[Parts, Parts]:
         """Diagonal weights: the adjoint is `linear_scan` reversed (a 2x2 one for two parts)."""
         m = self.cell.matrix(planes)
-        size = len(given)
-        kept = [torch.stack([entry[b, t - begin] for entry in m]).unflatten(0, (size, size)) for b, t, _ in marks]
+        kept = [[x[b, t - begin].clone() for x in m] for b, t, _ in marks]
         for b, t, _ in marks:
-            for entry in m:
+            # without these two or three planes M is zero; the gradients of the token still need `into`
+            for entry in m if len(m) == 1 else (m[0], m[2], m[3]):
                 entry[b, t - begin] = 0
         out = [torch.empty_like(g, memory_format=torch.contiguous_format) for g in given]
-        for o, g, c in zip(out, given, carry, strict=True):
-            torch.add(g[:, -1], c, out=o[:, -1])
-        last, rest = [o[:, -1] for o in out], [o[:, :-1] for o in out]
-        if size == 1:
-            walk(m[0][:, 1:], given[0][:, :-1], last[0], rest[0], BACK_CHUNK, reverse=True)
+        if len(m) == 1:
+            walk(m[0], given[0], carry[0], out[0], BACK_CHUNK, reverse=True)
         else:
-            _walk_pair([e[:, 1:] for e in m], [g[:, :-1] for g in given], last, rest, BACK_CHUNK)
-        for (b, t, s), entries in zip(marks, kept, strict=True):
-            u = torch.stack([o[b, t - begin] for o in out])
-            self._release(s, (entries * u).sum(1))
-        first = [o[:, 0] for o in out]
-        leaving = [sum(m[size * i + k][:, 0] * first[k] for k in range(size)) for i in range(size)]
-        return out, [torch.as_tensor(x) for x in leaving]
+            _walk_pair(m, given, carry, out, BACK_CHUNK)
+        for (b, t, s), planes_t in zip(marks, kept, strict=True):
+            self._release(s, torch.stack(move(planes_t, [o[b, t - begin] for o in out])))
+        return out, move([x[:, 0] for x in m], [o[:, 0] for o in out])
 
     def _loop(
         self, planes: dict[str, Tensor], given: Parts, marks: list[Mark], begin: int, carry: Parts
@@ -181,7 +194,7 @@ def backward(
     layout = Layout.of(batch, length, reset, cu_seqlens)
     starts = initial_parts(h0_SPU, x_BTGU, layout.rows, cell.parts)
     adjoint = Adjoint(cell, layout, starts, dfinal_SPU.to(dtype), diagonal=diagonal)
-    dx = x_BTGU.new_empty(x_BTGU.shape)
+    dx = x_BTGU.new_empty(x_BTGU.shape, dtype=dtype)
     kept = [*([c_BTU] if cell.parts == 2 else []), h_BTU, candidate_BTU]
     carry = [torch.zeros_like(h_BTU[:, 0]) for _ in kept[:-1]]
     elements = batch * h_BTU[0, 0].numel()
@@ -189,9 +202,7 @@ def backward(
     x = x_BTGU.to(dtype)
     for begin in range((length - 1) // span * span, -1, -span):
         end = min(begin + span, length)
-        found, carry = adjoint.piece(x, dh_BTU, kept, begin, end, carry)
-        for g, d in enumerate(found):
-            dx[:, begin:end, g] = d
+        carry = adjoint.piece(x, dh_BTU, kept, begin, end, carry, dx)
     dh0 = adjoint.dh0
     if cu_seqlens is None:
         dh0 += torch.stack(carry, dim=1)
@@ -201,4 +212,4 @@ def backward(
     assert adjoint.dr is not None
     dr = torch.stack(adjoint.dr).to(r.dtype)
     dpeephole = None if adjoint.dpeephole is None or peephole is None else adjoint.dpeephole.to(peephole.dtype)
-    return dx, dr, dpeephole, dh0
+    return dx.to(x_BTGU.dtype), dr, dpeephole, dh0

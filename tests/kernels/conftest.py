@@ -20,9 +20,8 @@ def _load(name: str) -> None:
     spec.loader.exec_module(module)
 
 
-_load("kernel_properties")
-_load("memory_cases")
-_load("rnn_cases")
+for _name in ("kernel_properties", "memory_cases", "rnn_cases", "all_cases"):
+    _load(_name)
 
 
 @pytest.fixture(autouse=True)

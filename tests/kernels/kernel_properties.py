@@ -3,8 +3,8 @@
 Every comparison is a relative Frobenius error without an absolute escape: where the truth is zero, so must we be.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -27,17 +27,44 @@ TOLERANCE = {
 DISTRIBUTIONS = {"random": (0.0, 2.0), "cos 0.5": (0.5, 2.0), "cos 0.5 slow": (0.5, 6.0), "cos 0.9 slow": (0.9, 6.0)}
 
 
+EDGES = ("no decay", "wiped", "some wiped", "zero key", "repeated key", "large value", "beta")
+
+
 @dataclass(frozen=True)
 class OpCase:
-    """An op and how to draw its inputs; `tokens` are the inputs with a time axis (dimension 1)."""
+    """An op, how to draw its inputs, and what sets it apart from the others.
+
+    draw: (generator, batch, length, sequences, distribution) -> inputs in float64, initial state.
+    timeless: inputs that are the same for all tokens; the others have time as dimension 1.
+    lengths: tokens of a short and of an everyday test (a token loop of matrices is slow).
+    """
 
     name: str
     op: Callable[..., tuple[Tensor, Tensor]]
     draw: Callable[[torch.Generator, int, int, int, str], tuple[Inputs, Tensor]]
+    timeless: tuple[str, ...] = ()
+    length: int = 70
+    chunk: int = 16
+    # the chunk is a way to compute, not a part of the model
+    free_chunk: bool = True
+    has_reset: bool = False
+    has_triton: bool = True
+    # autograd goes through the op, so that second derivatives exist
+    is_traced: bool = False
+    edges: tuple[str, ...] = EDGES
 
     @property
-    def is_matrix(self) -> bool:
-        return "scan" not in self.name
+    def is_scan(self) -> bool:
+        return "scan" in self.name
+
+    def is_tokens(self, name: str) -> bool:
+        """Whether an input has a time axis."""
+        return name not in (*self.timeless, "initial_state")
+
+    @property
+    def tiles(self) -> dict[str, int]:
+        """The chunk as an option of a call in Triton; scans have none."""
+        return {} if self.is_scan else {"chunk": 16}
 
 
 def _keys(gen: torch.Generator, shape: tuple[int, ...], cosine: float) -> Tensor:
@@ -99,10 +126,10 @@ def _draw_long(draw: Callable[..., tuple[Inputs, Tensor]]) -> Callable[..., tupl
 CASES = {
     case.name: case
     for case in (
-        OpCase("scan_real", linear_scan, _draw_scan(False)),
-        OpCase("scan_complex", linear_scan, _draw_scan(True)),
+        OpCase("scan_real", linear_scan, _draw_scan(False), has_reset=True, edges=()),
+        OpCase("scan_complex", linear_scan, _draw_scan(True), has_reset=True, edges=()),
         OpCase("linear_attention", gated_linear_attention, _draw_matrix("none", False)),
-        OpCase("retention", gated_linear_attention, _draw_matrix("retention", False)),
+        OpCase("retention", gated_linear_attention, _draw_matrix("retention", False), timeless=("g",)),
         OpCase("gla_scalar", gated_linear_attention, _draw_matrix("scalar", False)),
         OpCase("gla_channel", gated_linear_attention, _draw_matrix("channel", False)),
         OpCase("deltanet", delta_rule, _draw_matrix("none", True)),
@@ -179,28 +206,22 @@ def assert_agrees(case: OpCase, inputs: Inputs, backend: str, dtype: torch.dtype
     assert_close(case, given, found, truth, TOLERANCE[backend, dtype])
 
 
-def split(case: OpCase, inputs: Inputs, cut: int) -> tuple[Inputs, Inputs]:
-    """Inputs before and after a cut in time (constant gates stay whole)."""
-    first, second = {}, {}
-    for name, x in inputs.items():
-        if name == "initial_state":
-            continue
-        timeless = name == "g" and x.dim() == 1
-        first[name], second[name] = (x, x) if timeless else (x[:, :cut], x[:, cut:])
-    return first, second
+def cut(case: OpCase, given: dict[str, Any], where: slice) -> dict[str, Any]:
+    """The inputs (and resets) of a stretch of time, without the initial state."""
+    part = {n: x[:, where] if isinstance(x, Tensor) and case.is_tokens(n) else x for n, x in given.items()}
+    part.pop("initial_state", None)
+    return part
 
 
-def carried(case: OpCase, cut: int) -> OpCase:
+def carried(case: OpCase, at: int) -> OpCase:
     """The same op run as two calls with the state handed over."""
 
-    def op(*, initial_state: Tensor, backend: str, chunk: int | None = None, **tokens: Tensor) -> tuple[Tensor, Tensor]:
-        first, second = split(case, tokens, cut)
-        options: dict[str, Any] = {"backend": backend, "chunk": chunk}
-        out1, middle = case.op(**first, initial_state=initial_state, **options)
-        out2, final = case.op(**second, initial_state=middle, **options)
+    def op(*, initial_state: Tensor, **given: Any) -> tuple[Tensor, Tensor]:
+        out1, middle = case.op(**cut(case, given, slice(None, at)), initial_state=initial_state)
+        out2, final = case.op(**cut(case, given, slice(at, None)), initial_state=middle)
         return torch.cat([out1, out2], dim=1), final
 
-    return OpCase(f"{case.name} cut at {cut}", op, case.draw)
+    return replace(case, name=f"{case.name} cut at {at}", op=op)
 
 
 def in_halo(x: Tensor) -> Tensor:
@@ -216,6 +237,8 @@ def edge_inputs(case: OpCase, edge: str) -> Inputs | None:
     """Inputs at the edge of what the op allows; None where the op has no such input."""
     inputs = draw(case, 50)
     gate = inputs.get("g")
+    if edge not in case.edges:
+        return None
     if edge in ("no decay", "wiped", "some wiped"):
         if gate is None or gate.dim() == 1:
             return None
@@ -232,3 +255,8 @@ def edge_inputs(case: OpCase, edge: str) -> Inputs | None:
     else:
         inputs["beta"][:, 0::3], inputs["beta"][:, 1::3], inputs["beta"][:, 2::3] = 0, 1, 2
     return inputs
+
+
+def edges_of(cases: Iterable[OpCase]) -> list[tuple[OpCase, str]]:
+    """Every case with every edge it has."""
+    return [(case, edge) for case in cases for edge in case.edges if edge_inputs(case, edge) is not None]

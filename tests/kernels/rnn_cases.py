@@ -70,35 +70,20 @@ def _without_chunk(op: Any, **how: Any) -> Callable[..., tuple[Tensor, Tensor]]:
     return lambda *, chunk=None, **given: op(**how, **given)
 
 
+_case = partial(OpCase, timeless=TIMELESS, chunk=8, has_reset=True, edges=())
 RNN_CASES = {
     case.name: case
     for case in (
-        OpCase("newton_gru", partial(newton_rnn, cell="gru"), _newton("gru", False)),
-        OpCase("newton_lstm", partial(newton_rnn, cell="lstm"), _newton("lstm", False)),
-        OpCase("newton_block_gru", partial(newton_rnn, cell="gru"), _newton("gru", True)),
-        OpCase("newton_block_lstm", partial(newton_rnn, cell="lstm"), _newton("lstm", True)),
-        *(OpCase(f"sequential_{c}", _without_chunk(sequential_rnn, cell=c), _sequential(c)) for c in GATES),
-        OpCase("m2rnn", m2rnn, _m2rnn),
+        *(
+            # a matrix per head is solved on the chunked backend only
+            _case(f"newton_{b}{c}", partial(newton_rnn, cell=c), _newton(c, bool(b)), has_triton=not b)
+            for b in ("", "block_")
+            for c in ("gru", "lstm")
+        ),
+        *(
+            _case(f"sequential_{c}", _without_chunk(sequential_rnn, cell=c), _sequential(c), free_chunk=False)
+            for c in GATES
+        ),
+        _case("m2rnn", m2rnn, _m2rnn),
     )
 }
-# a matrix per head is solved on the chunked backend only
-ON_TRITON = [name for name in RNN_CASES if not name.startswith("newton_block")]
-
-
-def is_tokens(name: str) -> bool:
-    """Whether an input has a time axis."""
-    return name not in TIMELESS and name != "initial_state"
-
-
-def carried(case: OpCase, cut: int) -> OpCase:
-    """The same op run as two calls with the state handed over."""
-
-    def op(*, initial_state: Tensor, **given: Any) -> tuple[Tensor, Tensor]:
-        def part(where: slice) -> dict[str, Any]:
-            return {n: x[:, where] if isinstance(x, Tensor) and is_tokens(n) else x for n, x in given.items()}
-
-        out1, middle = case.op(**part(slice(None, cut)), initial_state=initial_state)
-        out2, final = case.op(**part(slice(cut, None)), initial_state=middle)
-        return torch.cat([out1, out2], dim=1), final
-
-    return OpCase(f"{case.name} cut at {cut}", op, case.draw)

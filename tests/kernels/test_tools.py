@@ -22,7 +22,10 @@ def run(module, *arguments, **variables):
 @pytest.mark.slow
 def test_bench_writes_both_tables(tmp_path):
     readme = tmp_path / "README.md"
-    readme.write_text("before\n<!-- bench cpu -->\nold\n<!-- end cpu -->\nafter\n")
+    marks = ("cpu kda,deltanet", "cpu kda short", "cuda kda", "cpu kda,attention")
+    readme.write_text(
+        "\n".join(f"<!-- bench {mark} -->\nold {mark}\n<!-- end bench -->" for mark in marks) + "\nafter\n"
+    )
     paths = ["--json", str(tmp_path / "b.json"), "--markdown", str(tmp_path / "b.md"), "--readme", str(readme)]
     done = run("kernels.bench", "--smoke", "--device", "cpu", *paths)
     assert done.returncode == 0, done.stderr
@@ -30,11 +33,16 @@ def test_bench_writes_both_tables(tmp_path):
     # forward, and forward with backward
     assert len(rows) == 2 * len(PROBLEMS)
     assert all(row["ms"] > 0 and float(row["max rel err"]) < 1e-5 for row in rows)
-    text = readme.read_text()
-    assert text.startswith("before\n")
-    assert text.endswith("after\n")
-    assert "old" not in text
-    assert "| kda |" in text
+    wide, short, other_device, unknown = readme.read_text().split("<!-- end bench -->")[:4]
+    assert wide.count("| kda |") == wide.count("| deltanet |") == short.count("| kda |") == 2
+    assert "python -m kernels.bench --smoke" in wide
+    assert "Mtok/s" in wide
+    assert "Mtok/s" not in short
+    assert "x loop cpu" in short
+    # what was not measured stays
+    assert "old cuda kda" in other_device
+    assert "old cpu kda,attention" in unknown
+    assert readme.read_text().endswith("after\n")
 
 
 def test_bench_refuses_to_time_a_wrong_result(monkeypatch, capsys):

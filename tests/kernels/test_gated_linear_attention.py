@@ -1,0 +1,95 @@
+"""Gated linear attention and the mLSTM on top: second oracles, and decays per channel of every strength."""
+
+import kernel_properties as props
+import pytest
+import torch
+from kernel_properties import CASES
+
+from kernels.gated_linear_attention import gated_linear_attention, mlstm
+from kernels.gated_linear_attention.mlstm import MLSTMState
+
+
+def mlstm_loop(q, k, v, i_gate, f_gate, scale, state=None):
+    """The mLSTM as the paper's equations have it, without stabiliser, in float64."""
+    c, n = (
+        (torch.zeros(q.shape[0], q.shape[2], 5, 7), torch.zeros(q.shape[0], q.shape[2], 5)) if state is None else state
+    )
+    outs = []
+    for t in range(q.shape[1]):
+        f, i = torch.sigmoid(f_gate[:, t])[..., None], torch.exp(i_gate[:, t])[..., None]
+        c = f[..., None] * c + (i * k[:, t])[..., None] * v[:, t][..., None, :]
+        n = f * n + i * k[:, t]
+        query = q[:, t] * scale
+        down = (query * n).sum(-1, keepdim=True).abs().clamp(min=1)
+        outs.append((query[..., None, :] @ c)[..., 0, :] / down)
+    return torch.stack(outs, 1), (c, n)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_mlstm_against_its_equations(packed):
+    inputs = props.draw(CASES["gated_deltanet"], 30)
+    q, k, v = inputs["q"][:1], inputs["k"][:1], inputs["v"][:1]
+    gen = torch.Generator().manual_seed(5)
+    i_gate, f_gate = (3 * torch.randn(1, 30, 2, generator=gen, dtype=torch.float64) for _ in range(2))
+    tokens = [x.clone().requires_grad_() for x in (q, k, v, i_gate, f_gate)]
+    if packed:
+        bounds = [(0, 11), (11, 30)]
+        truth = torch.cat([mlstm_loop(*(x[:, a:b] for x in tokens), 0.4)[0] for a, b in bounds], 1)
+        found, _ = mlstm(*tokens, scale=0.4, cu_seqlens=torch.tensor([0, 11, 11, 30]), chunk=8)
+    else:
+        truth, (c, n) = mlstm_loop(*tokens, 0.4)
+        first, middle = mlstm(*(x[:, :13] for x in tokens), scale=0.4, chunk=8)
+        second, final = mlstm(*(x[:, 13:] for x in tokens), scale=0.4, chunk=8, initial_state=middle)
+        found = torch.cat([first, second], 1)
+        assert isinstance(final, MLSTMState)
+        assert props.error(final.matrix * final.log_scale.exp()[..., None, None], c) < 1e-10
+        assert props.error(final.normaliser * final.log_scale.exp()[..., None], n) < 1e-10
+    assert props.error(found, truth) < 1e-10
+    weights = torch.randn(truth.shape, generator=gen, dtype=torch.float64)
+    ours = torch.autograd.grad((found * weights).sum(), tokens, retain_graph=True)
+    theirs = torch.autograd.grad((truth * weights).sum(), tokens)
+    assert max(props.error(x, y) for x, y in zip(ours, theirs, strict=True)) < 1e-10
+
+
+def test_mlstm_sigmoid_and_huge_gates():
+    x = torch.randn(1, 9, 2, 4, generator=torch.Generator().manual_seed(0))
+    gate = torch.full((1, 9, 2), 80.0)
+    h, _ = mlstm(x, x, x, gate, gate)
+    assert torch.isfinite(h).all()
+    h, state = mlstm(x, x, x, gate, gate, variant="sigmoid")
+    torch.testing.assert_close(h, gated_linear_attention(x, x, x)[0])
+    torch.testing.assert_close(state.matrix, gated_linear_attention(x, x, x)[1])
+
+
+def test_retention_is_attention_with_a_decay_mask():
+    """Independent second oracle: the quadratic form."""
+    inputs = props.draw(CASES["retention"], 40)
+    del inputs["initial_state"]
+    t = torch.arange(40)
+    mask = torch.exp(inputs["g"][:, None, None] * (t[:, None] - t)).tril()
+    scores = torch.einsum("bihk,bjhk->bhij", inputs["q"], inputs["k"]) * 5**-0.5 * mask
+    truth = torch.einsum("bhij,bjhv->bihv", scores, inputs["v"])
+    assert props.error(gated_linear_attention(**inputs)[0], truth) < 1e-12
+
+
+@pytest.mark.parametrize("name", ["gla_channel", "kda"])
+@pytest.mark.parametrize(("strength", "block"), [(0.1, 16), (1.5, 8), (3.5, 4), (7.0, 2), (20.0, 1)])
+def test_decays_per_channel_of_every_strength(name, strength, block, monkeypatch):
+    """The harder the decay, the narrower the blocks on the diagonal; each width must be as exact."""
+    from kernels.common import chunks
+
+    seen = set()
+    make = chunks.ChannelDecay.__init__
+
+    def watched(self, g):
+        make(self, g)
+        seen.add(self.block)
+
+    monkeypatch.setattr(chunks.ChannelDecay, "__init__", watched)
+    inputs = props.draw(CASES[name], 48, "cos 0.5")
+    # within a factor of 1.1 of the strength, so that every block of the call has the same width
+    inputs["g"] = -strength * (0.9 + 0.2 * torch.rand(inputs["g"].shape, generator=torch.Generator().manual_seed(2)))
+    inputs["g"] = inputs["g"].double()
+    for dtype in (torch.float64, torch.float32):
+        props.assert_agrees(CASES[name], inputs, "chunked", dtype, chunk=16)
+    assert seen == {block}

@@ -1,0 +1,35 @@
+"""The scan: a second oracle; and what resets are turned into for the other ops."""
+
+import kernel_properties as props
+import torch
+from kernel_properties import CASES
+
+from kernels.linear_scan import linear_scan
+
+
+def test_scan_against_associative_scan():
+    from torch._higher_order_ops.associative_scan import associative_scan
+
+    inputs = props.draw(CASES["scan_real"], 33)
+    inputs["u"][:, 0] += inputs["a"][:, 0] * inputs["initial_state"]
+
+    def combine(x, y):
+        return x[0] * y[0], y[0] * x[1] + y[1]
+
+    _, truth = associative_scan(combine, (inputs["a"], inputs["u"]), dim=1, combine_mode="generic")
+    found, _ = linear_scan(inputs["a"], inputs["u"])
+    assert props.error(found, truth) < 1e-12
+
+
+def test_reset_flags_become_offsets():
+    from kernels.common import cu_seqlens_from_reset
+
+    case = CASES["gated_deltanet"]
+    inputs = props.draw(case, 10)
+    del inputs["initial_state"]
+    reset = torch.zeros(2, 10, dtype=torch.bool)
+    reset[0, 4] = True
+    packed = {n: x.flatten(0, 1)[None] for n, x in inputs.items()}
+    out, _ = case.op(**packed, cu_seqlens=cu_seqlens_from_reset(reset))
+    alone, _ = case.op(**{n: x[:1, 4:] for n, x in inputs.items()})
+    torch.testing.assert_close(out[:, 4:10], alone, rtol=1e-10, atol=0)
