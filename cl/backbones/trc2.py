@@ -12,35 +12,32 @@ reaches them, and nothing of them is stored. A forward changes nothing; `commit`
 Source: Khadangi, "Efficient Continual Learning in Language Models via Thalamically Routed Cortical Columns", arXiv
 2602.22479, v2 to v5. What is published there of the method is the list of parts and how they are wired; equations and
 sizes are our own. Differences: the chunk-routed network of v1, which goes by the same name, lets tokens see the future
-of their chunk, and is another model. Replay and its controller are a strategy (`strategy=consolidation`), so that every
-backbone can have them.
+of their chunk, and is another model, of which `backbone=trc2_v1` is a causal form. Replay and its controller are a
+strategy (`strategy=consolidation`), so that every backbone can have them.
 
-Shape legend: B rows, T tokens, D width, R rank, N slots, C chunks of a row, K candidates.
+Shape legend: B rows, T tokens, D width, R rank, N slots.
 """
 
 from __future__ import annotations
 
-from math import gcd
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from cl.backbones._block import Auxiliary, add_terms
+from cl.backbones._cells import ages
 from cl.backbones._heads import require_width
-from cl.backbones._reading import draw
+from cl.backbones._reading import draw, num_steps
 from cl.backbones._state import State
 from cl.backbones.gpt import Gpt
-from cl.backbones.trc2_parts.critic import Critic
-from cl.backbones.trc2_parts.events import Trace, candidates, is_current, token_losses
-from cl.backbones.trc2_parts.hippocampus import Hippocampus
-from cl.backbones.trc2_parts.thalamus import Thalamus, tokens_before
+from cl.backbones.trc2_parts.episodes import Episodes
+from cl.backbones.trc2_parts.events import Trace, is_current
+from cl.backbones.trc2_parts.thalamus import Thalamus
 from cl.core import Batch, Output, StreamInfo, UserError
 
 READS_STORE = ("always", "training", "never")
-CHUNK = 64
 
 
 class Trc2(Gpt):
@@ -59,8 +56,9 @@ class Trc2(Gpt):
         min_surprise: normalised surprise above which a state may be stored.
         num_writes: most states stored per commit, so that a step cannot turn the whole store over.
         discount: gamma of the critics.
-        has_thalamus, has_hippocampus, has_critic: ablations. Without critic, surprise is the normalised loss of a
-            token, which only writes can use; without hippocampus there is no critic either.
+        has_thalamus, has_past, has_competition: ablations of the router: none, no mean of the past, no competition.
+        has_hippocampus, has_gate, has_critic: of the store: none, no feedback gate, no critic. Surprise is then the
+            normalised loss of a token, which only writes can use.
         is_replay_bypassed: rows that are replayed get no side input.
         starts_closed: begin with W_s = 0; False draws it.
         reads_store: "always"; "training", which measures as if the store were empty; or "never".
@@ -99,7 +97,10 @@ class Trc2(Gpt):
         num_writes: int = 8,
         discount: float = 0.9,
         has_thalamus: bool = True,
+        has_past: bool = True,
+        has_competition: bool = True,
         has_hippocampus: bool = True,
+        has_gate: bool = True,
         has_critic: bool = True,
         is_replay_bypassed: bool = True,
         starts_closed: bool = True,
@@ -110,56 +111,37 @@ class Trc2(Gpt):
         is_tied: bool = False,
         is_checkpointed: bool = False,
     ) -> None:
-        super().__init__(
-            info,
-            width=width,
-            num_layers=num_layers,
-            num_heads=num_heads,
-            num_kv_heads=num_kv_heads,
-            mlp_width=mlp_width,
-            mlp=mlp,
-            read=read,
-            rope_base=rope_base,
-            dropout=dropout,
-            is_tied=is_tied,
-            is_checkpointed=is_checkpointed,
-        )
-        counts = {"groups": groups, "num_slots": num_slots, "top": top, "num_writes": num_writes}
-        for name, value in counts.items():
-            require_width(name, value)
-        self.injection = _injection(injection, num_layers)
+        sizes = {"width": width, "num_layers": num_layers, "num_heads": num_heads, "num_kv_heads": num_kv_heads}
+        reading = {"mlp_width": mlp_width, "mlp": mlp, "read": read, "rope_base": rope_base, "dropout": dropout}
+        super().__init__(info, **sizes, **reading, is_tied=is_tied, is_checkpointed=is_checkpointed)
+        require_width("groups", groups)
         rank = -(-width // (8 * groups)) * groups if rank is None else rank
         require_width("rank", rank)
-        if rank % groups:
-            raise UserError(f"backbone.rank is {rank}; it must be a multiple of backbone.groups={groups}")
-        if not isinstance(discount, int | float) or not 0 <= discount < 1:
-            raise UserError(f"backbone.discount is {discount!r}; it must be a number from 0 to below 1")
-        if not isinstance(min_surprise, int | float):
-            raise UserError(f"backbone.min_surprise is {min_surprise!r}; it must be a number")
         if reads_store not in READS_STORE:
             raise UserError(f"backbone.reads_store is {reads_store!r}; it must be one of {', '.join(READS_STORE)}")
-        self.chunk = _chunk(chunk, _num_steps(info, read))
-        self.min_surprise, self.num_writes, self.rank = min_surprise, num_writes, rank
-        self.has_critic, self.is_replay_bypassed = has_critic and has_hippocampus, is_replay_bypassed
-        self.reads_store = reads_store
+        self.injection = _injection(injection, num_layers)
+        self.is_replay_bypassed, self.reads_store = is_replay_bypassed, reads_store
         # drawn after everything that the plain decoder has, whose weights are then the same
-        late = range(self.injection, num_layers)
-        routed = range(1, num_layers) if has_thalamus else late if has_hippocampus else ()
+        first = 1 if has_thalamus else self.injection if has_hippocampus else num_layers
         # surprise is known after the early columns only
+        is_alert = [has_hippocampus and has_critic and n + 1 >= self.injection for n in range(num_layers - 1)]
         self.thalami = nn.ModuleDict(
             {
-                str(n): Thalamus(width, rank, groups, is_alert=self.has_critic and n + 1 >= self.injection)
+                str(n): Thalamus(width, rank, groups, is_alert[n], has_past, has_competition)
                 for n in range(num_layers - 1)
                 if has_thalamus
             }
         )
-        self.shifts = nn.ModuleDict({str(n): nn.Linear(rank, width, bias=False) for n in routed})
-        self.hippocampus = Hippocampus(width, rank, num_slots, top) if has_hippocampus else None
-        self.critic = Critic(width, discount=discount) if has_hippocampus else None
-        draw(nn.ModuleList(m for m in (self.thalami, self.shifts, self.hippocampus) if m is not None), num_layers)
-        for shift in self.shifts.values():
-            if starts_closed:
-                nn.init.zeros_(shift.weight)
+        self.shifts = nn.ModuleDict({str(n): nn.Linear(rank, width, bias=False) for n in range(first, num_layers)})
+        self.episodes = None
+        if has_hippocampus:
+            steps = num_steps(info, read)
+            self.episodes = Episodes(
+                width, rank, steps, num_slots, top, chunk, min_surprise, num_writes, discount, has_gate, has_critic
+            )
+        draw(nn.ModuleList(m for m in (self.thalami, self.shifts, self.episodes) if m is not None), num_layers)
+        for shift in self.shifts.values() if starts_closed else ():
+            nn.init.zeros_(shift.weight)
 
     # reading
 
@@ -202,7 +184,7 @@ class Trc2(Gpt):
         if mode == "recurrent" and x_BTD.shape[1] > 1:
             return self._token_by_token(x_BTD, state, reset, is_open_B)
         state = self.init_state(len(x_BTD)) if state is None else state
-        before_BT = tokens_before(reset, state["side"]["count"], x_BTD.shape[1])
+        before_BT = ages(x_BTD.shape[1], reset, state["side"]["count"]) - 1
         left: State = {"side": {"count": before_BT[:, -1] + 1, "gap": state["side"]["gap"]}}
         auxiliary: Auxiliary = {}
         side_BTR = feedback_BTR = trace = None
@@ -214,8 +196,10 @@ class Trc2(Gpt):
             else:
                 x_BTD, left[str(number)], terms = block(*arguments)
             add_terms(auxiliary, terms)
-            if number + 1 == self.injection and self.hippocampus is not None:
-                feedback_BTR, surprise_BT, trace = self._recall(x_BTD, state["side"]["gap"], before_BT, left)
+            if number + 1 == self.injection and self.episodes is not None:
+                is_read = self.reads_store == "always" or (self.reads_store == "training" and self.training)
+                recalled = self.episodes(x_BTD, state["side"]["gap"], before_BT, is_read)
+                feedback_BTR, surprise_BT, left["side"]["gap"], trace = recalled
             if number + 1 < len(self.blocks):
                 side_BTR = feedback_BTR
                 if str(number) in self.thalami:
@@ -229,9 +213,8 @@ class Trc2(Gpt):
     ) -> tuple[Tensor, State, Auxiliary, None]:
         outputs, auxiliary = [], {}
         for t in range(x_BTD.shape[1]):
-            at = slice(t, t + 1)
-            own_reset = None if reset is None else reset[:, at]
-            y_B1D, state, auxiliary, _ = self._read(x_BTD[:, at], state, own_reset, "recurrent", is_open_B)
+            own_reset = None if reset is None else reset[:, t : t + 1]
+            y_B1D, state, auxiliary, _ = self._read(x_BTD[:, t : t + 1], state, own_reset, "recurrent", is_open_B)
             outputs.append(y_B1D)
         assert state is not None
         return torch.cat(outputs, 1), state, auxiliary, None
@@ -245,58 +228,15 @@ class Trc2(Gpt):
         shift: Tensor = self.shifts[str(number)](side_BTR)
         return shift
 
-    def _recall(
-        self, h_BTD: Tensor, gap_B2: Tensor, before_BT: Tensor, left: State
-    ) -> tuple[Tensor, Tensor, Tensor, Trace]:
-        """Feedback of the store, the surprise known at each token (that of two tokens ago), and the trace."""
-        assert self.hippocampus is not None
-        assert self.critic is not None
-        h_BTD = F.rms_norm(h_BTD, h_BTD.shape[-1:], eps=1e-6)
-        is_read = self.reads_store == "always" or (self.reads_store == "training" and self.training)
-        feedback_BTR, reading = self.hippocampus(h_BTD, is_read)
-        gap_BS = torch.cat((gap_B2, self.critic.gap(h_BTD.detach()).to(gap_B2.dtype)), 1)
-        left["side"]["gap"] = gap_BS[:, -2:]
-        s_BS = self.critic.surprise(gap_BS[:, :-1], gap_BS[:, 1:])
-        known_BT = self.critic.normalised(s_BS[:, :-1]).masked_fill(before_BT < 2, 0)
-        if not self.has_critic:
-            known_BT = torch.zeros_like(known_BT)
-        has_next_BT = F.pad(before_BT[:, 1:] > 0, (0, 1))
-        s_BT = F.pad(s_BS[:, 2:], (0, 1)).masked_fill(~has_next_BT, 0)
-        return feedback_BTR, known_BT, Trace(h_BTD.detach(), s_BT, has_next_BT, reading)
-
     # writing
 
     @property
     def commits(self) -> bool:
-        return self.hippocampus is not None
+        return self.episodes is not None
 
-    @torch.no_grad()
     def commit(self, batch: Batch, output: Output) -> None:
-        """Let the critic learn from the losses of the stream's own rows, and store the most surprising states."""
-        if self.hippocampus is None or self.critic is None or not self.training or output.state is None:
-            return
-        rows = is_current(batch)
-        reading = output.state.reading
-        h_BTD, s_BT, has_next_BT = (each[rows] for each in output.state[:3])
-        loss_BT, is_known_BT = token_losses(output.logits[rows].detach(), batch.targets[rows], h_BTD.shape[1])
-        if not self.has_critic:
-            s_BT = loss_BT
-        self.critic.note(s_BT[has_next_BT & is_known_BT])
-        surprise_BT = self.critic.normalised(s_BT).masked_fill(~(has_next_BT & is_known_BT), float("-inf"))
-        if self.has_critic:
-            # the last token of a piece has a successor that was not read; that of a document has none
-            is_last_BT = F.pad(~has_next_BT[:, :-1], (0, 1), value=not self.is_text)
-            self.critic.learn(h_BTD, loss_BT, is_known_BT & (has_next_BT | is_last_BT), is_last_BT)
-        self.hippocampus.tick(reading.share[rows].sum(0))
-        row_K, token_K, found_K = candidates(surprise_BT, self.chunk, self.num_writes, self.min_surprise)
-        self.hippocampus.write(
-            h_BTD[row_K, token_K],
-            h_BTD[row_K, token_K + 1],
-            found_K,
-            batch.experience_id[rows][row_K],
-            reading.own[rows][row_K, token_K],
-            reading.stored,
-        )
+        if self.episodes is not None and self.training and output.state is not None:
+            self.episodes.commit(batch, output.logits, output.state, self.is_text)
 
 
 def _injection(injection: int | None, num_layers: int) -> int:
@@ -307,19 +247,3 @@ def _injection(injection: int | None, num_layers: int) -> int:
             f"backbone.num_layers - 1 = {num_layers - 1}, of which there must be at least one"
         )
     return found
-
-
-def _num_steps(info: StreamInfo, read: str) -> int:
-    """Steps of a row in the order it is read."""
-    if len(info.input_shape) < 3:
-        return info.input_shape[0]
-    return info.input_shape[1] * (info.input_shape[2] if read == "pixels" else 1)
-
-
-def _chunk(chunk: int | None, num_steps: int) -> int:
-    if chunk is None:
-        return gcd(CHUNK, num_steps)
-    require_width("chunk", chunk)
-    if num_steps % chunk:
-        raise UserError(f"backbone.chunk is {chunk}; it must divide the {num_steps} tokens of a row")
-    return chunk

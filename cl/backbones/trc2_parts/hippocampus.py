@@ -54,6 +54,7 @@ class Hippocampus(nn.Module):
         rank: width of the feedback.
         num_slots: N.
         top: k.
+        has_gate: False takes G = 1.
 
     Raises:
         UserError: more slots than fit into memory.
@@ -70,7 +71,7 @@ class Hippocampus(nn.Module):
     experience: Tensor
     clock: Tensor
 
-    def __init__(self, width: int, rank: int, num_slots: int = 512, top: int = 8) -> None:
+    def __init__(self, width: int, rank: int, num_slots: int = 512, top: int = 8, has_gate: bool = True) -> None:
         super().__init__()
         require_memory(num_slots, width)
         self.top = min(top, num_slots)
@@ -78,7 +79,7 @@ class Hippocampus(nn.Module):
         self.query = nn.Linear(width, narrow, bias=False)
         self.key = nn.Linear(width, narrow, bias=False)
         self.value = nn.Linear(width, width, bias=False)
-        self.gate = nn.Linear(2 * width, width)
+        self.gate = nn.Linear(2 * width, width) if has_gate else None
         self.feedback = nn.Linear(width, rank, bias=False)
         self.threshold = nn.Parameter(torch.tensor(0.5))
         self.opening = nn.Parameter(torch.tensor(-4.0))
@@ -104,8 +105,10 @@ class Hippocampus(nn.Module):
         event_BT1 = torch.sigmoid(SHARPNESS * (similarity_BTk[..., :1] - self.threshold))
         recalled_BTD = self._recalled(slot_BTk, weight_BTk).to(x_BTD.dtype)
         m_BTD = self.value(recalled_BTD)
-        gate_BTD = torch.sigmoid(self.gate(torch.cat((x_BTD.detach(), m_BTD), -1)))
-        feedback_BTR = torch.sigmoid(self.opening) * self.feedback(event_BT1 * gate_BTD * m_BTD)
+        gated_BTD = event_BT1 * m_BTD
+        if self.gate is not None:
+            gated_BTD = torch.sigmoid(self.gate(torch.cat((x_BTD.detach(), m_BTD), -1))) * gated_BTD
+        feedback_BTR = torch.sigmoid(self.opening) * self.feedback(gated_BTD)
         with torch.no_grad():
             share_BN = weight_BTk.new_zeros(len(x_BTD), len(self.use))
             share_BN.scatter_add_(1, slot_BTk.flatten(1), (event_BT1 * weight_BTk).flatten(1).to(share_BN.dtype))

@@ -17,25 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from cl.backbones._state import State
+from cl.backbones.trc2_parts.convolution import convolved
+from cl.core import UserError
 
-
-def tokens_before(reset_BT: Tensor | None, count_B: Tensor, num_tokens: int) -> Tensor:
-    """(B, T) how many tokens of its document a token has before it.
-
-    Args:
-        count_B: tokens that were read before, of the document that each row is in.
-
-    Example:
-        >>> reset = torch.tensor([[False, False, True, False]])
-        >>> tokens_before(reset, torch.tensor([5]), 4).tolist()
-        [[5, 6, 0, 1]]
-    """
-    places = torch.arange(num_tokens, device=count_B.device)
-    going_on_BT = count_B.unsqueeze(1) + places
-    if reset_BT is None:
-        return going_on_BT
-    start_BT = torch.where(reset_BT, places, -1).cummax(1).values
-    return torch.where(start_BT >= 0, places - start_BT, going_on_BT)
+SPAN = 4
 
 
 class Thalamus(nn.Module):
@@ -45,22 +30,36 @@ class Thalamus(nn.Module):
         width: D.
         rank: R, a multiple of `groups`.
         groups: G, which share their gates and compete among themselves.
-        span: J, tokens of the focal path.
         is_alert: whether surprise moves the gates.
+        has_past: False leaves the mean of the past out.
+        has_competition: False takes z = P.
+
+    Raises:
+        UserError: a rank that groups do not divide.
 
     Cost: D R + (J + 2 G) R multiply-adds a token; the state holds J R numbers a row.
     Source: our own specification of the router of TRC2 (Khadangi, arXiv 2602.22479, v2 to v5); the published text that
         could be read names the two paths, their gates and the group-wise competition, but no sizes.
     """
 
-    def __init__(self, width: int, rank: int, groups: int = 8, span: int = 4, is_alert: bool = True) -> None:
+    def __init__(
+        self,
+        width: int,
+        rank: int,
+        groups: int = 8,
+        is_alert: bool = True,
+        has_past: bool = True,
+        has_competition: bool = True,
+    ) -> None:
         super().__init__()
-        self.groups = groups
+        if rank % groups:
+            raise UserError(f"backbone.rank is {rank}; it must be a multiple of backbone.groups={groups}")
+        self.groups, self.has_competition = groups, has_competition
         self.norm = nn.RMSNorm(width, eps=1e-6)
         self.down = nn.Linear(width, rank, bias=False)
-        self.focal_JR = nn.Parameter(torch.full((span, rank), 1 / span))
+        self.focal_JR = nn.Parameter(torch.full((SPAN, rank), 1 / SPAN))
         self.focal_gate = nn.Linear(rank, groups)
-        self.past_gate = nn.Linear(rank, groups)
+        self.past_gate = nn.Linear(rank, groups) if has_past else None
         # of both gates: how much surprise opens the focal one and closes the other
         self.alert_2G = nn.Parameter(torch.ones(2, groups)) if is_alert else None
 
@@ -78,30 +77,19 @@ class Thalamus(nn.Module):
         """
         # sums over a text are kept in full precision
         c_BTR = self.down(self.norm(h_BTD)).to(state["sum"].dtype)
-        seen_BNR = torch.cat((state["tail"], c_BTR), 1)
-        focal_BTG, past_BTG = self.focal_gate(c_BTR), self.past_gate(c_BTR)
-        if self.alert_2G is not None:
-            surprise_BT1 = surprise_BT.unsqueeze(2).to(c_BTR.dtype)
-            focal_BTG = focal_BTG + self.alert_2G[0] * surprise_BT1
-            past_BTG = past_BTG - self.alert_2G[1] * surprise_BT1
+        local_BTR, tail = convolved(c_BTR, state["tail"], self.focal_JR, before_BT)
         past_BTR, sum_BR = self._past(c_BTR, state["sum"], before_BT)
-        p_BTGI = torch.sigmoid(focal_BTG).unsqueeze(3) * self._grouped(self._focal(seen_BNR, before_BT))
-        p_BTGI = p_BTGI + torch.sigmoid(past_BTG).unsqueeze(3) * self._grouped(past_BTR)
-        z_BTGI = p_BTGI / (1 + p_BTGI.abs().mean(3, keepdim=True))
-        return z_BTGI.flatten(2), {"tail": seen_BNR[:, c_BTR.shape[1] :], "sum": sum_BR}
+        surprise_BT1 = surprise_BT.unsqueeze(2).to(c_BTR.dtype)
+        focal, past = (0.0, 0.0) if self.alert_2G is None else (alert_G * surprise_BT1 for alert_G in self.alert_2G)
+        p_BTGI = self._gated(local_BTR, self.focal_gate(c_BTR) + focal)
+        if self.past_gate is not None:
+            p_BTGI = p_BTGI + self._gated(past_BTR, self.past_gate(c_BTR) - past)
+        z_BTGI = p_BTGI / (1 + p_BTGI.abs().mean(3, keepdim=True)) if self.has_competition else p_BTGI
+        return z_BTGI.flatten(2), {"tail": tail, "sum": sum_BR}
 
-    def _grouped(self, x_BTR: Tensor) -> Tensor:
-        return x_BTR.unflatten(2, (self.groups, -1))
-
-    def _focal(self, seen_BNR: Tensor, before_BT: Tensor) -> Tensor:
-        """A short causal convolution, each number by itself, that does not look over the start of a document."""
-        num_tokens, span = before_BT.shape[1], len(self.focal_JR)
-        total = torch.zeros_like(seen_BNR[:, :num_tokens])
-        for back in range(span):
-            low = span - 1 - back
-            is_own_BT1 = (before_BT >= back).unsqueeze(2)
-            total = total + torch.where(is_own_BT1, self.focal_JR[back] * seen_BNR[:, low : low + num_tokens], 0)
-        return total
+    def _gated(self, path_BTR: Tensor, open_BTG: Tensor) -> Tensor:
+        """(B, T, G, R / G)."""
+        return torch.sigmoid(open_BTG).unsqueeze(3) * path_BTR.unflatten(2, (self.groups, -1))
 
     @staticmethod
     def _past(c_BTR: Tensor, carried_BR: Tensor, before_BT: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,12 +7,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from cl.backbones._cells import ages
 from cl.backbones.trc2 import Trc2
 from cl.backbones.trc2_parts import hippocampus as hippocampus_file
 from cl.backbones.trc2_parts.critic import Critic
 from cl.backbones.trc2_parts.events import candidates
 from cl.backbones.trc2_parts.hippocampus import Hippocampus
-from cl.backbones.trc2_parts.thalamus import Thalamus, tokens_before
+from cl.backbones.trc2_parts.thalamus import Thalamus
 from cl.core import Setting, StreamInfo, UserError
 from cl.seeding import Seeds
 
@@ -30,7 +31,7 @@ def made(**options):
 # the thalamus, token by token
 
 
-def routed_plainly(part, h, reset, surprise):
+def routed_plainly(part, h, reset, surprise, has_past=True, has_competition=True):
     c = part.down(part.norm(h))
     out = torch.zeros_like(c)
     size = c.shape[2] // part.groups
@@ -41,26 +42,28 @@ def routed_plainly(part, h, reset, surprise):
             focal = sum(part.focal_JR[j] * c[b, t - j] for j in range(4) if t - j >= start)
             past = c[b, start:t].mean(0) if t > start else torch.zeros_like(c[b, t])
             g = torch.sigmoid(part.focal_gate(c[b, t]) + part.alert_2G[0] * surprise[b, t])
-            d = torch.sigmoid(part.past_gate(c[b, t]) - part.alert_2G[1] * surprise[b, t])
+            d = torch.sigmoid(part.past_gate(c[b, t]) - part.alert_2G[1] * surprise[b, t]) if has_past else [0.0] * 9
             for group in range(part.groups):
                 own = slice(group * size, (group + 1) * size)
                 p = g[group] * focal[own] + d[group] * past[own]
-                out[b, t, own] = p / (1 + p.abs().mean())
+                out[b, t, own] = p / (1 + p.abs().mean()) if has_competition else p
     return out
 
 
-def test_router_is_its_equations_written_out():
+@pytest.mark.parametrize("left_out", [None, "has_past", "has_competition"])
+def test_router_is_its_equations_written_out(left_out):
     torch.manual_seed(0)
-    part = Thalamus(12, 8, groups=4).double()
+    switches = {left_out: False} if left_out else {}
+    part = Thalamus(12, 8, groups=4, **switches).double()
     for p in part.parameters():
         torch.nn.init.normal_(p)
     h = torch.randn(2, 9, 12, dtype=torch.float64)
     surprise = torch.randn(2, 9, dtype=torch.float64)
     reset = torch.zeros(2, 9, dtype=torch.bool)
     reset[0, 4] = reset[1, 0] = reset[1, 7] = True
-    before = tokens_before(reset, torch.zeros(2, dtype=torch.int64), 9)
+    before = ages(9, reset, torch.zeros(2, dtype=torch.int64)) - 1
     z, _ = part(h, part.init_state(2, h.new_zeros(())), before, surprise)
-    torch.testing.assert_close(z, routed_plainly(part, h, reset, surprise), atol=1e-12, rtol=1e-10)
+    torch.testing.assert_close(z, routed_plainly(part, h, reset, surprise, **switches), atol=1e-12, rtol=1e-10)
     calm, _ = part(h, part.init_state(2, h.new_zeros(())), before, torch.zeros_like(surprise))
     assert not torch.allclose(z, calm, atol=1e-3)
 
@@ -116,9 +119,9 @@ def test_surprise_is_counted_in_deviations():
 # the hippocampus
 
 
-def filled_store(num_slots=6, filled=4, width=8):
+def filled_store(num_slots=6, filled=4, width=8, has_gate=True):
     torch.manual_seed(0)
-    store = Hippocampus(width, rank=4, num_slots=num_slots, top=3).double()
+    store = Hippocampus(width, rank=4, num_slots=num_slots, top=3, has_gate=has_gate).double()
     store.keys.normal_()
     store.values.normal_()
     store.is_filled[:filled] = True
@@ -136,16 +139,17 @@ def recalled_plainly(store, x):
     weights = torch.softmax(torch.tensor([16 * s for s, _ in best], dtype=x.dtype), 0)
     m = store.value(sum(w * store.values[n] for w, (_, n) in zip(weights, best, strict=True)))
     event = torch.sigmoid(16 * (best[0][0] - store.threshold))
-    gate = torch.sigmoid(store.gate(torch.cat((x, m))))
+    gate = torch.sigmoid(store.gate(torch.cat((x, m)))) if store.gate is not None else 1
     return torch.sigmoid(store.opening) * store.feedback(event * gate * m)
 
 
 @pytest.mark.parametrize("filled", [0, 2, 4, 6])
 @pytest.mark.parametrize("at_once", [4096, 2])
-def test_read_is_its_equations_written_out(filled, at_once, monkeypatch):
+@pytest.mark.parametrize("has_gate", [True, False])
+def test_read_is_its_equations_written_out(filled, at_once, has_gate, monkeypatch):
     """Also where the store is searched in pieces, and where fewer slots are filled than are read."""
     monkeypatch.setattr(hippocampus_file, "SLOTS_AT_ONCE", at_once)
-    store, x = filled_store(filled=filled), torch.randn(2, 5, 8, dtype=torch.float64)
+    store, x = filled_store(filled=filled, has_gate=has_gate), torch.randn(2, 5, 8, dtype=torch.float64)
     feedback, reading = store(x)
     wanted = torch.stack([torch.stack([recalled_plainly(store, token) for token in row]) for row in x])
     torch.testing.assert_close(feedback, wanted, atol=1e-9, rtol=1e-7)
@@ -267,4 +271,4 @@ def test_the_oracles_notice_a_router_that_sees_the_present_sum(monkeypatch):
 
     monkeypatch.setattr(Thalamus, "_past", staticmethod(with_present))
     with pytest.raises(AssertionError):
-        test_router_is_its_equations_written_out()
+        test_router_is_its_equations_written_out(None)

@@ -1,0 +1,164 @@
+"""What the TRC2 study runs: backbones, arms, orders and sizes, as `cl compare` runs them, and what they left behind."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import permutations
+from pathlib import Path
+from statistics import median
+
+from _fit import active_weights, fitted, network
+from rich.console import Console
+
+from cl.cli.compare import Plan, make_plan, run_all, split_words
+from cl.cli.compose import composed, plain
+from cl.core import Setting, StreamInfo
+from cl.result import Result
+from streams._tokenizers import trained_bpe
+
+DOMAINS = ("c4", "wikitext", "gsm8k")
+ORDERS = {"".join(domain[0] for domain in order): order for order in permutations(DOMAINS)}
+
+BACKBONES: Mapping[str, Sequence[str]] = {
+    "transformer": ("backbone=gpt",),
+    "experts": ("backbone=gpt", "backbone.mlp='moe(experts=8, top=2, shared=1)'", "backbone.num_kv_heads=2"),
+    "gated_deltanet": ("backbone=linear_memory", "backbone.blocks='linear_memory(rule=gated_delta)'"),
+    "mamba2": ("backbone=linear_memory", "backbone.blocks='linear_memory(rule=mamba2)'"),
+    "titans": ("backbone=neural_memory",),
+    "trc2": ("backbone=trc2",),
+}
+VARIANTS: Mapping[str, Sequence[str]] = {
+    "hippocampus_only": ("backbone=trc2", "backbone.has_thalamus=false"),
+    "thalamus_only": ("backbone=trc2", "backbone.has_hippocampus=false"),
+    "neither": ("backbone=trc2", "backbone.has_thalamus=false", "backbone.has_hippocampus=false"),
+    "empty_when_measured": ("backbone=trc2", "backbone.reads_store=training"),
+}
+STORE = ("strategy.consolidation.ring_capacity=256", "strategy.consolidation.long_capacity=1024")
+ARMS: Mapping[str, Sequence[str]] = {
+    "alone": ("strategies=[naive]", "reference=naive"),
+    "fixed": ("strategies=[consolidation]", "reference=consolidation", *STORE, "strategy.consolidation.is_fixed=true"),
+    "consolidation": ("strategies=[consolidation]", "reference=consolidation", *STORE),
+}
+
+
+@dataclass(frozen=True)
+class Study:
+    """Where things are and how much of them there is; the sizes are those of runs small enough for one core.
+
+    Args:
+        data: `data.root`, with `text/` below it.
+        out: folder of all runs.
+        seeds: of each order.
+        steps: of each domain, `rows` rows of `context` tokens each.
+        jobs: runs at a time.
+        words: more overrides for every run.
+    """
+
+    data: Path
+    out: Path
+    seeds: int = 1
+    steps: int = 40
+    rows: int = 8
+    context: int = 64
+    vocabulary: int = 1024
+    width: int = 64
+    layers: int = 4
+    jobs: int = 1
+    words: Sequence[str] = ()
+
+    def request(self, name: str) -> tuple[str, ...]:
+        """Words for a backbone or a variant with as many active weights as the transformer."""
+        common = (
+            "+experiment=text_local",
+            "stream.general=null",
+            f"stream.context={self.context}",
+            f"backbone.width={self.width}",
+            f"backbone.num_layers={self.layers}",
+            f"trainer.batch_size={self.rows}",
+            "trainer.evaluate=seen",
+            "trainer.eval_rows=96",
+            "trainer.within_eval_rows=32",
+            "tracking=none",
+            *self.words,
+        )
+        target = active_weights(network([*common, *BACKBONES["transformer"]], self.info))
+        return fitted([*common, *(BACKBONES | VARIANTS)[name]], target, self.info, multiple=4)
+
+    @property
+    def info(self) -> StreamInfo:
+        """What rows look like, as far as the size of a network depends on it."""
+        shape, setting = (self.context,), Setting.CONTINUAL_PRETRAINING
+        return StreamInfo("text", setting, shape, self.vocabulary, 3, measure="loss", separator=self.vocabulary - 1)
+
+    def tokenizer(self) -> Path:
+        """One for all orders, since losses of different tokens cannot be compared: a BPE of C4."""
+        with (self.data / "text" / "c4" / "train.jsonl").open() as lines:
+            trained_bpe((json.loads(line)["text"] for line in lines), self.vocabulary, self.out, "c4")
+        return (self.out / "tokenizers" / f"bpe-{self.vocabulary}-c4.json").absolute()
+
+    def folder(self, budget: str, order: str, name: str, arm: str) -> Path:
+        return self.out / budget / order / f"{name}-{arm}"
+
+    def plan(self, budget: str, order: str, name: str, arm: str, words: Sequence[str], steps: int) -> Plan:
+        """The runs of one `cl compare`: `words` with or without replay, in one order, with seeds of its own."""
+        place = list(ORDERS).index(order)
+        own, others = split_words(
+            (
+                *words,
+                *ARMS[arm],
+                f"stream.order=[{','.join(ORDERS[order])}]",
+                f"stream.tokenizer={self.tokenizer()}",
+                f"trainer.max_steps={steps}",
+                # only the controller looks at what is measured inside experiences
+                f"trainer.eval_every={max(1, steps // 4) if arm == 'consolidation' else 0}",
+                f"seeds=[{','.join(str(place + len(ORDERS) * n) for n in range(self.seeds))}]",
+                f"data.root={self.data}",
+                f"out={self.folder(budget, order, name, arm)}",
+            )
+        )
+        return make_plan(plain(composed("compare", own)), others)
+
+    def train(self, budget: str, orders: Sequence[str], name: str, arm: str, words: Sequence[str], steps: int) -> None:
+        """What is not done yet, in all orders; without the reports of a comparison, since the page is one."""
+        plans = [self.plan(budget, order, name, arm, words, steps) for order in orders]
+        runs = {folder: config for plan in plans for folder, config in plan.runs.items()}
+        failures = run_all(replace(plans[0], out=self.out, runs=runs, jobs=self.jobs), Console())
+        if failures:
+            raise SystemExit("; ".join(f"{folder}: {sentence}" for folder, sentence in failures.items()))
+
+    def at_equal_tokens(self, orders: Sequence[str], names: Sequence[str], arms: Sequence[str]) -> None:
+        for name in names:
+            words = self.request(name)
+            for arm in arms:
+                self.train("tokens", orders, name, arm, words, self.steps)
+
+    def at_equal_time(self, orders: Sequence[str], names: Sequence[str], arms: Sequence[str]) -> None:
+        """As many steps as the seconds of the transformer alone allow, by what was measured at equal tokens."""
+        for name in names:
+            words = self.request(name)
+            for arm in arms:
+                share = self.seconds("transformer", "alone") / self.seconds(name, arm)
+                self.train("time", orders, name, arm, words, max(1, round(self.steps * share)))
+
+    def every(self, budget: str, name: str, arm: str) -> dict[tuple[str, int], Result]:
+        """Finished runs by order and seed: what is compared in pairs."""
+        found = {}
+        for order in ORDERS:
+            for path in sorted(self.folder(budget, order, name, arm).glob("*/seed-*/result.json")):
+                run = Result.load(path)
+                if run.status == "done":
+                    found[order, run.seed] = run
+        return found
+
+    def seconds(self, name: str, arm: str) -> float:
+        """Of training in a run at equal tokens: the median, since machines are shared.
+
+        Raises:
+            SystemExit: there is no such run yet.
+        """
+        runs = self.every("tokens", name, arm).values()
+        if not runs:
+            raise SystemExit(f"--time needs runs at equal tokens first: there is none of {name}, {arm}")
+        return median(run.cost["train_s"] for run in runs)
