@@ -29,6 +29,7 @@ class Contract:
             setting, and then `why_not_zero` says why.
         forgets_less_by: margin by which `forgetting_first` on the toy stream must beat naive, averaged over the
             settings it declares; None where it does not have to, and then `why_not_better` says why.
+        acts_at_once: it changes the first step already, when nothing is known of a past.
     """
 
     toy: Mapping[str, Any] = field(default_factory=dict)
@@ -36,6 +37,7 @@ class Contract:
     why_not_zero: str = ""
     forgets_less_by: float | None = None
     why_not_better: str = ""
+    acts_at_once: bool = False
 
 
 class Strategy:
@@ -46,8 +48,8 @@ class Strategy:
         contract: parameters of the shipped contract tests.
         parallel: wrappers ("ddp", "fsdp") under which it computes in several processes what it computes in one. Every
             process calls `on_batch` and `on_step_end` with the whole batch, and with the same generators; the model
-            sees a share of the rows, and `on_step_end` no logits. A `penalty` must not depend on rows. Under "fsdp"
-            parameters and gradients are shards. Not inherited.
+            sees a share of the rows, and `on_step_end` no logits. A `penalty` that is a mean over rows is multiplied by
+            their `Part.share`. Under "fsdp" parameters and gradients are shards. Not inherited.
     """
 
     settings: ClassVar[frozenset[Setting]] = ALL_SETTINGS
@@ -67,6 +69,9 @@ class Strategy:
 
     def check(self, stream: Stream) -> None:
         """Raise `UserError` when this strategy cannot work on this stream."""
+
+    def check_beside(self, strategies: Sequence[Strategy]) -> None:
+        """Raise `UserError` when this strategy cannot work with the others of the run, or in their order."""
 
     def plan(self, stream: Stream) -> Stream:
         """Which data each experience trains on."""
@@ -151,7 +156,7 @@ def check_all(strategies: Sequence[Strategy], stream: Stream) -> None:
     """Whether the strategies can work on the stream, and together.
 
     Raises:
-        UserError: a setting that a strategy does not declare, one name twice, or what a strategy's `check` finds.
+        UserError: a setting that a strategy does not declare, one name twice, or what a strategy's own checks find.
     """
     names = [strategy.name for strategy in strategies]
     for strategy in strategies:
@@ -164,6 +169,7 @@ def check_all(strategies: Sequence[Strategy], stream: Stream) -> None:
                 f"{stream.info.name}; it must be one of {', '.join(sorted(strategy.settings))}"
             )
         strategy.check(stream)
+        strategy.check_beside(strategies)
 
 
 def overrides(strategy: Strategy, hook: str) -> bool:

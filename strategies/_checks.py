@@ -26,6 +26,17 @@ def require_count(name: str, value: Any, none_means: str = "") -> None:
     require(is_count or (value is None and bool(none_means)), name, value, f"an integer of at least 1{also}")
 
 
+def require_stored(strategy: str, replay_batch_size: Any, capacity: int) -> None:
+    """A replay batch that the buffer can hold; None follows the stream's batch, and takes what there is."""
+    allowed = f"at most {strategy}.capacity, {capacity}"
+    require(
+        replay_batch_size is None or replay_batch_size <= capacity,
+        f"{strategy}.replay_batch_size",
+        replay_batch_size,
+        allowed,
+    )
+
+
 def require_number(name: str, value: Any, above: float | None = None) -> None:
     """A finite number of at least 0, or larger than `above`."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < float("inf")

@@ -5,6 +5,8 @@ Shape legend: N rows, D width of what is compared.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -26,18 +28,33 @@ def supervised_contrastive(vectors_ND: Tensor, labels_N: Tensor, temperature: fl
     Example:
         >>> same = supervised_contrastive(torch.tensor([[1.0, 0.0], [3.0, 0.0]]), torch.tensor([4, 4]), 0.1)
         >>> same.item()
-        -0.0
+        0.0
     """
-    z_ND = F.normalize(in_float(vectors_ND), dim=1)
-    itself_NN = torch.eye(len(z_ND), dtype=torch.bool, device=z_ND.device)
-    logits_NN = (z_ND @ z_ND.T / temperature).masked_fill(itself_NN, float("-inf"))
-    log_share_NN = logits_NN - logits_NN.logsumexp(1, keepdim=True)
-    is_positive_NN = (labels_N[:, None] == labels_N[None, :]) & ~itself_NN
-    num_positive_N = is_positive_NN.sum(1)
+    classes, label_N = labels_N.unique(return_inverse=True)
+    num_positive_N = label_N.bincount()[label_N] - 1
+    # temperature into the vectors: matrices of all pairs are what takes the time, so few operations see them
+    z_ND = F.normalize(in_float(vectors_ND), dim=1) / temperature**0.5
     if not num_positive_N.any():
         return z_ND.sum() * 0.0
-    attraction_N = log_share_NN.where(is_positive_NN, 0.0).sum(1) / num_positive_N.clamp(min=1)
-    return -attraction_N[num_positive_N > 0].mean()
+    repulsion_N = _Gram.apply(z_ND).fill_diagonal_(float("-inf")).logsumexp(1)
+    # the mean of products with the rows of a class is the product with their mean
+    sum_CD = z_ND.new_zeros(len(classes), z_ND.shape[1]).index_add(0, label_N, z_ND)
+    attraction_N = (z_ND * (sum_CD[label_N] - z_ND)).sum(1) / num_positive_N.clamp(min=1)
+    return (repulsion_N - attraction_N)[num_positive_N > 0].mean()
+
+
+class _Gram(torch.autograd.Function):
+    """z z^T: its gradient is one product, (G + G^T) z, of which autograd would make two, most of the loss's work."""
+
+    @staticmethod
+    def forward(ctx: Any, z_ND: Tensor) -> Tensor:
+        ctx.save_for_backward(z_ND)
+        return z_ND @ z_ND.T
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        (gradient_NN,), (z_ND,) = gradients, ctx.saved_tensors
+        return (gradient_NN + gradient_NN.T).to(z_ND.dtype) @ z_ND
 
 
 def global_labels(batch: Batch, info: StreamInfo) -> Tensor:

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from cl.buffers.base import Buffer
 from cl.core import Batch, Output, Stream, StreamInfo, UserError
+from cl.hooks import Strategy
 from cl.schedules import cosine, set_learning_rate
 from cl.state import Cost, TrainState, tensor_bytes
-from strategies._checks import require, require_count, require_number
+from strategies._checks import require, require_count, require_number, require_stored
 from strategies._modules import Parameters, SwitchTracker, matching, most_sensitive, training_only
 from strategies._rehearsal import Rehearsal
 
@@ -61,12 +62,8 @@ class Finetune(Rehearsal):
             isinstance(listed, Sequence) and listed and all(each and isinstance(each, str) for each in listed)
         )
         require(bool(are_patterns), f"{name}.modules", modules, "auto, all, or a list of patterns of module names")
-        require(
-            buffer_of is not None or replay_batch_size <= capacity,
-            f"{name}.replay_batch_size",
-            replay_batch_size,
-            f"at most {name}.capacity, {capacity}",
-        )
+        if buffer_of is None:
+            require_stored(name, replay_batch_size, capacity)
         is_count = isinstance(steps, int) and not isinstance(steps, bool) and steps >= 0
         require(is_count, f"{name}.steps", steps, "an integer of at least 0")
         require_number(f"{name}.lr", lr, above=0.0)
@@ -94,10 +91,10 @@ class Finetune(Rehearsal):
             matching(backbone, self.modules, f"{self.name}.modules")
         return backbone
 
-    def on_run_start(self, state: TrainState) -> None:
-        source = self.source(state)
-        allowed = f"at most the capacity of the buffer of {self.buffer_of}, {source.capacity}"
-        require(self.num_rows <= source.capacity, f"{self.name}.replay_batch_size", self.num_rows, allowed)
+    def check_beside(self, strategies: Sequence[Strategy]) -> None:
+        capacity = self.source(strategies).capacity
+        allowed = f"at most the capacity of the buffer of {self.buffer_of}, {capacity}"
+        require(self.num_rows <= capacity, f"{self.name}.replay_batch_size", self.num_rows, allowed)
 
     def on_experience_start(self, state: TrainState) -> None:
         if self.tracker is not None:
@@ -110,11 +107,11 @@ class Finetune(Rehearsal):
         if self.tracker is not None:
             self.tracker.step(state)
 
-    def source(self, state: TrainState) -> Buffer:
-        """The buffer that is finetuned on."""
+    def source(self, strategies: Sequence[Strategy]) -> Buffer:
+        """The buffer that is finetuned on: its own, or that of another strategy of the run."""
         if self.buffer_of is None:
             return self.buffer
-        buffers = {s.name: s.buffer for s in state.strategies if s is not self and hasattr(s, "buffer")}
+        buffers = {s.name: s.buffer for s in strategies if s is not self and hasattr(s, "buffer")}
         names = ", ".join(buffers) or "no strategy of this run"
         allowed = f"a strategy that keeps a buffer beside {self.name} ({names}), or null for a buffer of its own"
         require(self.buffer_of in buffers, f"{self.name}.buffer_of", self.buffer_of, allowed)
@@ -131,7 +128,7 @@ class Finetune(Rehearsal):
 
     def finetune(self, state: TrainState) -> None:
         """`repeats` finetunings of the chosen modules, on rows drawn anew for every step."""
-        buffer = self.source(state)
+        buffer = self.source(state.strategies)
         if self.steps == 0 or len(buffer) == 0:
             return
         if self.alpha > 0 and "logits" not in buffer.columns:

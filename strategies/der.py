@@ -19,7 +19,7 @@ from torch import Tensor
 from cl.core import Batch, Output, Source
 from cl.hooks import Contract
 from cl.state import Cost, TrainState
-from strategies._checks import require_number
+from strategies._checks import require_number, require_stored
 from strategies._rehearsal import Rehearsal
 
 
@@ -38,6 +38,7 @@ class Der(Rehearsal):
 
     def __init__(self, capacity: int = 200, replay_batch_size: int | None = None, alpha: float = 0.5) -> None:
         super().__init__(capacity, replay_batch_size)
+        require_stored(self.name, replay_batch_size, capacity)
         require_number(f"{self.name}.alpha", alpha)
         self.alpha = alpha
         self._stored_logits: Tensor | None = None

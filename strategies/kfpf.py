@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from cl.core import Batch, Output
+from cl.core import Batch, Output, Setting, Stream
 from cl.hooks import Contract
 from cl.state import Cost, TrainState
 from strategies._checks import require, require_count
@@ -49,6 +49,7 @@ class Kfpf(Finetune):
     Cost: repeats * steps * replay_batch_size rows forward and backward at the step of a trigger, none at the others.
     """
 
+    settings = frozenset(Setting)
     contract = Contract(
         toy={"capacity": 100, "k": 4, "steps": 30, "snapshot_steps": 6}, zero={"steps": 0}, forgets_less_by=0.25
     )
@@ -89,7 +90,13 @@ class Kfpf(Finetune):
             auto_frac,
             alpha,
         )
-        self.k, self.period_steps = k, period_steps
+        self.k, self.period_steps, self.policy = k, period_steps, policy
+
+    def check(self, stream: Stream) -> None:
+        super().check(stream)
+        if stream.info.setting == Setting.CONTINUAL_PRETRAINING:
+            allowed = "reservoir or experience_balanced in the continual_pretraining setting, where rows have no class"
+            require(self.policy not in ("class_balanced", "ring"), "kfpf.policy", self.policy, allowed)
 
     def is_due(self, state: TrainState, step: int) -> bool:
         """Whether there is a finetuning once `step` steps have been taken; the one at the end is another matter."""
@@ -112,6 +119,6 @@ class Kfpf(Finetune):
             self.finetune(state)
 
     def cost(self, state: TrainState, batch_size: int) -> Cost:
-        can = self.buffer_of is None or len(self.source(state)) > 0
+        can = self.buffer_of is None or len(self.source(state.strategies)) > 0
         rows = self.rows_per_finetuning if can and self.is_due(state, state.step + 1) else 0
         return super().cost(state, batch_size) + Cost(rows, rows)

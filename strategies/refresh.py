@@ -29,6 +29,7 @@ are unlearnt, once per step, so that all micro-batches see the same weights.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -36,10 +37,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cl.buffers.base import draw_without_replacement
-from cl.core import Batch, UserError
+from cl.core import Batch, Stream, UserError
 from cl.hooks import Contract, Strategy, overrides
 from cl.state import Cost, TrainState, tensor_bytes
-from strategies._checks import require_choice, require_count, require_number
+from strategies._checks import require, require_choice, require_count, require_number
 from strategies._importance import mean_over_rows
 from strategies._modes import buffers_kept
 from strategies._quadratic import Vectors, copied
@@ -63,7 +64,8 @@ class Refresh(Strategy):
         importance_rows: rows of each experience that F is measured on; None takes all of them, as the code does.
 
     Raises:
-        UserError: in paper mode, a strategy behind this one still changes the batch, so its loss is not known yet.
+        UserError: in paper mode, a strategy behind this one still changes the batch, so its loss is not known yet; or
+            the stream has one experience, so that no Fisher information is ever measured before it would be used.
 
     Cost: num_unlearn times the rows of the batch forward and backward per step (paper mode: with the rows that other
     strategies add); at the end of an experience importance_rows rows forward and backward.
@@ -73,6 +75,7 @@ class Refresh(Strategy):
         toy={"delta": 1e-3, "importance_rows": 64},
         zero={"delta": 0.0, "noise": 0.0},
         why_not_better="it moves weights by a hundred-thousandth; on MNIST no gain was measured",
+        acts_at_once=True,
     )
 
     def __init__(
@@ -93,19 +96,29 @@ class Refresh(Strategy):
         self.noise = NOISE[mode] if noise is None else noise
         self.damping = DAMPING[mode] if damping is None else damping
         require_number("refresh.noise", self.noise)
-        require_number("refresh.damping", self.damping, above=0.0 if mode == "paper" else None)
+        require_number("refresh.damping", self.damping)
+        # stands alone for F until one has been measured
+        allowed = "above 0 in paper mode, since there is no Fisher estimate yet in the first experience"
+        require(mode != "paper" or self.damping > 0, "refresh.damping", self.damping, allowed)
         require_number("refresh.decay", decay)
         require_count("refresh.importance_rows", importance_rows, none_means="all rows")
         self.mode, self.delta, self.gamma, self.num_unlearn = mode, delta, gamma, num_unlearn
         self.decay, self.importance_rows = decay, importance_rows
         self.fisher: Vectors = {}
 
+    def check(self, stream: Stream) -> None:
+        if self.mode == "paper" and not self.is_off and len(stream.experiences) == 1:
+            raise UserError(
+                f"refresh.mode is 'paper', which goes by the Fisher information of earlier experiences, and stream "
+                f"{stream.info.name} has one experience, with no estimate of it yet; use official, or a longer stream"
+            )
+
     @property
     def is_off(self) -> bool:
         return (self.delta if self.mode == "official" else self.gamma) == 0
 
-    def on_run_start(self, state: TrainState) -> None:
-        behind = list(state.strategies)[list(state.strategies).index(self) + 1 :]
+    def check_beside(self, strategies: Sequence[Strategy]) -> None:
+        behind = strategies[list(strategies).index(self) + 1 :]
         late = [strategy.name for strategy in behind if overrides(strategy, "on_batch")]
         if self.mode == "paper" and late:
             raise UserError(

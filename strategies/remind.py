@@ -36,7 +36,7 @@ from cl.hooks import Contract
 from cl.seeding import derive_seed
 from cl.state import Cost, TrainState, tensor_bytes
 from strategies._backbone import in_float, require_backbone
-from strategies._checks import require, require_count, require_number
+from strategies._checks import require, require_count, require_number, require_stored
 from strategies._map_augment import beta, resized_crops
 from strategies._modes import evaluation_mode
 from strategies._product_quantiser import LARGEST_CODEBOOK, MapQuantiser, ProductQuantiser, as_vectors
@@ -92,6 +92,7 @@ class Remind(Rehearsal):
     ) -> None:
         super().__init__(capacity, replay_batch_size)
         require_count("remind.replay_batch_size", replay_batch_size)
+        require_stored("remind", replay_batch_size, capacity)
         require_count("remind.cut", cut, none_means="all stages but the last")
         require_count("remind.num_codebooks", num_codebooks)
         require_count("remind.codebook_size", codebook_size)

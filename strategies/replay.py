@@ -20,7 +20,7 @@ from cl.buffers.base import stored_rows
 from cl.core import Batch, Output, Setting, Source, Stream
 from cl.hooks import Contract
 from cl.state import Cost, TrainState
-from strategies._checks import require, require_choice, require_number
+from strategies._checks import require, require_choice, require_number, require_stored
 from strategies._rehearsal import Rehearsal
 
 
@@ -52,6 +52,7 @@ class Replay(Rehearsal):
         average: str = "source",
     ) -> None:
         super().__init__(capacity, replay_batch_size, policy)
+        require_stored(self.name, replay_batch_size, capacity)
         require_number("replay.weight", weight)
         require_choice("replay.update", update, ("step", "experience_end"))
         require_choice("replay.average", average, ("source", "row"))

@@ -112,6 +112,7 @@ class Sharp(Strategy):
         self.phase = [-1, -1]
         """Experience and phase that the network was last rewired for."""
         self._replayed: Batch | None = None
+        self._holding: list[tuple[Tensor, Tensor]] | None = None
 
     def wrap(self, backbone: nn.Module, info: StreamInfo) -> nn.Module:
         num_stages = len(layers_of(require_backbone(backbone, "sharp", NEEDS), "sharp"))
@@ -159,6 +160,7 @@ class Sharp(Strategy):
         self.units.select([in_float(each) for each in outputs], max(tau, self.floor))
         self.units.grow(layers, self.units.drop(), self._draws(state))
         self.units.apply(layers)
+        self._holding = None
         state.optimizer.state.clear()
 
     def _selection(self, state: TrainState) -> Tensor:
@@ -223,13 +225,17 @@ class Sharp(Strategy):
                         p.copy_(torch.where(is_held, value, p))
 
     def _held(self, state: TrainState) -> list[tuple[Tensor, Tensor]]:
-        """Of each layer, the weights and biases that must stay: into frozen units, and of absent connections."""
-        frozen = self.units.frozen(self._cut(state), self.num_recent)
-        held = []
-        for layer, mask, is_frozen_O in zip(self._layers(state), self.units.masks, frozen, strict=True):
-            is_held = ~mask | is_frozen_O[:, None]
-            held.append((as_weights(is_held, layer.weight), is_frozen_O))
-        return held
+        """Of each layer, the weights and biases that must stay: into frozen units, and of absent connections.
+
+        Made once a phase: units and connections stay as they are between two rewirings.
+        """
+        if self._holding is None:
+            frozen = self.units.frozen(self._cut(state), self.num_recent)
+            self._holding = [
+                (as_weights(~mask | is_frozen_O[:, None], layer.weight), is_frozen_O)
+                for layer, mask, is_frozen_O in zip(self._layers(state), self.units.masks, frozen, strict=True)
+            ]
+        return self._holding
 
     # end of an experience, and prediction
 
@@ -315,5 +321,6 @@ class Sharp(Strategy):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.units.load_state_dict(state["units"])
+        self._holding = None
         self.recent = [dict(experience) for experience in state["recent"]]
         self.classes, self.phase = dict(state["classes"]), list(state["phase"])

@@ -119,7 +119,7 @@ def _shape(kind: str, ratio: float, given: dict[str, float | None]) -> dict[str,
         # position 0 has the weight c^a, so c = 0 would leave phase 1 with nothing to rehearse
         may_be_zero = name == "exponent" or (name == "offset" and kind == "lag_power")
         if not _is_number(value) or value < 0 or (value == 0 and not may_be_zero):
-            least = "at least 0" if may_be_zero else "above 0"
+            least = "of at least 0" if may_be_zero else "above 0"
             raise UserError(f"stream.{name} is {value!r}; it must be a finite number {least}")
     return own | {name: float(value) for name, value in given.items() if value is not None}
 

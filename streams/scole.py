@@ -6,7 +6,7 @@ costs one pass over the test set per experience. `final` is then the mean over c
 Source: Lesort et al., "Challenging Common Assumptions about Catastrophic Forgetting and Knowledge Accumulation", CoLLAs
 2023 (SCoLe), and TLESORT/SCoLe-SCaling-Continual-Learning (sampling.py, main.py): sampling, imbalance and variants.
 Their per-mini-batch mask of absent classes is `trainer.logit_mask=batch`, their clipping `trainer.clip_norm=10`, their
-replay the strategy `frequency_replay`.
+replay the strategy `frequency_replay`, their head without lengths `backbone.head=weight_norm`.
 Differences: they hold out 10 % of the rows of every experience anew (here `eval_on=validation`, once); the second half
 of `forgetting` starts at T / 2 and not one experience later; with 20 classes and more the step of the imbalance is
 1 / C, where theirs (0.01) is the same for 100.
@@ -26,6 +26,7 @@ from cl.core import Batch, Data, EvalSet, Experience, Setting, Stream, StreamInf
 from cl.seeding import derive_seed
 from streams._images import Images
 from streams._options import image_stream
+from streams._perturbed import SEVERITIES, kinds_for, perturbed
 from streams._settings import require_choice, require_integer
 from streams._subsets import KINDS, WEIGHTED, num_couples, subsets
 
@@ -41,9 +42,11 @@ def scole(
     prob_reduction: float = 1.0,
     replaced_frac: float = 0.0,
     couples_frac: float = 1.0,
+    perturbation: str = "none",
+    severity: int | str = 1,
     seed: int = 0,
 ) -> Stream:
-    """Build the stream; an experience holds row numbers, never copies of images.
+    """Build the stream; an experience holds row numbers, and copies of images only where they are perturbed.
 
     Args:
         images: in the place of this argument a call gives the arguments of `open_images`.
@@ -57,7 +60,10 @@ def scole(
         replaced_frac: probability that a class of a cycle is replaced by any class; two may then fall together. For
             cycle.
         couples_frac: share of all subsets that can occur. For couples.
-        seed: of the subsets and of the rows.
+        perturbation: what every experience does to its training images: "random" draws one for each experience, "none"
+            among them; or the name of one (`streams._perturbed`). Held-out images stay clean.
+        severity: of perturbations, from 1 to 5, or "random" for a draw per experience.
+        seed: of the subsets, the rows and the perturbations.
 
     Raises:
         UserError: a value outside its range, or one that the kind does not have.
@@ -72,6 +78,7 @@ def scole(
     _require_number("prob_reduction", prob_reduction, 1.0, math.inf, 1.0, kind, WEIGHTED)
     _require_number("replaced_frac", replaced_frac, 0.0, 1.0, 0.0, kind, ("cycle",))
     _require_number("couples_frac", couples_frac, 0.0, 1.0, 1.0, kind, ("couples",))
+    _require_perturbation(perturbation, severity, images.shape[0])
     if num_couples(images.num_classes, classes_per_experience, couples_frac) < 1:
         raise UserError(
             f"stream.couples_frac is {couples_frac!r}, which leaves none of the "
@@ -88,7 +95,8 @@ def scole(
         replaced_frac=replaced_frac,
         couples_frac=couples_frac,
     )
-    return by_class(f"scole_{images.name}", images, _Pool(images, list(drawn), rows_per_class, seed).experiences())
+    pool = _Pool(images, list(drawn), rows_per_class, seed, perturbation, severity)
+    return by_class(f"scole_{images.name}", images, pool.experiences())
 
 
 def _require_size(size: int, most: int, kind: str) -> None:
@@ -109,6 +117,14 @@ def _require_number(
             f"stream.{name} is {value!r}, which kind {kind} does not have; it must be {default:g} unless kind is "
             f"{' or '.join(kinds)}"
         )
+
+
+def _require_perturbation(perturbation: str, severity: int | str, channels: int) -> None:
+    require_choice("stream.perturbation", perturbation, ("random", *kinds_for(channels)))
+    if severity not in ("random", *range(1, SEVERITIES + 1)) or isinstance(severity, bool):
+        raise UserError(f"stream.severity is {severity!r}; it must be an integer from 1 to {SEVERITIES}, or random")
+    if perturbation == "none" and severity != 1:
+        raise UserError(f"stream.severity is {severity!r}, which nothing has while stream.perturbation is 'none'")
 
 
 def class_name(c: int) -> str:
@@ -136,12 +152,16 @@ class Picked:
     """Some rows of a data set, by number.
 
     Args:
-        index: (N,) row numbers.
+        inputs, targets: of the data set, or of these rows alone.
+        index: (N,) where they are in those.
+        sample_ids: (N,) row numbers of the data set.
         experience_id: (N,) the experience in which each row's class was first seen.
     """
 
-    images: Images
+    inputs: Tensor
+    targets: Tensor
     index: Tensor
+    sample_ids: Tensor
     experience_id: Tensor
 
     def __len__(self) -> int:
@@ -150,18 +170,27 @@ class Picked:
     def rows(self, index: Tensor) -> Batch:
         where = self.index.index_select(0, index)
         return Batch(
-            self.images.inputs.index_select(0, where),
-            self.images.targets.index_select(0, where),
+            self.inputs.index_select(0, where),
+            self.targets.index_select(0, where),
             self.experience_id.index_select(0, index),
-            where,
+            self.sample_ids.index_select(0, index),
         )
 
 
 class _Pool:
-    """What all experiences share: the images, and who shows which class."""
+    """What all experiences share: the images, who shows which class, and through what."""
 
-    def __init__(self, images: Images, drawn: list[tuple[int, ...]], rows_per_class: int | None, seed: int) -> None:
+    def __init__(
+        self,
+        images: Images,
+        drawn: list[tuple[int, ...]],
+        rows_per_class: int | None,
+        seed: int,
+        perturbation: str = "none",
+        severity: int | str = 1,
+    ) -> None:
         self.images, self.drawn, self.rows_per_class, self.seed = images, drawn, rows_per_class, seed
+        self.perturbation, self.severity = perturbation, severity
         self.sizes = images.targets.bincount(minlength=images.num_classes).tolist()
         self.first: dict[int, int] = {}
         for k, classes in enumerate(drawn):
@@ -172,15 +201,26 @@ class _Pool:
         return [self._experience(k, classes) for k, classes in enumerate(self.drawn)]
 
     def _experience(self, k: int, classes: tuple[int, ...]) -> Experience:
-        name = f"{'class' if len(classes) == 1 else 'classes'} {' '.join(map(str, classes))}"
+        domain = f"{'class' if len(classes) == 1 else 'classes'} {' '.join(map(str, classes))}"
+        kind, severity = self.change(k)
         return Experience(
             id=k,
-            name=name,
-            domain=name,
+            name=domain if kind == "none" else f"{domain}, {kind} {severity}",
+            domain=domain,
             load=partial(self.load, k),
             num_samples=sum(min(self.rows_per_class or self.sizes[c], self.sizes[c]) for c in classes),
             classes=classes,
             practises=tuple(class_name(c) for c in classes),
+        )
+
+    def change(self, k: int) -> tuple[str, int]:
+        """Perturbation and severity of an experience."""
+        kinds = kinds_for(self.images.shape[0])
+        generator = torch.Generator().manual_seed(derive_seed(self.seed, "perturbation", k))
+        kind, severity = (int(torch.randint(num, (), generator=generator)) for num in (len(kinds), SEVERITIES))
+        return (
+            kinds[kind] if self.perturbation == "random" else self.perturbation,
+            severity + 1 if self.severity == "random" else int(self.severity),
         )
 
     def load(self, k: int) -> Data:
@@ -192,4 +232,9 @@ class _Pool:
                 rows = rows[torch.randperm(len(rows), generator=generator)[: self.rows_per_class]]
             picks.append(rows)
             origins.append(torch.full((len(rows),), self.first[c]))
-        return Picked(self.images, torch.cat(picks), torch.cat(origins))
+        index, (kind, severity) = torch.cat(picks), self.change(k)
+        if kind == "none":
+            return Picked(self.images.inputs, self.images.targets, index, index, torch.cat(origins))
+        generator = torch.Generator().manual_seed(derive_seed(self.seed, "perturbed", k))
+        shown = perturbed(self.images.inputs[index], kind, severity, generator, self.images.largest)
+        return Picked(shown, self.images.targets[index], torch.arange(len(index)), index, torch.cat(origins))

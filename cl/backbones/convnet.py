@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cl.backbones._heads import Backbone, Stage, require_image, require_width
+from cl.backbones._heads import Backbone, Stage, channels_last, require_image, require_width
 from cl.core import StreamInfo, UserError
 
 KERNEL = 5
@@ -28,19 +28,22 @@ class Convnet(Backbone):
     Args:
         channels: of the two convolutions.
         hidden: width of the layer under the head.
+        head: "linear", or "weight_norm" for weights of length 1 without biases.
 
     Raises:
         UserError: a value outside its range, rows that are no images, or images below 4x4 pixels.
     """
 
-    def __init__(self, info: StreamInfo, channels: Sequence[int] = (10, 20), hidden: int = 50) -> None:
+    def __init__(
+        self, info: StreamInfo, channels: Sequence[int] = (10, 20), hidden: int = 50, head: str = "linear"
+    ) -> None:
         depth, height, width = require_image(info, "convnet", smallest=4)
         require_width("hidden", hidden)
         if not isinstance(channels, Sequence) or len(channels) != 2:
             raise UserError(f"backbone.channels is {channels!r}; it must be a list of two integers, such as [10,20]")
         for count in channels:
             require_width("channels", count)
-        super().__init__(info, hidden)
+        super().__init__(info, hidden, head)
         padding = KERNEL // 2 if min(height, width) < UNPADDED_FROM else 0
         self.conv1 = nn.Conv2d(depth, channels[0], KERNEL, padding=padding)
         self.conv2 = nn.Conv2d(channels[0], channels[1], KERNEL, padding=padding)
@@ -54,7 +57,7 @@ class Convnet(Backbone):
         )
 
     def _first(self, inputs: Tensor) -> Tensor:
-        return F.relu(F.max_pool2d(self.conv1(inputs), 2))
+        return F.relu(F.max_pool2d(self.conv1(channels_last(inputs)), 2))
 
     def _second(self, hidden: Tensor) -> Tensor:
         return F.relu(F.max_pool2d(self.conv2(hidden), 2))

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cl.backbones._heads import Backbone, Stage, require_image, require_width
+from cl.backbones._heads import Backbone, Stage, channels_last, require_image, require_width
 from cl.core import StreamInfo
 
 STRIDES = (1, 2, 2, 2)
@@ -45,6 +45,7 @@ class Resnet18(Backbone):
 
     Args:
         width: channels of the first stage (`nf` in mammoth and GEM): 20 for the slim network, 64 for the full one.
+        head: "linear", or "weight_norm" for weights of length 1 without biases.
 
     Raises:
         UserError: a value outside its range, or rows that are no images.
@@ -52,10 +53,10 @@ class Resnet18(Backbone):
     Cost: 55 million multiply-adds a row of 32x32 pixels at width 20, 555 million at 64.
     """
 
-    def __init__(self, info: StreamInfo, width: int = 20) -> None:
+    def __init__(self, info: StreamInfo, width: int = 20, head: str = "linear") -> None:
         channels, _, _ = require_image(info, "resnet18")
         require_width("width", width)
-        super().__init__(info, 8 * width)
+        super().__init__(info, 8 * width, head)
         self.conv = nn.Conv2d(channels, width, 3, padding=1, bias=False)
         self.bn = nn.BatchNorm2d(width)
         blocks: list[nn.Module] = []
@@ -72,7 +73,7 @@ class Resnet18(Backbone):
         return [Stage(self._stem, (self.conv, self.bn)), *blocks, Stage(_average, ())]
 
     def _stem(self, inputs: Tensor) -> Tensor:
-        return F.relu(self.bn(self.conv(inputs)))
+        return F.relu(self.bn(self.conv(channels_last(inputs))))
 
 
 def _average(maps: Tensor) -> Tensor:

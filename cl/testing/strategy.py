@@ -100,6 +100,8 @@ class StrategyContract:
         acting = [hook for hook in ACTS_BEFORE_DATA if overrides(self.make(), hook)]
         if acting:
             pytest.skip(f"overrides {', '.join(acting)}, which act before there is a past")
+        if self.strategy.contract.acts_at_once:
+            pytest.skip("declares that it acts at once")
         run, naive = self.run(setting), naive_run(setting, type(self).backbone)
         assert run.losses[0] == naive.losses[0]
         assert equal(run.after_first_step, naive.after_first_step), "with nothing stored, the first step must be naive"

@@ -65,6 +65,59 @@ CASES = {
         (*RUN, "strategy=replay", "strategy.replay.policy=random"),
         "'random'",
     ),
+    "buffer below its batch": (
+        (*RUN, "strategy=derpp", "strategy.derpp.capacity=5", "strategy.derpp.replay_batch_size=10"),
+        "derpp.replay_batch_size is 10; it must be at most derpp.capacity, 5",
+    ),
+    "borrowed buffer below the batch": (
+        (*RUN, "strategy=[replay,fpf]", "strategy.fpf.buffer_of=replay", "strategy.replay.capacity=5"),
+        "fpf.replay_batch_size is 32; it must be at most the capacity of the buffer of replay, 5",
+    ),
+    "pool below the stream's batch": (
+        (*RUN, "stream=power_law", "stream.buffer_rows=40"),
+        "stream.buffer_rows is 40, less than one batch; it must be at least trainer.batch_size=64",
+    ),
+    "impossible ratio": (
+        (*RUN, "stream=power_law", "stream.ratio=1.5"),
+        "stream.ratio is 1.5; it must be above 0 and at most 1, since an old experience has no more rows than a new",
+    ),
+    "impossible exponent": (
+        (*RUN, "stream=power_law", "stream.exponent=-1"),
+        "stream.exponent is -1; it must be a finite number of at least 0",
+    ),
+    "modules that are not there": (
+        (*RUN, "strategy=kfpf", "strategy.kfpf.modules=[nothing,head]"),
+        "has 'nothing', which matches no module with parameters; the model's modules are head (Linear), body.1",
+    ),
+    "unlearning of a loss that is not known yet": (
+        (*RUN, "strategy=[refresh,replay]", "strategy.refresh.mode=paper"),
+        "and replay behind it changes the batch; put refresh last, as in strategy=[replay,refresh]",
+    ),
+    "buffer of a strategy that keeps none": (
+        (*RUN, "strategy=[ewc,fpf]", "strategy.fpf.buffer_of=ewc"),
+        "fpf.buffer_of is 'ewc'; it must be a strategy that keeps a buffer beside fpf (no strategy of this run)",
+    ),
+    "nothing to divide by in the first experience": (
+        (*RUN, "strategy=refresh", "strategy.refresh.mode=paper", "strategy.refresh.damping=0"),
+        "refresh.damping is 0; it must be above 0 in paper mode, since there is no Fisher estimate yet in the first",
+    ),
+    "no Fisher estimate at all": (
+        (*RUN, "strategy=refresh", "strategy.refresh.mode=paper", "limit_experiences=1"),
+        "which goes by the Fisher information of earlier experiences, and stream permuted_digits has one experience",
+    ),
+    "views that do not divide a batch": (
+        (*RUN, "stream=view_batch", "stream.views=3"),
+        "stream.views is 3, which does not divide trainer.batch_size=64; views of a row must share a batch",
+    ),
+    "views that do not divide the rows": (
+        (*RUN, "stream=view_batch", "stream.remainder=refuse"),
+        "stream.views is 4, which does not divide the 290 rows of experience 0 ('classes 0 1'); let",
+    ),
+    "unknown perturbation": (
+        (*RUN, "stream=scole_digits", "stream.perturbation=rain"),
+        "it must be one of random, none",
+    ),
+    "unknown head": ((*RUN, "backbone=convnet", "backbone.head=cosine"), "it must be one of linear, weight_norm"),
     "target that is no strategy": (
         (*RUN, "+strategy.mine._target_=os.system"),
         "strategy.mine._target_ is 'os.system', which makes no strategy; it must be a subclass of cl.hooks.Strategy",

@@ -28,6 +28,11 @@ def made(config):
     return config.target()(**config.arguments(seed=0) | few)
 
 
+def strategy_of(plugin):
+    """By default values, but that hundreds of steps of finetuning show no more than a few."""
+    return plugin.load()(**({"steps": 5} if plugin.name in ("fpf", "kfpf") else {}))
+
+
 def trained(stream, strategy, backbone):
     optimizer = partial(torch.optim.SGD, lr=0.01)
     return Trainer(stream, backbone, [strategy], optimizer=optimizer, config=CONFIG).run()
@@ -49,7 +54,7 @@ ON_STREAMS = [met(p, s, not s.name.startswith("probes/")) for p in STRATEGIES fo
 
 @pytest.mark.parametrize(("plugin", "config"), ON_STREAMS)
 def test_strategy_on_stream(plugin, config):
-    stream, strategy = made(config).first(2), plugin.load()()
+    stream, strategy = made(config).first(2), strategy_of(plugin)
     backbone = Gpt if stream.info.setting == Setting.CONTINUAL_PRETRAINING else Mlp
     if "lora" in plugin.name:  # those work on adapters
         backbone = partial(Hf, lora={"rank": 2})
@@ -85,7 +90,7 @@ def test_strategy_on_backbone(plugin, backbone):
     else:
         stream = split(num_experiences=5, setting=str(setting), train_rows=100, eval_rows=50)
     try:
-        outcome = trained(stream.first(2), plugin.load()(), backbone.load()).status
+        outcome = trained(stream.first(2), strategy_of(plugin), backbone.load()).status
     except UserError as refusal:
         outcome = str(refusal)
     # a strategy may take some backbones only, such as those of one layer a stage, and then names the one it refuses

@@ -20,6 +20,16 @@ WRONG = [
     (Replay, {"capacity": 0}, "replay.capacity is 0; it must be an integer of at least 1"),
     (Replay, {"capacity": 2.5}, "replay.capacity is 2.5; it must be an integer of at least 1"),
     (Replay, {"capacity": True}, "replay.capacity is True; it must be an integer of at least 1"),
+    (
+        Replay,
+        {"capacity": 5, "replay_batch_size": 6},
+        "replay.replay_batch_size is 6; it must be at most replay.capacity, 5",
+    ),
+    (
+        Derpp,
+        {"capacity": 5, "replay_batch_size": 6},
+        "derpp.replay_batch_size is 6; it must be at most derpp.capacity, 5",
+    ),
     (Replay, {"replay_batch_size": 0}, "replay.replay_batch_size is 0; it must be an integer of at least 1, or null"),
     (Replay, {"weight": -1}, "replay.weight is -1; it must be a finite number of at least 0"),
     (Replay, {"weight": float("nan")}, "replay.weight is nan; it must be a finite number of at least 0"),

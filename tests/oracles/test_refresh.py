@@ -308,7 +308,7 @@ def test_the_whole_loss_must_be_known_when_it_is_unlearnt():
         ({"gamma": float("nan")}, "refresh.gamma is nan; it must be a finite number of at least 0"),
         ({"num_unlearn": 0}, "refresh.num_unlearn is 0; it must be an integer of at least 1"),
         ({"noise": -1}, "refresh.noise is -1; it must be a finite number of at least 0"),
-        ({"mode": "paper", "damping": 0}, "refresh.damping is 0; it must be a finite number above 0"),
+        ({"mode": "paper", "damping": 0}, "refresh.damping is 0; it must be above 0 in paper mode, since"),
         ({"importance_rows": 0}, "refresh.importance_rows is 0; it must be an integer of at least 1, or null for all"),
     ],
 )

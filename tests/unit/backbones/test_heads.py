@@ -5,6 +5,8 @@ import torch
 import torch.nn.functional as F
 
 from cl.backbones import Backbone, MultiHead
+from cl.backbones._heads import channels_last
+from cl.backbones.convnet import Convnet
 from cl.core import Batch, Setting, StreamInfo
 
 TASKS = torch.tensor([2, 0, 2, 1, 0, 2])
@@ -79,3 +81,34 @@ def test_rows_without_a_known_task_are_refused():
     for tasks in (torch.full((6,), 3), torch.full((6,), -1)):
         with pytest.raises(ValueError, match="this backbone has 0 to 2"):
             backbone(batch(tasks))
+
+
+@pytest.mark.parametrize("num_heads", [1, 3])
+def test_weight_norm_does_not_see_lengths(num_heads):
+    """The product with weights of length 1, by hand; and neither the logits nor the training can tell longer ones."""
+    setting = Setting.CLASS_INCREMENTAL if num_heads == 1 else Setting.TASK_INCREMENTAL
+    backbone = Convnet(StreamInfo("rows", setting, (1, 8, 8), 4, num_heads, num_heads=num_heads), head="weight_norm")
+    rows = torch.arange(6)
+    batch = Batch(torch.rand(6, 1, 8, 8), rows % 4, rows, rows, rows % 3 if num_heads > 1 else None)
+    output = backbone(batch)
+    heads = [backbone.head] if num_heads == 1 else list(backbone.head.heads)
+    for row in range(6):
+        weights = heads[row % num_heads].weight
+        for c in range(4):
+            length = sum(w**2 for w in weights[c].tolist()) ** 0.5
+            wanted = sum(h * w for h, w in zip(output.hidden[row].tolist(), weights[c].tolist(), strict=True)) / length
+            assert output.logits[row, c].item() == pytest.approx(wanted, abs=1e-5)
+    for head in heads:
+        head.weight.data *= torch.tensor([[0.1], [1.0], [7.0], [100.0]])
+    torch.testing.assert_close(backbone(batch).logits, output.logits)
+    assert not any("bias" in name for name, _ in backbone.head.named_parameters())
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 5, 7), (2, 3, 5, 7), (1, 4, 1, 1)])
+def test_channels_last_are_the_same_maps(shape):
+    maps = torch.rand(shape, requires_grad=True)
+    found = channels_last(maps)
+    assert torch.equal(found, maps) and found.is_contiguous(memory_format=torch.channels_last)
+    assert found.stride(1) == 1
+    found.square().sum().backward()
+    torch.testing.assert_close(maps.grad, 2 * maps.detach())

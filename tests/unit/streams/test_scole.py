@@ -104,7 +104,7 @@ def test_experiences_hold_their_classes_and_evaluation_stays_linear():
         assert rows.targets.unique().tolist() == list(experience.classes)
         assert rows.targets.bincount()[list(experience.classes)].tolist() == [20, 20]
         assert experience.practises == tuple(f"class {c}" for c in experience.classes)
-        assert torch.equal(rows.inputs, data.images.inputs[rows.sample_ids])
+        assert torch.equal(rows.inputs, data.inputs[rows.sample_ids])
     assert stream.practised_domains[:20] == [list(e.classes) for e in stream.experiences[:20]]
     assert set(stream.trained_domains) == {-1}
 
