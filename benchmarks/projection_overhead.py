@@ -1,9 +1,12 @@
 """Time of a training step with projection, as a multiple of the same step without: 784-2000-2000-10 by default.
 
     python benchmarks/projection_overhead.py [batch=64] [ranks=80,200,100] [hidden=2000,2000] [steps=64] [optimizer=sgd]
+        [out=benchmarks/results/projection_overhead.md]
 
-Naive and projected steps take turns in one process, so that both see the same machine; the ratio is that of the means,
-folds included. `ranks` are the directions held in each layer; by default those of HLOP's first experience.
+`hebbian` projects as `gpm` does, and learns the next directions besides: 70 lateral neurons a layer, the published 5
+inner steps for every batch, or 1. Naive and projected steps take turns in one process, so that both see the same
+machine; the ratio is that of the means, folds included. `ranks` are the directions held in each layer; by default those
+of HLOP's first experience.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ import statistics
 import sys
 import time
 from functools import partial
+from pathlib import Path
 
 import torch
 
@@ -19,12 +23,13 @@ from cl.backbones.mlp import Mlp
 from cl.config import TrainerConfig
 from cl.core import EvalSet, Experience, Setting, Stream, StreamInfo, TensorData
 from cl.hooks import Strategy
+from cl.result import write_text
 from cl.trainer import Trainer
 from strategies.gpm import Gpm
 from strategies.hebbian import Hebbian
 from strategies.owm import Owm
 
-OPTIONS = {"batch": "64", "ranks": "80,200,100", "hidden": "2000,2000", "steps": "64", "optimizer": "sgd"}
+OPTIONS = {"batch": "64", "ranks": "80,200,100", "hidden": "2000,2000", "steps": "64", "optimizer": "sgd", "out": ""}
 OPTIMIZERS = {
     "sgd": partial(torch.optim.SGD, lr=0.01),
     "momentum": partial(torch.optim.SGD, lr=0.01, momentum=0.9, weight_decay=1e-4),
@@ -76,7 +81,7 @@ class Stepper:
 
 
 def main(words: list[str]) -> None:
-    """Print one line for each method."""
+    """Print a line of the table for each method."""
     options = OPTIONS | dict(word.split("=", 1) for word in words)
     ranks = [int(rank) for rank in options["ranks"].split(",")]
     methods = {
@@ -96,10 +101,22 @@ def main(words: list[str]) -> None:
             if turn >= WARMUP:
                 times[name].append(seconds)
     plain = statistics.fmean(times["naive"])
-    print(f"784-{options['hidden'].replace(',', '-')}-10, {options}, {torch.get_num_threads()} threads")
+    size = f"784-{options['hidden'].replace(',', '-')}-10, batch {options['batch']}, {ranks} directions held"
+    lines = [
+        "# Cost of projection",
+        "",
+        f"Made by `benchmarks/projection_overhead.py`: {size}, {options['optimizer']}, {torch.get_num_threads()} "
+        f"thread(s), torch {torch.__version__}, means of {options['steps']} steps that took turns.",
+        "",
+        "| strategy | ms a step | times naive |",
+        "|---|---|---|",
+    ]
     for name, seconds in times.items():
         mean = statistics.fmean(seconds)
-        print(f"{name:24s} {1000 * mean:8.2f} ms   {mean / plain:5.2f} x naive")
+        lines.append(f"| {name} | {1000 * mean:.2f} | {mean / plain:.2f} |")
+    print("\n".join(lines))
+    if options["out"]:
+        write_text(Path(options["out"]), "\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,64 +1,124 @@
 """Hold a linear layer on the side of its inputs, where it costs a few products with the batch and not with the weights.
 
-    W_held = W_start + (W - W_start) P,   P = I - U diag(s) U^T
-    W_held x = W (P x) + (W_start U) diag(s) (U^T x)
+    P = I - U diag(s) U^T
+    of gradients:  dL/dW = delta^T (P x)                        W moves as P lets it, and answers as it is
+    of answers:    W_held x = W (P x) + (W_start U) diag(s) (U^T x),    W_held = W_start + (W - W_start) P
 
-Whatever moves W, the layer answers as if every change had been projected: gradient, momentum, weight decay and Adam's
-division alike. Its gradient is taken with the projected inputs, as with the orthogonal traces of HLOP. `fold` writes
-W_held into the weights, which changes no answer.
+The first is enough where a step is a sum of gradients, as with SGD and momentum (orthogonal traces, as in HLOP): two
+products with the batch. Momentum's quotient in Adam, weight decay and penalties on the weights move W along U as well;
+then the layer answers as if every change had been projected: six products. `fold` writes into W what it answers with.
 
 Shape legend: B rows of a batch, D inputs of a unit, O units, R directions held. A bias is the weight of an input of 1.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from strategies._layer_inputs import input_rows
 from strategies._subspace import InputSubspace
+
+ROUNDING = 1e-4
+"""Relative change of a response that rounding may explain."""
 
 
 class HeldInputs:
-    """Two hooks around a linear layer, from `attach` to `detach`.
+    """A linear layer that is held, from `attach` to `detach`.
 
     Args:
         response: (O, R) what the layer said to the directions held when they were taken.
+        by_gradients: hold it by its gradients; else by its answers.
+
+    Attributes:
+        seen: the last inputs that were trained on, as rows (B, D) with the input of the bias, and their part outside
+            the directions held; None where the layer is held by its answers.
     """
 
-    def __init__(self, layer: nn.Linear, subspace: InputSubspace, response: Tensor) -> None:
-        self.layer, self.subspace, self.response = layer, subspace, response
-        self._parts: list[Tensor] = []
-        self._handles = [layer.register_forward_pre_hook(self._enter), layer.register_forward_hook(self._leave)]
+    def __init__(self, layer: nn.Linear, subspace: InputSubspace, response: Tensor, by_gradients: bool) -> None:
+        self.layer, self.weight, self.subspace, self.response = layer, layer.weight, subspace, response
+        self.by_gradients = by_gradients
+        self.seen: tuple[Tensor, Tensor, Tensor] | None = None
+        layer.forward = self._answer if by_gradients else self._answer_held  # type: ignore[method-assign]
 
     def detach(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
+        self.layer.__dict__.pop("forward", None)
+        self.seen = None
 
-    def fold(self) -> Tensor:
-        """Write the weights that the layer answers with into it; returns its response."""
-        self.response = self.subspace.hold(self.layer, self.response)
-        return self.response
+    def fold(self) -> bool:
+        """Write the weights that the layer answers with into it.
 
-    def _enter(self, layer: Any, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        Returns:
+            whether anything but projected gradients has moved it along the directions held.
+        """
+        now = self.subspace.response(self.layer)
+        moved = (now - self.response).abs().max() > ROUNDING * self.response.abs().max()
+        self.response = self.subspace.hold(self.layer, self.response, now)
+        return bool(moved)
+
+    def rows_of(self, inputs: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Rows and their part outside, as `seen`, if these inputs are the ones."""
+        if self.seen is None or self.seen[0].data_ptr() != inputs.data_ptr() or self.seen[0].shape != inputs.shape:
+            return None
+        return self.seen[1:]
+
+    # by gradients
+
+    def _answer(self, inputs: Tensor) -> Tensor:
+        layer = self.layer
         # with other weights in its place, those of a teacher, it is not this layer
-        if layer.weight is not self.layer.weight:
-            return None
-        basis, inputs = self.subspace.basis, args[0]
-        part = inputs @ (basis if layer.bias is None else basis[:-1]).to(inputs)
-        if layer.bias is not None:
-            part = part + basis[-1].to(inputs)
-        part = part * self.subspace.strength.to(inputs)
-        self._parts.append(part)
-        return (inputs - part @ (basis if layer.bias is None else basis[:-1]).T.to(part), *args[1:])
+        if layer.weight is not self.weight or not torch.is_grad_enabled():
+            return F.linear(inputs, layer.weight, layer.bias)
+        with torch.no_grad(), torch.autocast(inputs.device.type, enabled=False):
+            rows_BD = input_rows(layer, inputs)
+            part_BR = (rows_BD @ self.subspace.basis).mul_(self.subspace.strength)
+            outside_BD = torch.addmm(rows_BD, part_BR, self.subspace.basis.T, alpha=-1)
+        self.seen = (inputs.detach(), rows_BD, outside_BD)
+        inputs = _as_computed(inputs)
+        width = inputs.shape[-1]
+        answer = _linear_with_traces(inputs, layer.weight, outside_BD[:, :width].view(inputs.shape).to(inputs.dtype))
+        if layer.bias is None:
+            return answer
+        # the constant input has its part outside too
+        shift = torch.outer(outside_BD[:, width], layer.bias - layer.bias.detach()).view(answer.shape)
+        return answer + (layer.bias.detach() + shift).to(answer.dtype)
 
-    def _leave(self, layer: Any, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
-        if layer.weight is not self.layer.weight:
-            return None
-        part = self._parts.pop()
-        held = part @ self.response.T.to(part)
-        if layer.bias is not None:
-            # the constant input is projected too
-            held = held - (part @ self.subspace.basis[-1].to(part)).unsqueeze(-1) * layer.bias.to(part)
-        return output + held.to(output.dtype)
+    # by answers
+
+    def _answer_held(self, inputs: Tensor) -> Tensor:
+        layer, basis = self.layer, self.subspace.basis
+        if layer.weight is not self.weight:
+            return F.linear(inputs, layer.weight, layer.bias)
+        inputs = _as_computed(inputs)
+        basis_DR = (basis if layer.bias is None else basis[:-1]).to(inputs)
+        part = inputs @ basis_DR if layer.bias is None else inputs @ basis_DR + basis[-1].to(inputs)
+        part = part * self.subspace.strength.to(inputs)
+        # the weights learn from what they read, as everywhere: what they learn is projected once, when it is folded
+        answer = _linear_with_traces(inputs - part @ basis_DR.T, layer.weight, inputs) + part @ self.response.T.to(part)
+        if layer.bias is None:
+            return answer
+        # the constant input is projected too
+        inside = (part @ basis[-1].to(part)).unsqueeze(-1)
+        return answer + (layer.bias - inside * layer.bias.detach()).to(answer.dtype)
+
+
+def _as_computed(inputs: Tensor) -> Tensor:
+    """In the precision of the run."""
+    if torch.is_autocast_enabled(inputs.device.type):
+        return inputs.to(torch.get_autocast_dtype(inputs.device.type))
+    return inputs
+
+
+def _linear_with_traces(inputs: Tensor, weight: Tensor, traces: Tensor) -> Tensor:
+    """A linear layer whose weights learn from other inputs than it answers.
+
+    What autograd keeps of the inputs is exchanged, so that the gradient is torch's own, which is not copied again.
+    """
+
+    def exchanged(kept: Tensor) -> Tensor:
+        is_inputs = kept.data_ptr() == inputs.data_ptr() and kept.numel() == inputs.numel()
+        return traces.view(kept.shape) if is_inputs else kept
+
+    with torch.autograd.graph.saved_tensors_hooks(exchanged, lambda kept: kept):
+        return F.linear(inputs, weight)

@@ -13,6 +13,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
+from strategies._hypernet_distances import Finish, generated
+
 ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "elu": nn.ELU, "tanh": nn.Tanh, "sigmoid": nn.Sigmoid}
 """Monotone ones, through which bounds can be propagated."""
 
@@ -63,12 +65,15 @@ class ChunkGenerator(nn.Module):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
 
-    def forward(self, embeddings_TE: Tensor, conditions: Sequence[int] = ()) -> Tensor:
-        """Generate; which conditions the embeddings belong to makes no difference."""
+    def forward(self, embeddings_TE: Tensor, conditions: Sequence[int] = (), finish: Finish = generated) -> Tensor:
+        """Generate; which conditions the embeddings belong to makes no difference.
+
+        Args:
+            finish: what becomes of the last layer.
+        """
         if self.num_chunks == 1:
-            numbers_TN: Tensor = self.last(self.body(embeddings_TE))
-            return numbers_TN
-        num = embeddings_TE.shape[0]
-        every = (num, self.num_chunks, -1)
-        rows = torch.cat([embeddings_TE.unsqueeze(1).expand(*every), self.chunks_KE.expand(*every)], dim=2)
-        return self.last(self.body(rows)).flatten(1)[:, : self.num_numbers]
+            rows = embeddings_TE.unsqueeze(1)
+        else:
+            every = (embeddings_TE.shape[0], self.num_chunks, -1)
+            rows = torch.cat([embeddings_TE.unsqueeze(1).expand(*every), self.chunks_KE.expand(*every)], dim=2)
+        return finish(self.body(rows), self.last.weight, self.last.bias, self.num_numbers)

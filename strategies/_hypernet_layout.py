@@ -107,6 +107,21 @@ class Layout:
         sums: Tensor = _Distances.apply(left_TN, right_TN, importance_TN, skipped, self)
         return sums
 
+    def weigh(self, apart_N: Tensor, importance_N: Tensor | None = None) -> Tensor:
+        """The squared distance between the weights of two sets of numbers that are so far apart.
+
+        `apart_N` becomes half the gradient of it, in place.
+        """
+        own_N = None if importance_N is None else apart_N.clone()
+        if importance_N is not None:
+            apart_N.mul_(importance_N)
+        total = apart_N.new_zeros(()) if self.is_scaled else torch.dot(apart_N, apart_N if own_N is None else own_N)
+        for place in self.places if self.is_scaled else ():
+            piece = apart_N[place.start : place.stop]
+            total += place.scale**2 * torch.dot(piece, piece if own_N is None else own_N[place.start : place.stop])
+            piece.mul_(place.scale**2)
+        return total
+
     @property
     def sizes(self) -> list[int]:
         return [place.stop - place.start for place in self.places]
@@ -141,27 +156,13 @@ class _Distances(torch.autograd.Function):
         for pull_N, ranges in zip(pull_TN, skipped, strict=False):
             for start, stop in ranges:
                 pull_N[start:stop] = 0
-        places = layout.places if layout.is_scaled else ()
-        if importance_TN is None:
-            pieces = pull_TN.split(layout.sizes, dim=1) if places else [pull_TN]
-            scales = [place.scale**2 for place in places] or [1.0]
-            sums = [scale * piece.square().sum(1) for scale, piece in zip(scales, pieces, strict=True)]
-            total_T = torch.stack(sums).sum(0)
-        else:
-            apart_TN = pull_TN.clone()
-            pull_TN.mul_(importance_TN)
-            for place in places:
-                pull_TN[:, place.start : place.stop] *= place.scale**2
-            total_T, places = (apart_TN * pull_TN).sum(1), ()
+        importance = [None] * len(pull_TN) if importance_TN is None else importance_TN
+        totals = [layout.weigh(pull_N, each_N) for pull_N, each_N in zip(pull_TN, importance, strict=True)]
         ctx.save_for_backward(pull_TN)
-        ctx.places = places
-        return total_T
+        return torch.stack(totals)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient_T: Tensor) -> tuple[Tensor, None, None, None, None]:
         (pull_TN,) = ctx.saved_tensors
-        found_TN = pull_TN * (2 * gradient_T[:, None])
-        for place in ctx.places:
-            found_TN[:, place.start : place.stop] *= place.scale**2
-        return found_TN, None, None, None, None
+        return pull_TN * (2 * gradient_T[:, None]), None, None, None, None

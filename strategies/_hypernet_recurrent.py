@@ -17,6 +17,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from strategies._hypernet_distances import Finish, generated
+
 
 class RecurrentGenerator(nn.Module):
     """Embeddings (T, E) -> numbers (T, N).
@@ -92,8 +94,12 @@ class RecurrentGenerator(nn.Module):
         if len(self.units_C):
             self.units_C[condition] = self.active
 
-    def forward(self, embeddings_TE: Tensor, conditions: Sequence[int] = ()) -> Tensor:
-        """Generate; units that a condition does not use stay silent for it."""
+    def forward(self, embeddings_TE: Tensor, conditions: Sequence[int] = (), finish: Finish = generated) -> Tensor:
+        """Generate; units that a condition does not use stay silent for it.
+
+        Args:
+            finish: what becomes of the last layer.
+        """
         units, num = self.active, embeddings_TE.shape[0]
         every = (self.num_chunks, num, -1)
         inputs_KTD = torch.cat([embeddings_TE.expand(*every), self.chunks_KE.unsqueeze(1).expand(*every)], dim=2)
@@ -115,5 +121,4 @@ class RecurrentGenerator(nn.Module):
             if mask_TH is not None:
                 hidden_TH = hidden_TH * mask_TH
             steps.append(hidden_TH)
-        chunks_TKM = torch.stack(steps, dim=1) @ self.last.weight[:, :units].T + self.last.bias
-        return chunks_TKM.flatten(1)[:, : self.num_numbers]
+        return finish(torch.stack(steps, dim=1), self.last.weight[:, :units], self.last.bias, self.num_numbers)

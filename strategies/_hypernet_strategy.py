@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,9 +28,10 @@ from cl.hooks import Strategy
 from cl.state import Cost, TrainState, tensor_bytes
 from strategies._checks import require, require_choice, require_count, require_number
 from strategies._hypernet import Hypernetwork, heads_of
+from strategies._hypernet_distances import Distances
 from strategies._hypernet_layout import Ranges
 from strategies._importance import mean_over_rows
-from strategies._lookahead import planned, require_planned
+from strategies._lookahead import require_planned, stepped
 from strategies._quadratic import Vectors, copied
 
 TARGETS = ("weights", "generator")
@@ -88,6 +90,7 @@ class Generating(Strategy):
         self.importance: Vectors = {}
         """Condition as a string -> (N,)."""
         self.others: dict[int, Ranges] = {}
+        self.distances: Distances | None = None
 
     # the network and its optimizer
 
@@ -173,9 +176,9 @@ class Generating(Strategy):
         net = self.net(state.model)
         named = dict(net.generator.named_parameters())
         parameters = list(named.values())
-        changes = planned(state.optimizer, parameters)
-        ahead = {name: p + change for (name, p), change in zip(named.items(), changes, strict=True)}
-        found = torch.autograd.grad(self.pull(net, ahead), parameters, allow_unused=True)
+        ahead = [p.requires_grad_() for p in stepped(state.optimizer, parameters)]
+        pull = self.pull(net, dict(zip(named, ahead, strict=True)))
+        found = torch.autograd.grad(pull, ahead, allow_unused=True)
         for p, gradient in zip(parameters, found, strict=True):
             if gradient is not None:
                 p.grad = gradient if p.grad is None else p.grad.add_(gradient)
@@ -183,9 +186,15 @@ class Generating(Strategy):
     def pull(self, net: Hypernetwork, parameters: Vectors | None = None) -> Tensor:
         """The penalty for the generator as it is, or with other parameters."""
         conditions = [self.old[k] for k in self.picked]
-        points_TE = net.points(conditions).detach()
-        numbers_TN = functional_call(net.generator, parameters or {}, (points_TE, conditions))
-        return self.beta * self.apart(net, numbers_TN, self.wanted(net))
+        given = (net.points(conditions).detach(), conditions, partial(self._finish, net, self.wanted(net)))
+        apart_T: Tensor = functional_call(net.generator, parameters or {}, given)
+        return self.beta * apart_T.mean()
+
+    def _finish(self, net: Hypernetwork, wanted_TN: Sequence[Tensor], *last: Any) -> Tensor:
+        """In the place of the numbers that a generator returns, their distances."""
+        if self.distances is None or self.distances.layout is not net.layout:
+            self.distances = Distances(net.layout)
+        return self.distances(*last[:3], wanted_TN, *self._counted(net))
 
     @torch.no_grad()
     def wanted(self, net: Hypernetwork) -> Sequence[Tensor]:
@@ -200,10 +209,13 @@ class Generating(Strategy):
 
     def apart(self, net: Hypernetwork, numbers_TN: Tensor, wanted_TN: Sequence[Tensor]) -> Tensor:
         """Mean over the conditions picked of the squared distance of their weights, as far as it counts."""
+        return net.layout.distances(numbers_TN, wanted_TN, *self._counted(net)).mean()
+
+    def _counted(self, net: Hypernetwork) -> tuple[Tensor | None, Sequence[Ranges]]:
+        """For each of the conditions picked, what its numbers matter, and which do not count."""
         conditions = [self.old[k] for k in self.picked]
         importance_TN = torch.stack([self.importance[str(c)] for c in conditions]) if self.importance else None
-        skipped = [self.skipped(net, c) for c in conditions] if self.heads == "every" else ()
-        return net.layout.distances(numbers_TN, wanted_TN, importance_TN, skipped).mean()
+        return importance_TN, [self.skipped(net, c) for c in conditions] if self.heads == "every" else ()
 
     def skipped(self, net: Hypernetwork, condition: int) -> Ranges:
         """The heads of other conditions."""

@@ -1,6 +1,6 @@
-"""What an optimizer would do to parameters with the gradients they have now, without doing it.
+"""What an optimizer would make of parameters with the gradients they have now, without doing it.
 
-    theta + planned(theta) = theta after optimizer.step()
+    stepped(theta) = theta after optimizer.step()
 
 Derived again for each kind of optimizer, so that its state stays as it is: nothing is copied but the result.
 """
@@ -18,7 +18,7 @@ from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop
 from cl.core import UserError
 
 Rule = Callable[[Tensor, Tensor, Mapping[str, Any], Mapping[str, Any]], Tensor]
-"""(parameter, its gradient, state of the parameter, options of its group) -> change of the parameter."""
+"""(parameter, its gradient, state of the parameter, options of its group) -> the parameter after the step."""
 
 
 def require_planned(optimizer: Optimizer, asker: str) -> None:
@@ -36,8 +36,8 @@ def require_planned(optimizer: Optimizer, asker: str) -> None:
 
 
 @torch.no_grad()
-def planned(optimizer: Optimizer, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
-    """The change that `optimizer.step()` would make to each parameter; zeros where one has no gradient.
+def stepped(optimizer: Optimizer, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
+    """What `optimizer.step()` would make of each parameter; as it is where one has no gradient.
 
     Cost: one element-wise pass over parameters and their state; the memory of one more gradient.
     Source: the update rules of torch.optim, which von Oswald et al., 2020 re-derive for the same purpose.
@@ -45,15 +45,15 @@ def planned(optimizer: Optimizer, parameters: Sequence[nn.Parameter]) -> list[Te
     """
     groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
     rule = RULES[type(optimizer)]
-    changes = []
+    found = []
     for p in parameters:
         group = groups.get(id(p))
         if p.grad is None or group is None:
-            changes.append(torch.zeros_like(p))
+            found.append(p.detach().clone())
             continue
         gradient = -p.grad if group.get("maximize") else p.grad
-        changes.append(rule(p, gradient, optimizer.state.get(p, {}), group))
-    return changes
+        found.append(rule(p.detach(), gradient, optimizer.state.get(p, {}), group))
+    return found
 
 
 def _sgd(p: Tensor, gradient: Tensor, state: Mapping[str, Any], group: Mapping[str, Any]) -> Tensor:
@@ -62,7 +62,7 @@ def _sgd(p: Tensor, gradient: Tensor, state: Mapping[str, Any], group: Mapping[s
         old = state.get("momentum_buffer")
         velocity = direction if old is None else group["momentum"] * old + (1 - group["dampening"]) * direction
         direction = direction + group["momentum"] * velocity if group["nesterov"] else velocity
-    return -group["lr"] * direction
+    return p.sub(direction, alpha=group["lr"])
 
 
 def _adam(p: Tensor, gradient: Tensor, state: Mapping[str, Any], group: Mapping[str, Any]) -> Tensor:
@@ -74,7 +74,7 @@ def _adam(p: Tensor, gradient: Tensor, state: Mapping[str, Any], group: Mapping[
         gradient = gradient.add(p, alpha=decay)
     step = float(state["step"]) + 1 if state else 1.0
     if state:
-        mean = (beta1 * state["exp_avg"]).add_(gradient, alpha=1 - beta1)
+        mean = torch.lerp(state["exp_avg"], gradient, 1 - beta1)
         square = (beta2 * state["exp_avg_sq"]).addcmul_(gradient, gradient, value=1 - beta2)
         if group["amsgrad"]:
             square = torch.maximum(square, state["max_exp_avg_sq"])
@@ -82,8 +82,10 @@ def _adam(p: Tensor, gradient: Tensor, state: Mapping[str, Any], group: Mapping[
         mean, square = (1 - beta1) * gradient, gradient.square().mul_(1 - beta2)
     # the correction of the square is moved to the rate and to eps: a pass over memory less
     root = math.sqrt(1 - beta2**step)
-    change = mean.div_(square.sqrt_().add_(group["eps"] * root)).mul_(-lr * root / (1 - beta1**step))
-    return change.sub_(p, alpha=lr * decay) if decay and is_decoupled else change
+    spread = square.sqrt_().add_(group["eps"] * root)
+    start = p.mul(1 - lr * decay) if decay and is_decoupled else p
+    # into memory that is at hand
+    return torch.addcdiv(start, mean, spread, value=-lr * root / (1 - beta1**step), out=spread)
 
 
 def _rmsprop(p: Tensor, gradient: Tensor, state: Mapping[str, Any], group: Mapping[str, Any]) -> Tensor:
@@ -99,7 +101,7 @@ def _rmsprop(p: Tensor, gradient: Tensor, state: Mapping[str, Any], group: Mappi
     direction = gradient / (spread.sqrt() + group["eps"])
     if group["momentum"] and state:
         direction = direction + group["momentum"] * state["momentum_buffer"]
-    return -group["lr"] * direction
+    return p.sub(direction, alpha=group["lr"])
 
 
 RULES: dict[type[Optimizer], Rule] = {SGD: _sgd, Adam: _adam, AdamW: _adam, RMSprop: _rmsprop}

@@ -6,7 +6,8 @@ Whatever made the step, gradient, momentum, Adam's division or weight decay, the
 that earlier experiences read, so that a response to an old input inside them stays what it was. Convolutions and
 spiking layers are projected in the step. Linear layers are held on the side of their inputs (`_held_inputs`), which is
 the same projection at a fraction of the work; their weights are made the ones that they answer with every `FOLD_EVERY`
-steps, and when the experience ends.
+steps, and when the experience ends. With SGD without weight decay it is enough to project their gradients; should
+something else move the weights along the directions held, such as a penalty, that is noticed when they are folded.
 
 Shape legend: N rows of inputs, D inputs of a unit, O units of a layer, R directions held.
 """
@@ -60,6 +61,8 @@ class Projection(Strategy):
         self.full: list[str] = []
         """Layers that were reported to have no direction left."""
         self.held: dict[str, HeldInputs] = {}
+        self.drifting: list[str] = []
+        """Linear layers that more than gradients moves along the directions held in this experience."""
         self.listener = Listener()
         self._seen: dict[int, dict[str, list[Tensor]]] = {}
         self._restored: dict[str, Any] = {}
@@ -74,7 +77,10 @@ class Projection(Strategy):
         """An experience begins."""
 
     def rows_at_end(self, state: TrainState) -> Iterator[Tensor]:
-        """Numbers of rows whose inputs are looked at when an experience ends, batch by batch."""
+        """Numbers of rows whose inputs are looked at when an experience ends, batch by batch.
+
+        A method that listens has learnt by then; its rows only tell how much of them is captured.
+        """
         return iter(())
 
     # the run
@@ -104,6 +110,9 @@ class Projection(Strategy):
         self.responses = {
             name: subspace.response(layers[name]) for name, subspace in self.subspaces.items() if subspace.rank
         }
+        self.drifting = []
+        if self._adds_gradients(state):
+            self._project_momentum(state, layers)
         if self.others == "freeze" and state.experience.id > 0:
             self.frozen = {name: p.detach().clone() for name, p in self._unprotected(state).items()}
         self.begin(state, layers)
@@ -126,17 +135,47 @@ class Projection(Strategy):
 
     def _attach(self, state: TrainState) -> None:
         """Linear layers are held on the side of their inputs from here on."""
-        layers = self.layers(state)
+        layers, adds = self.layers(state), self._adds_gradients(state)
         self.held = {
-            name: HeldInputs(layers[name], self.subspaces[name], response)
+            name: HeldInputs(
+                layers[name],
+                self.subspaces[name],
+                response,
+                adds and name not in self.drifting and self.subspaces[name].is_exact,
+            )
             for name, response in self.responses.items()
             if type(layers[name]) is nn.Linear
         }
 
+    @staticmethod
+    def _adds_gradients(state: TrainState) -> bool:
+        """Whether the optimizer's steps are sums of gradients, so that projecting these projects the steps."""
+        is_plain = type(state.optimizer) is torch.optim.SGD
+        return is_plain and not any(group["weight_decay"] for group in state.optimizer.param_groups)
+
+    @torch.no_grad()
+    def _project_momentum(self, state: TrainState, layers: Layers) -> None:
+        """What momentum carries over from before the directions were held must not move the weights along them."""
+        for name in self.responses:
+            layer, subspace = layers[name], self.subspaces[name]
+            buffers = [state.optimizer.state.get(p, {}).get("momentum_buffer") for p in (layer.weight, layer.bias)]
+            if type(layer) is not nn.Linear or buffers[0] is None or not subspace.is_exact:
+                continue
+            whole = buffers[0] if buffers[1] is None else torch.cat([buffers[0], buffers[1][:, None]], dim=1)
+            kept = subspace.project(whole)
+            buffers[0].copy_(kept[:, : buffers[0].shape[1]])
+            if buffers[1] is not None:
+                buffers[1].copy_(kept[:, -1])
+
     def _fold(self) -> None:
         """Write into the weights of linear layers what they answer with."""
         for name, held in self.held.items():
-            self.responses[name] = held.fold()
+            has_drifted = held.fold()
+            self.responses[name] = held.response
+            if has_drifted and held.by_gradients:
+                held.detach()
+                self.held[name] = HeldInputs(held.layer, held.subspace, held.response, by_gradients=False)
+                self.drifting.append(name)
 
     def penalty(self, state: TrainState, batch: Batch, output: Output) -> Tensor | None:
         """Adds nothing to the loss; tells which of the passes since `on_batch` is the one that is trained on."""
@@ -167,9 +206,13 @@ class Projection(Strategy):
             return
         require_inputs(layers, {name for each in passes for name in each}, self.name)
         for name, subspace in self.subspaces.items():
-            rows = [input_rows(layers[name], inputs) for each in passes for inputs in each.get(name, ())]
-            if rows:
-                subspace.update(torch.cat(rows) if len(rows) > 1 else rows[0])
+            inputs = [each for seen in passes for each in seen.get(name, ())]
+            if not inputs:
+                continue
+            at_hand = self.held[name].rows_of(inputs[0]) if len(inputs) == 1 and name in self.held else None
+            if at_hand is None:
+                at_hand = torch.cat([input_rows(layers[name], each) for each in inputs]), None
+            subspace.update(*at_hand)
 
     # the end of an experience
 
@@ -192,7 +235,8 @@ class Projection(Strategy):
                 require_inputs(layers, seen, self.name)
                 for name, inputs in seen.items():
                     last[name] = torch.cat([input_rows(layers[name], each) for each in inputs])
-                    self.subspaces[name].update(last[name])
+                    if not self.listens:
+                        self.subspaces[name].update(last[name])
         for name, subspace in self.subspaces.items():
             for what, value in subspace.measures().items():
                 state.note(f"{name}_{what}", value)
@@ -241,13 +285,14 @@ class Projection(Strategy):
             "responses": self.responses,
             "frozen": self.frozen,
             "full": list(self.full),
+            "drifting": list(self.drifting),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         # which layer a subspace belongs to is known when there is a model
         self.subspaces, self._restored = {}, {name: copied(saved) for name, saved in state["subspaces"].items()}
         self.responses, self.frozen = copied(state["responses"]), copied(state["frozen"])
-        self.full = list(state["full"])
+        self.full, self.drifting = list(state["full"]), list(state["drifting"])
 
 
 def for_layer(values: Any, number: int) -> Any:

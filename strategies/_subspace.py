@@ -1,6 +1,8 @@
-"""Directions of a layer's inputs in which its weights are held: three ways to find them, one way to project.
+"""Directions of a layer's inputs in which its weights are held: two ways to find them, one way to project.
 
     project(change) = change - (change U) diag(s) U^T         U orthonormal, s the strength of each direction
+
+A third way is in `_lateral`.
 
 Shape legend: N rows of inputs, D inputs of a unit, O units of the layer, R directions held.
 """
@@ -14,8 +16,6 @@ from torch import Tensor
 
 WEAKEST = 1e-4
 """Directions that would be held by less than this are left out."""
-LARGEST_CHANGE, LARGEST_ACTIVITY = 10.0, 20.0
-"""Bounds of the Hebbian rule, as in the official code: of an entry of a step, and of a spiking lateral neuron."""
 
 
 class InputSubspace:
@@ -30,8 +30,12 @@ class InputSubspace:
         self.basis: Tensor | None = None
         self.strength: Tensor | None = None
 
-    def update(self, rows_ND: Tensor) -> None:
-        """Look at inputs of the running experience."""
+    def update(self, rows_ND: Tensor, outside_ND: Tensor | None = None) -> None:
+        """Look at inputs of the running experience.
+
+        Args:
+            outside_ND: their part outside the directions held, where it is at hand.
+        """
         raise NotImplementedError
 
     def end_task(self) -> None:
@@ -59,16 +63,19 @@ class InputSubspace:
             return weight @ self.basis
         return torch.addmm(torch.outer(layer.bias.detach(), self.basis[-1]), weight, self.basis[:-1])
 
-    def hold(self, layer: Any, response_OR: Tensor) -> Tensor:
+    def hold(self, layer: Any, response_OR: Tensor, now_OR: Tensor | None = None) -> Tensor:
         """Take out of the weights what they changed along the directions held since they gave this response.
 
         The same as adding the projected change to the weights as they were, without a copy of these, and without
         rounding errors that add up over steps.
 
+        Args:
+            now_OR: the response that it gives before that, where it is at hand.
+
         Returns:
             the response that the layer gives now.
         """
-        now = self.response(layer)
+        now = self.response(layer) if now_OR is None else now_OR
         excess = (now - response_OR).mul_(self.strength)
         inputs = self.basis if layer.bias is None else self.basis[:-1]
         with torch.no_grad():
@@ -80,6 +87,11 @@ class InputSubspace:
     @property
     def rank(self) -> int:
         return 0 if self.basis is None else self.basis.shape[1]
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether every direction is held fully, so that projecting twice is projecting once."""
+        return self.strength is not None and bool((self.strength == 1).all())
 
     @property
     def is_full(self) -> bool:
@@ -122,7 +134,7 @@ class Principal(InputSubspace):
         self.moment: Tensor | None = None
         self.dtype = torch.float32
 
-    def update(self, rows_ND: Tensor) -> None:
+    def update(self, rows_ND: Tensor, outside_ND: Tensor | None = None) -> None:
         self.moment, self.dtype = _added(self.moment, rows_ND), rows_ND.dtype
 
     def end_task(self) -> None:
@@ -160,7 +172,7 @@ class Damped(InputSubspace):
         self.moment: Tensor | None = None
         self.dtype = torch.float32
 
-    def update(self, rows_ND: Tensor) -> None:
+    def update(self, rows_ND: Tensor, outside_ND: Tensor | None = None) -> None:
         """Look at the inputs of one batch."""
         self.moment, self.dtype = _added(self.moment, rows_ND.mean(0, keepdim=True)), rows_ND.dtype
 
@@ -176,86 +188,6 @@ class Damped(InputSubspace):
     def is_full(self) -> bool:
         """No direction is left in which a change would keep half of its length."""
         return self.strength is not None and self.basis.shape[0] == int((self.strength > 0.5).sum())
-
-
-class Lateral(InputSubspace):
-    """Lateral connections that learn the principal directions by a Hebbian and anti-Hebbian rule (Oja's subspace rule).
-
-        y = x H^T,  x_hat = y H,  m <- 0.9 m + 0.1 clamp(y^T (x - x_hat) / N),  H <- H + rate m
-
-    H are the rows learnt in earlier experiences, which stay, and new ones, which learn what those leave over.
-
-    Args:
-        rate: of a step (paper's eta).
-        inner_steps: steps for each batch of inputs.
-        orthonormal: directions are made orthonormal when an experience ends; otherwise H^T H is projected out as it is.
-        spiking_levels: activities of lateral neurons are rounded to so many levels between -20 and 20; None rounds
-            nothing.
-    """
-
-    def __init__(self, rate: float, inner_steps: int, orthonormal: bool, spiking_levels: int | None = None) -> None:
-        super().__init__()
-        self.rate, self.inner_steps, self.orthonormal = rate, inner_steps, orthonormal
-        self.spiking_levels = spiking_levels
-        self.rows: Tensor | None = None
-        self.momentum: Tensor | None = None
-
-    def begin_task(self, num_neurons: int, width: int, like: Tensor, generator: torch.Generator) -> None:
-        """Add neurons with orthonormal random connections, as many as there are directions left at most."""
-        num_neurons = min(num_neurons, width - self.rank)
-        self.rows = self.momentum = None
-        if num_neurons > 0:
-            drawn = torch.randn(width, num_neurons, generator=generator, dtype=torch.float64)
-            self.rows = torch.linalg.qr(drawn).Q.T.to(like).contiguous()
-            self.momentum = torch.zeros_like(self.rows)
-
-    def update(self, rows_ND: Tensor) -> None:
-        if self.rows is None:
-            return
-        left_ND = rows_ND if self.rank == 0 else rows_ND - (rows_ND @ self.basis * self.strength) @ self.basis.T
-        for _ in range(self.inner_steps):
-            activity_NK = self._fired(rows_ND @ self.rows.T)
-            if self.rows.shape[0] < len(rows_ND):
-                # the same product, the small one first
-                heard_KD = activity_NK.T @ left_ND
-                change = torch.addmm(heard_KD, activity_NK.T @ activity_NK, self.rows, alpha=-1)
-            else:
-                change = activity_NK.T @ torch.addmm(left_ND, activity_NK, self.rows, alpha=-1)
-            change.div_(len(rows_ND)).clamp_(-LARGEST_CHANGE, LARGEST_CHANGE)
-            self.momentum.mul_(0.9).add_(change, alpha=0.1)
-            self.rows.add_(self.momentum, alpha=self.rate)
-
-    def _fired(self, activity: Tensor) -> Tensor:
-        if self.spiking_levels is None:
-            return activity
-        step = LARGEST_ACTIVITY / self.spiking_levels
-        return activity.clamp(-LARGEST_ACTIVITY, LARGEST_ACTIVITY).div(step).round().mul(step)
-
-    @property
-    def connections(self) -> Tensor:
-        """(K, D) all rows of H; those of earlier experiences up to a rotation, which changes no projection."""
-        held = [] if self.rank == 0 else [(self.basis * self.strength.sqrt()).T]
-        return torch.cat([*held, *([] if self.rows is None else [self.rows])])
-
-    def measures(self) -> dict[str, float]:
-        """`orthonormality`: largest entry of |H H^T - I|; 0 is perfect."""
-        if self.rank == 0 and self.rows is None:
-            return {}
-        gram = self.connections @ self.connections.T
-        return {"orthonormality": float((gram - torch.eye(len(gram)).to(gram)).abs().max())}
-
-    def end_task(self) -> None:
-        if self.rows is None:
-            return
-        dtype = self.rows.dtype
-        if self.orthonormal:
-            self.basis = joined(self.basis, self.rows.T).to(dtype)
-            self.strength = self.basis.new_ones(self.rank)
-        else:
-            _, values, vectors = torch.linalg.svd(self.connections.double(), full_matrices=False)
-            is_held = values.square() > WEAKEST
-            self.basis, self.strength = vectors[is_held].T.to(dtype), values[is_held].square().to(dtype)
-        self.rows = self.momentum = None
 
 
 def joined(held_DR: Tensor | None, more_DK: Tensor) -> Tensor:

@@ -37,9 +37,9 @@ class Gpm(Projection):
     Raises:
         UserError: a value outside its range, or a layer that it cannot protect.
 
-    Cost: no rows per step; with R directions, 6 * D * R multiply-adds a row for a linear layer of O * D weights, and
-    2 * O * D * R a step for a convolution; num_rows rows forward and one eigendecomposition of D * D per layer when an
-    experience ends.
+    Cost: no rows per step; with R directions, 2 * D * R multiply-adds a row for a linear layer of O * D weights under
+    SGD without weight decay, 4 * D * R + 2 * O * R under other optimizers, and 2 * O * D * R a step for a convolution;
+    num_rows rows forward and one eigendecomposition of D * D per layer when an experience ends.
     """
 
     contract = Contract(toy={"thresholds": 0.9, "num_rows": 100}, zero={"thresholds": 0.0}, forgets_less_by=0.1)

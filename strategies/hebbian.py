@@ -12,7 +12,8 @@ Neural Networks", ICLR 2024 (pkuxmq/HLOP-SNN modules/hlop_module.py).
 Differences: the whole change of the weights is projected, where the official code projects the trace in the gradient;
 with plain SGD the two are the same. Old rows are made orthonormal when their experience ends, so that old responses
 cannot move at all; `orthonormal=False` takes H^T H as it is, as the official code does. The rule runs after the step,
-on what the layers read before it. Biases are weights of a constant input; the official networks have none. Layers of
+on what the layers read before it, and all inner steps of a batch are taken in coefficients of H, m and the rows where
+that is less work. Biases are weights of a constant input; the official networks have none. Layers of
 backbone snn are learnt on the traces of their synapses at every time step (there: on firing rates).
 
 Shape legend: N rows of inputs.
@@ -20,15 +21,18 @@ Shape legend: N rows of inputs.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+
+from torch import Tensor
 
 from cl.core import Batch
 from cl.hooks import Contract
 from cl.state import TrainState
 from strategies._checks import require, require_count, require_number
+from strategies._lateral import Lateral
 from strategies._layer_inputs import Layers
-from strategies._projection import Projection, for_layer, listed
-from strategies._subspace import InputSubspace, Lateral
+from strategies._projection import ROWS_AT_A_TIME, Projection, for_layer, listed
+from strategies._subspace import InputSubspace
 
 Neurons = float | Sequence[float]
 
@@ -51,7 +55,9 @@ class Hebbian(Projection):
     Raises:
         UserError: a value outside its range, or a layer that it cannot protect.
 
-    Cost: no rows; 3 * D * K multiply-adds a row, layer and inner step for K new neurons; for old ones as `gpm`.
+    Cost: no rows in a step; for K new neurons and N rows at most D * K * (2 * N + K) multiply-adds a layer and inner
+    step, and less where all inner steps together are cheaper in the span of what they combine; for old ones as `gpm`.
+    256 rows forward when an experience ends, for the captured variance.
     """
 
     listens = True
@@ -104,6 +110,9 @@ class Hebbian(Projection):
             values = for_layer(values, experience - 1)
         wanted = for_layer(values, number)
         return int(wanted) if wanted >= 1 else round(wanted * width)
+
+    def rows_at_end(self, state: TrainState) -> Iterator[Tensor]:
+        return iter(()) if self.is_off else self.drawn(state, ROWS_AT_A_TIME)
 
     def on_batch(self, state: TrainState, batch: Batch) -> Batch:
         return batch if self.is_off else super().on_batch(state, batch)

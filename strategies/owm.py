@@ -36,8 +36,8 @@ class Owm(Projection):
     Raises:
         UserError: a value outside its range, or a layer that it cannot protect.
 
-    Cost: as `gpm`, where R is at most the number of batches; num_rows rows forward when an experience ends; D * D
-    numbers kept for each layer.
+    Cost: as `gpm` under other optimizers, where R is at most the number of batches; num_rows rows forward when an
+    experience ends; D * D numbers kept for each layer.
     """
 
     contract = Contract(

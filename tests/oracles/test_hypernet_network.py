@@ -16,6 +16,7 @@ from cl.backbones.resnet18 import Resnet18
 from cl.core import Batch, Setting, StreamInfo
 from cl.testing import ToyNet, toy_stream
 from strategies._hypernet import Hypernetwork
+from strategies._hypernet_distances import Distances
 from strategies.hypernet import Hypernet
 
 TASK = Setting.TASK_INCREMENTAL
@@ -163,3 +164,25 @@ def test_distances_and_their_gradients_by_autograd(start):
         (found * torch.tensor([1.0, 3.0])).sum().backward()
         (torch.stack(wanted) * torch.tensor([1.0, 3.0])).sum().backward()
         torch.testing.assert_close(mine.grad, plain.grad)
+
+
+@pytest.mark.parametrize("start", ["backbone", "xavier"])
+def test_distances_from_the_last_layer_by_autograd(start):
+    """Twice, so that the buffer is used again; the chunks have a surplus."""
+    _, _, net = wrapped(ToyNet, start=start)
+    generator = torch.Generator().manual_seed(0)
+    num, width = len(net.layout), len(net.layout) // 3 + 1
+    distances = Distances(net.layout)
+    for given in (None, torch.rand(2, num, generator=generator).double()):
+        shapes = ((2, 3, 4), (width, 4), (width,))
+        mine = [torch.randn(shape, generator=generator).double().requires_grad_() for shape in shapes]
+        plain = [each.detach().clone().requires_grad_() for each in mine]
+        wanted, factor = torch.randn(2, num, generator=generator).double(), torch.tensor([1.0, 3.0])
+        found = distances(*mine, list(wanted), given, [[(3, 9)], []])
+        numbers = (plain[0] @ plain[1].T + plain[2]).flatten(1)[:, :num]
+        expected = net.layout.distances(numbers, list(wanted), given, [[(3, 9)], []])
+        torch.testing.assert_close(found, expected)
+        (found * factor).sum().backward()
+        (expected * factor).sum().backward()
+        for one, other in zip(mine, plain, strict=True):
+            torch.testing.assert_close(one.grad, other.grad)

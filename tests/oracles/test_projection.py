@@ -14,9 +14,12 @@ from cl.backbones import Backbone
 from cl.backbones.convnet import Convnet
 from cl.config import TrainerConfig
 from cl.core import Setting, UserError
+from cl.hooks import Strategy
 from cl.testing import ToyNet, toy_stream
 from cl.trainer import Trainer
+from strategies._held_inputs import HeldInputs
 from strategies._layer_inputs import input_rows, listening
+from strategies._subspace import Damped
 from strategies.gpm import Gpm
 from strategies.hebbian import Hebbian
 from strategies.owm import Owm
@@ -55,7 +58,7 @@ class GradientOnly(Gpm):
 GradientOnly.name = "mutant"
 
 
-def drift(strategy, lab, optimizer, backbone=ToyNet, setting=Setting.DOMAIN_INCREMENTAL):
+def drift(strategy, lab, optimizer, backbone=ToyNet, setting=Setting.DOMAIN_INCREMENTAL, more=()):
     """Largest change, after any later experience, of a layer's response to the part of what it read at the end of an
     experience that its subspace then held; and by how much its weights moved elsewhere. In float32."""
     kept = []
@@ -81,7 +84,7 @@ def drift(strategy, lab, optimizer, backbone=ToyNet, setting=Setting.DOMAIN_INCR
     keeper = Keeper()
     keeper.now = {}
     config = TrainerConfig(epochs=2, batch_size=16, device="cpu")
-    Trainer(toy_stream(setting), backbone, [strategy, keeper], optimizer=optimizer, config=config).run()
+    Trainer(toy_stream(setting), backbone, [strategy, keeper, *more], optimizer=optimizer, config=config).run()
     changes, moves = [], []
     for name, experience, inputs in kept:
         then, *later = keeper.now[name][experience:]
@@ -96,6 +99,53 @@ def test_old_responses_stay(method, optimizer, lab):
     changed, moved = drift(MAKE[method](), lab, OPTIMIZERS[optimizer])
     assert changed < 1e-5
     assert moved > 0.01
+
+
+@pytest.mark.parametrize("method", ["gpm", "hebbian"])
+def test_old_responses_stay_though_a_penalty_pulls_the_weights(method, lab):
+    """Gradients of a penalty do not pass through the layer; that they drift is noticed, and held from then on."""
+    strategy = MAKE[method]()
+
+    class Pull(Strategy):
+        settings = frozenset(Setting)
+
+        def penalty(self, state, batch, output):
+            return sum(p.square().sum() for p in state.model.parameters())
+
+        def on_experience_end(self, state):
+            if state.experience.id:
+                # the plug-in named first has ended the experience already
+                assert "first" in strategy.drifting
+
+    Pull.name = "pull"
+    kept = drift(strategy, lab, partial(torch.optim.SGD, lr=0.02), more=[Pull()])
+    assert kept[0] < 1e-5
+    assert kept[1] > 0.01
+
+
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_a_soft_projection_acts_once(has_bias):
+    """theta + P(step), by hand: directions that are held by halves must not be projected in the gradient as well."""
+    torch.manual_seed(0)
+    layer = nn.Linear(4, 3, bias=has_bias, dtype=torch.float64)
+    subspace, inputs = Damped(0.5), torch.randn(6, 4, dtype=torch.float64)
+    for rows in input_rows(layer, inputs).split(2):
+        subspace.update(rows)
+    subspace.end_task()
+    assert not subspace.is_exact
+    whole = torch.cat([p.detach().view(3, -1) for p in layer.parameters()], dim=1)
+    gradient = 2 * F.linear(input_rows(layer, inputs), whole).T @ input_rows(layer, inputs)
+    expected = whole + subspace.project(-0.1 * gradient)
+
+    held = HeldInputs(layer, subspace, subspace.response(layer), by_gradients=False)
+    layer(inputs).square().sum().backward()
+    torch.optim.SGD(layer.parameters(), lr=0.1).step()
+    answer = layer(inputs).detach()
+    held.fold()
+    held.detach()
+    found = torch.cat([p.detach().view(3, -1) for p in layer.parameters()], dim=1)
+    assert torch.allclose(found, expected, rtol=1e-12)
+    assert torch.allclose(layer(inputs), answer, rtol=1e-12)
 
 
 @pytest.mark.parametrize("optimizer", ["decay", "adam", "adamw"])
@@ -212,7 +262,13 @@ def test_layers_that_are_not_called_are_named(method):
 
 
 @pytest.mark.parametrize(
-    "strategy", [Gpm(thresholds=1.0), Hebbian(neurons=40, growth=40, rates=0.05)], ids=lambda s: s.name
+    "strategy",
+    [
+        Gpm(thresholds=1.0),
+        Owm(alpha=1e-9, rows_per_mean=1),
+        Hebbian(neurons=40, growth=40, rates=0.05),
+    ],
+    ids=lambda s: s.name,
 )
 def test_a_full_layer_is_reported_and_stands_still(strategy, lab):
     """Training goes on: the other layers, and R, are still there."""
@@ -228,6 +284,7 @@ def test_what_is_held_is_written_down():
     assert found["first_rank", 0] == round(0.15 * 65)
     assert found["first_rank", 2] == round(0.15 * 65) + 2 * round(0.12 * 65)
     assert found["first_orthonormality", 1] >= 0
+    assert 0.1 < found["first_captured", 0] < found["first_captured", 2] <= 1
     trainer = _trained(MAKE["gpm"](), ToyNet)
     found = {(name, experience): value for name, experience, _, value in trainer.ledger.result.extra}
     assert 0.89 < found["head_captured", 2] <= 1

@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import nn
 
+from strategies._lateral import Lateral
 from strategies._layer_inputs import input_rows
-from strategies._subspace import Damped, Lateral, Principal
+from strategies._subspace import Damped, Principal
 from strategies.gpm import Gpm
 
 
@@ -170,6 +171,26 @@ def test_lateral_steps_are_the_official_ones(spiking_levels):
         subspace.end_task()
         change = torch.randn(4, 10, generator=generator)
         torch.testing.assert_close(subspace.project(change), change - change @ wanted.T @ wanted, rtol=1e-3, atol=1e-4)
+
+
+def test_steps_in_coefficients_leave_bounded_changes_to_the_rule_as_written():
+    """Where an entry of a step may reach its bound nothing is touched, and the update is the one with the bound."""
+    generator = torch.Generator().manual_seed(0)
+    for scale, is_done in ((0.5, True), (40.0, False)):
+        one, other = Lateral(1e-4, 5, orthonormal=True), Lateral(1e-4, 5, orthonormal=True)
+        one.begin_task(6, 90, torch.zeros(()), generator)
+        other.begin_task(6, 90, torch.zeros(()), torch.Generator())
+        other.rows = one.rows.clone()
+        for _ in range(4):
+            x = scale * torch.randn(8, 90, generator=generator)
+            before = one.rows.clone()
+            assert one._update_in_coefficients(x, x) is is_done
+            if not is_done:
+                assert torch.equal(one.rows, before)
+                one.update(x)
+            other._update(x, x)
+            torch.testing.assert_close(one.rows, other.rows)
+            torch.testing.assert_close(one.momentum, other.momentum, rtol=1e-4, atol=1e-5)
 
 
 def test_holding_is_projecting_the_change():
