@@ -105,6 +105,19 @@ class World:
         dist.all_reduce(values)
         return dict(zip(terms, values / self.size, strict=True))
 
+    def pooled(self, total: Tensor, count: Tensor) -> Tensor:
+        """A share of sum / number over all processes, 0 where there is nothing: the mean over processes is the whole.
+
+        Args:
+            total: sum over what is here, with its gradient.
+            count: number of what is here, an integer.
+        """
+        if self.size == 1:
+            return total / count.clamp(min=1)
+        every = count.clone()
+        dist.all_reduce(every)
+        return self.size * total / every.clamp(min=1)
+
     def split(self, batch: Batch) -> Batch:
         """This process's rows of every part, weighted so that the mean over processes is the loss of all rows.
 
@@ -113,10 +126,11 @@ class World:
         if self.size == 1:
             return batch
         parts, rows, stop = [], [], 0
-        for part, low, high, weight in zip(batch.parts, *self._shares(batch), strict=True):
+        for part, low, high, share in zip(batch.parts, *self._shares(batch), strict=True):
             rows.append(torch.arange(low, high))
-            parts.append(replace(part, start=stop, stop=stop + high - low, weight=part.weight * weight))
-            stop = parts[-1].stop
+            own = replace(part, start=stop, stop=stop + high - low, weight=part.weight * share)
+            parts.append(replace(own, share=share, elsewhere=len(part) - len(own)))
+            stop = own.stop
         own = batch[torch.cat(rows).to(batch.inputs.device)]
         own.parts = tuple(parts)
         return own

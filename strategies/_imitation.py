@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from strategies._quadratic import Vectors
-from strategies._ternary import Moments, classes, margin_loss, packed, unpacked
+from strategies._ternary import Moments, classes, margin_terms, packed, unpacked
 
 KINDS = ("ce", "kl", "l1", "l2", "tm")
 TINY = 1e-12
@@ -52,9 +52,15 @@ class Imitation:
         """What is kept of each row, (B, ...)."""
         return {}
 
-    def loss(self, said: Said, kept: Vectors, fitted: Vectors) -> Tensor:
-        """Distance of what the model says now from what was kept of the same rows."""
+    def terms(self, said: Said, kept: Vectors, fitted: Vectors) -> tuple[Tensor, Tensor]:
+        """Distance of what the model says now from what was kept of the same rows: a sum, and the number of what is in
+        it."""
         raise NotImplementedError
+
+    def loss(self, said: Said, kept: Vectors, fitted: Vectors) -> Tensor:
+        """The mean distance."""
+        total, count = self.terms(said, kept, fitted)
+        return total / count.clamp(min=1)
 
 
 class Kl(Imitation):
@@ -78,12 +84,12 @@ class Kl(Imitation):
         best = log_p.topk(self.top_k)
         return {"log_p": best.values, "tokens": best.indices.int()}
 
-    def loss(self, said: Said, kept: Vectors, fitted: Vectors) -> Tensor:
+    def terms(self, said: Said, kept: Vectors, fitted: Vectors) -> tuple[Tensor, Tensor]:
         log_p, log_q = kept["log_p"], self._log_probabilities(said.logits)
         if "tokens" in kept:
             log_q = log_q.gather(-1, kept["tokens"].long())
             log_p, log_q = (torch.cat([each, _rest(each)], dim=-1) for each in (log_p, log_q))
-        return _mean((log_p.exp() * (log_p - log_q)).sum(-1), said.counted)
+        return _summed((log_p.exp() * (log_p - log_q)).sum(-1), said.counted)
 
 
 class Features(Imitation):
@@ -95,9 +101,9 @@ class Features(Imitation):
     def kept(self, said: Said, fitted: Vectors) -> Vectors:
         return {"states": said.states.float()}
 
-    def loss(self, said: Said, kept: Vectors, fitted: Vectors) -> Tensor:
+    def terms(self, said: Said, kept: Vectors, fitted: Vectors) -> tuple[Tensor, Tensor]:
         apart_BTD = (said.states.float() - kept["states"]).abs()
-        return _mean((apart_BTD if self.power == 1 else apart_BTD.square()).mean(-1), said.counted)
+        return _summed((apart_BTD if self.power == 1 else apart_BTD.square()).mean(-1), said.counted)
 
 
 class Margin(Imitation):
@@ -121,10 +127,10 @@ class Margin(Imitation):
     def kept(self, said: Said, fitted: Vectors) -> Vectors:
         return {"codes": packed(classes(said.states.float(), fitted["low"], fitted["high"]))}
 
-    def loss(self, said: Said, kept: Vectors, fitted: Vectors) -> Tensor:
+    def terms(self, said: Said, kept: Vectors, fitted: Vectors) -> tuple[Tensor, Tensor]:
         states_BTD = said.states.float()
         codes_BTD = unpacked(kept["codes"], states_BTD.shape[-1])
-        return margin_loss(states_BTD, codes_BTD, fitted["low"], fitted["high"], said.counted, self.reduction)
+        return margin_terms(states_BTD, codes_BTD, fitted["low"], fitted["high"], said.counted, self.reduction)
 
 
 def make_imitation(kind: str, temperature: float, top_k: int | None, width: float, reduction: str) -> Imitation:
@@ -141,5 +147,5 @@ def _rest(log_p: Tensor) -> Tensor:
     return (1 - log_p.exp().sum(-1, keepdim=True)).clamp(min=TINY).log()
 
 
-def _mean(values_BT: Tensor, counted_BT: Tensor) -> Tensor:
-    return (values_BT * counted_BT).sum() / counted_BT.sum().clamp(min=1)
+def _summed(values_BT: Tensor, counted_BT: Tensor) -> tuple[Tensor, Tensor]:
+    return (values_BT * counted_BT).sum(), counted_BT.sum()

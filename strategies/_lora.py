@@ -2,7 +2,7 @@
 
     W = W_0 + s B A,  A (r, d_in), B (d_out, r), s = alpha / r
 
-Any model that holds plain LoRA layers of peft will do; in this repository that is `backbone=hf` with `backbone.lora`.
+Any model that holds plain LoRA layers of peft will do; here that is `backbone=hf` or `gpt` with `backbone.lora`.
 Layers are known by what they have, so that nothing here needs peft to be installed.
 """
 
@@ -87,8 +87,8 @@ class LoraStrategy(Strategy):
         """Wraps nothing: a model without adapters is found before anything is trained."""
         if not pairs(backbone):
             raise UserError(
-                f"{self.name} works on LoRA adapters, and {type(backbone).__name__} has none; take backbone=hf with "
-                "'backbone.lora={rank: 8}'"
+                f"{self.name} works on LoRA adapters, and {type(backbone).__name__} has none; take backbone=hf or "
+                "gpt with 'backbone.lora={rank: 8}'"
             )
         return backbone
 

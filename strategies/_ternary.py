@@ -71,16 +71,16 @@ def unpacked(packs: Tensor, num_units: int) -> Tensor:
     return bits.flatten(-2)[..., :num_units].to(torch.int8) - 1
 
 
-def margin_loss(
+def margin_terms(
     states: Tensor, codes: Tensor, low_D: Tensor, high_D: Tensor, counted: Tensor, reduction: str = "violating"
-) -> Tensor:
-    """How far states are from the region that their code names.
+) -> tuple[Tensor, Tensor]:
+    """How far states are from the region that their code names, as sum and number; the loss is their quotient.
 
         v = relu(z - low)                    code -1
             relu(high - z)                   code +1
             relu(z - high) + relu(low - z)   code  0
-        loss = sum v / (number of v above 0 + 1e-8)      (reduction "violating")
-        loss = mean v                                    (reduction "all")
+        number: of v above 0      (reduction "violating")
+                of all v          (reduction "all")
 
     Args:
         states: (..., D), with gradient.
@@ -91,13 +91,12 @@ def margin_loss(
 
     Example:
         >>> z, low, high = torch.tensor([[2.0, 0.0, 3.0, 0.5]]), torch.zeros(4), torch.ones(4)
-        >>> margin_loss(z, torch.tensor([[-1, 1, 0, 0]]), low, high, torch.tensor([True])).item()  # (2 + 1 + 2) / 3
-        1.6666666269302368
+        >>> total, count = margin_terms(z, torch.tensor([[-1, 1, 0, 0]]), low, high, torch.tensor([True]))
+        >>> total.item(), count.item()  # 2 + 1 + 2 of three
+        (5.0, 3)
     """
     low_wanted = F.relu(states - low_D)
     high_wanted = F.relu(high_D - states)
     between = F.relu(states - high_D) + F.relu(low_D - states)
     v = torch.where(codes < 0, low_wanted, torch.where(codes > 0, high_wanted, between)) * counted.unsqueeze(-1)
-    if reduction == "all":
-        return v.sum() / (counted.sum() * states.shape[-1]).clamp(min=1)
-    return v.sum() / ((v > 0).sum() + 1e-8)
+    return v.sum(), counted.sum() * states.shape[-1] if reduction == "all" else (v > 0).sum()

@@ -69,6 +69,7 @@ class Gere(Strategy):
     """
 
     settings = frozenset({Setting.CONTINUAL_PRETRAINING})
+    parallel = frozenset({"ddp", "fsdp"})
     contract = Contract(
         toy={"loss": "kl", "source": "first", "samples": 64, "general_batch_size": 8},
         zero={"weight": 0.0, "general_weight": 0.0},
@@ -221,14 +222,18 @@ class Gere(Strategy):
         (part,) = batch.parts_of(self.name)
         rows = batch[part.rows]
         kept = {name: value[rows.sample_ids] for name, value in self.kept.items()}
-        distance = self.imitation.loss(self._on(state, rows, output, part.rows), kept, self.fitted)
-        return self._factor(distance) * distance / state.share
+        total, count = self.imitation.terms(self._on(state, rows, output, part.rows), kept, self.fitted)
+        if part.share == 0:  # a row that another process works on
+            total, count = 0.0 * total, 0 * count
+        distance = state.world.pooled(total, count)
+        return self._factor(state, distance) * distance / state.share
 
-    def _factor(self, distance: Tensor) -> Tensor | float:
+    def _factor(self, state: TrainState, distance: Tensor) -> Tensor | float:
         """w, for the whole step."""
         if self.weight != "dynamic":
             return self.weight
-        return self.label_loss.total() / (distance.detach() + 1e-8)
+        step = state.world.mean({"labels": self.label_loss.total(), "distance": distance.detach()})
+        return step["labels"] / (step["distance"] + 1e-8)
 
     def on_step_end(self, state: TrainState, batch: Batch, output: Output) -> None:
         if self.tap is not None:

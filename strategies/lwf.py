@@ -45,6 +45,7 @@ class Lwf(Strategy):
     """
 
     settings = frozenset(Setting)
+    parallel = frozenset({"ddp"})
     contract = Contract(toy={"strength": 5.0}, zero={"strength": 0.0}, forgets_less_by=0.06)
 
     def __init__(self, strength: float = 1.0, temperature: float = 2.0, convention: str = "plain") -> None:
@@ -69,17 +70,20 @@ class Lwf(Strategy):
     def penalty(self, state: TrainState, batch: Batch, output: Output) -> Tensor | None:
         if self.strength == 0 or not self.teacher:
             return None
-        current = batch.current()
+        current, share = batch.current(), batch.parts[0].share
+        state.count(forwards=batch.parts[0].elsewhere)
         with torch.no_grad(), evaluation_mode(state.model):
             old = state.forward(current, lambda rows: functional_call(state.model, self.teacher, (rows,)))
         if state.info.setting == Setting.CONTINUAL_PRETRAINING:
             learnt = current.targets != IGNORED
-            return self.strength * self._divergence(output.logits[: len(current)][learnt], old.logits[learnt])
+            if share == 0:  # nothing to learn in this process's rows, and no mean over nothing
+                return 0.0 * output.logits.sum()
+            return self.strength * share * self._divergence(output.logits[: len(current)][learnt], old.logits[learnt])
         total = torch.zeros((), device=state.device)
         for head, outputs in self.old_outputs.items():
             new_BC, old_BC = self._logits(state, head, output, old)
             total = total + self._divergence(new_BC[: len(current), outputs], old_BC[:, outputs])
-        return self.strength * total
+        return self.strength * share * total
 
     def _logits(self, state: TrainState, head: int, new: Output, old: Output) -> tuple[Tensor, Tensor]:
         """What the model and its teacher say at an old head, for the rows of the batch; the features are shared."""

@@ -67,6 +67,13 @@ class Questions:
         )
 
 
+def shortened(rows: Batch) -> Batch:
+    """The same rows without the tokens behind their last one to learn, which no model that reads forward looks at."""
+    length = int((rows.targets != IGNORED).any(0).nonzero()[-1]) + 1
+    rows.inputs, rows.targets = rows.inputs[:, :length], rows.targets[:, :length]
+    return rows
+
+
 def by_likelihood(data: Data, answer: Answer, num_rows: int, batch_size: int) -> dict[str, float]:
     """Share of questions whose right answer has the largest probability of all answers.
 
@@ -74,18 +81,20 @@ def by_likelihood(data: Data, answer: Answer, num_rows: int, batch_size: int) ->
     """
     assert isinstance(data, Questions)
     num_answers, right = len(data.answers), 0
+    # questions of like length together, so that few read far beyond their end
+    order = sorted(range(num_rows), key=lambda number: len(data.prompts[number]))
     step = max(1, batch_size // num_answers)
     for low in range(0, num_rows, step):
-        numbers = range(low, min(low + step, num_rows))
+        numbers = order[low : low + step]
         pairs = [(number, which) for number in numbers for which in range(num_answers)]
-        rows = data.answered([number for number, _ in pairs], [which for _, which in pairs])
+        rows = shortened(data.answered([number for number, _ in pairs], [which for _, which in pairs]))
         logits = answer(rows).logits
         # a row's own loss, tokens that are not asked for left out
         losses = torch.nn.functional.cross_entropy(
             logits.float().transpose(1, 2), rows.targets.to(logits.device), reduction="none", ignore_index=IGNORED
         )
         best = losses.double().sum(1).view(-1, num_answers).argmin(1).cpu().numpy()
-        right += int((best == data.labels[low : low + len(numbers)]).sum())
+        right += int((best == data.labels[numbers]).sum())
     return {"accuracy": right / num_rows}
 
 

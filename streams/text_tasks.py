@@ -1,7 +1,8 @@
 """Text classification as questions and answers, task after task; answers are scored by likelihood or by generation.
 
 Each task is a folder with `train.jsonl`, `test.jsonl` (fields text and label) and `labels.json`, the words to answer
-with. `order=long` is the order of fifteen tasks of O-LoRA and GeRe, of which the tasks that are there are taken.
+with. `order=long` is the order of fifteen tasks of O-LoRA and GeRe, `order=order_1` to `order_3` are O-LoRA's of four;
+of each the tasks that are there are taken.
 
 Source: Wang et al., "Orthogonal Subspace Learning for Language Model Continual Learning", 2023 (the fifteen tasks,
 exact match of the generated label); likelihood over labels as in lm-evaluation-harness.
@@ -15,6 +16,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +32,18 @@ from streams._shards import cache_folder, corpus_of
 from streams._styles import Diversified, diversified, require_room
 from streams._tokenizers import Bytes, Tokenizer, read_tokenizer, trained_bpe
 
-LONG = (
-    "yelp", "amazon", "mnli", "cb", "copa", "qqp", "rte", "imdb", "sst2", "dbpedia", "agnews", "yahoo", "multirc",
-    "boolqa", "wic",
-)  # fmt: skip
-"""The order of O-LoRA's long sequence."""
+ORDERS = {
+    "long": (
+        "yelp", "amazon", "mnli", "cb", "copa", "qqp", "rte", "imdb", "sst2", "dbpedia", "agnews", "yahoo", "multirc",
+        "boolqa", "wic",
+    ),
+    "order_1": ("dbpedia", "amazon", "yahoo", "agnews"),
+    "order_2": ("dbpedia", "amazon", "agnews", "yahoo"),
+    "order_3": ("yahoo", "amazon", "agnews", "dbpedia"),
+}  # fmt: skip
+"""The sequences of O-LoRA's scripts, by name: fifteen tasks, and three orders of four."""
+HOLD_OUT = 10
+"""Every so many-th training row is measured on where settings are chosen."""
 NO_LABEL = "-"
 """Rows on which those who were asked did not agree, as MNLI marks them; left out."""
 TEMPLATE = "{text}\nOptions: {options}\nAnswer:"
@@ -46,13 +55,15 @@ class Task:
 
     Args:
         place: its folder.
-        limits: rows of train.jsonl and of test.jsonl; None takes all.
+        limits: rows to train and to measure on; None takes all.
+        is_validated: every tenth row of train.jsonl is measured on, in place of test.jsonl.
     """
 
     name: str
     place: str
     labels: tuple[str, ...]
     limits: tuple[int | None, int | None]
+    is_validated: bool = False
 
     def rows(self, is_train: bool) -> list[tuple[str, int]]:
         """Text and number of the right label.
@@ -60,8 +71,11 @@ class Task:
         Raises:
             UserError: a row that is not as described, or none.
         """
-        path = Path(self.place) / ("train.jsonl" if is_train else "test.jsonl")
-        found = list(_rows(path, self.labels, self.limits[0 if is_train else 1]))
+        path = Path(self.place) / ("train.jsonl" if is_train or self.is_validated else "test.jsonl")
+        every = _rows(path, self.labels)
+        if self.is_validated:
+            every = (row for number, row in enumerate(every) if (number % HOLD_OUT < HOLD_OUT - 1) == is_train)
+        found = list(islice(every, self.limits[0 if is_train else 1]))
         if not found:
             raise UserError(f"task {self.name!r} is empty: {path} has no row")
         return found
@@ -79,6 +93,7 @@ def text_tasks(
     template: str = TEMPLATE,
     diversify: float = 0.0,
     general: Mapping[str, Any] | None = None,
+    eval_on: str = "test",
     root: str | None = None,
     cache: str | None = None,
     download: bool = False,
@@ -86,7 +101,7 @@ def text_tasks(
     """Build the stream.
 
     Args:
-        order: names of tasks, or "long" for those of O-LoRA's fifteen that are in the folder.
+        order: names of tasks, or a name of `ORDERS` for those of its tasks that are in the folder.
         folder: of the tasks; relative to `root`.
         score: "likelihood", or "generation", which also measures the share of well-formed answers (`format_valid`).
         tokenizer, vocabulary: as in `text_domains`; a BPE is trained on the first task.
@@ -95,6 +110,8 @@ def text_tasks(
         template: of a question; {text} and {options} are filled in. The answer follows after a blank.
         diversify: share of each task's training rows that are asked for another form of answer (SEFE takes 0.2).
         general: text that no task trains on, for strategies that anchor on it; keys as of a domain of `text_domains`.
+        eval_on: "test"; or "validation", which measures on every tenth training row and trains on the others: for
+            choosing settings.
         root: folder that a relative `folder` starts from.
         cache: folder for trained tokenizers; None takes `$CL_CACHE`, or cl-lab in the user's cache folder.
         download: fetch a tokenizer that is on the hub and not on this machine.
@@ -103,6 +120,7 @@ def text_tasks(
         UserError: a task that is not there or not as described, or a value outside its range.
     """
     require_choice("stream.score", score, tuple(SCORES))
+    require_choice("stream.eval_on", eval_on, ("test", "validation"))
     require_integer("stream.context", context, smallest=8)
     for name, value in (("train_rows", train_rows), ("eval_rows", eval_rows)):
         if value is not None:
@@ -114,7 +132,8 @@ def text_tasks(
     place = Path(folder).expanduser()
     if not place.is_absolute() and root is not None:
         place = Path(root).expanduser() / place
-    tasks = [_read(place, name, train_rows, eval_rows) for name in _names(order, place, root)]
+    limits, is_validated = (train_rows, eval_rows), eval_on == "validation"
+    tasks = [_read(place, name, limits, is_validated) for name in _names(order, place, root)]
     first = [text for text, _ in tasks[0].rows(is_train=True)]
     chosen = _tokenizer(tokenizer, vocabulary, [*first, *map(_options, tasks)], cache, download)
     experiences, eval_sets, digest = [], [], hashlib.sha256()
@@ -153,13 +172,14 @@ def _names(order: str | Sequence[str], place: Path, root: str | None) -> list[st
     if not there:
         hint = "" if root else "; data.root is not set, so it is looked for from the working directory"
         raise UserError(f"no task in {place}: a task is a folder with train.jsonl, test.jsonl and labels.json{hint}")
-    if order == "long":
-        found = [name for name in LONG if name in there]
+    if isinstance(order, str) and order in ORDERS:
+        found = [name for name in ORDERS[order] if name in there]
         if not found:
-            raise UserError(f"none of the tasks {', '.join(LONG)} is in {place}; there are {', '.join(there)}")
+            raise UserError(f"none of the tasks {', '.join(ORDERS[order])} is in {place}; there are {', '.join(there)}")
         return found
     if isinstance(order, str) or not isinstance(order, Sequence) or not order:
-        raise UserError(f"stream.order is {order!r}; it must be long, or a list of tasks such as [sst2,agnews]")
+        known = ", ".join(ORDERS)
+        raise UserError(f"stream.order is {order!r}; it must be one of {known}, or a list such as [sst2,agnews]")
     for name in order:
         if name not in there:
             raise UserError(f"stream.order names {name!r}, which is not in {place}; there are {', '.join(there)}")
@@ -168,24 +188,23 @@ def _names(order: str | Sequence[str], place: Path, root: str | None) -> list[st
     return list(order)
 
 
-def _read(place: Path, name: str, train_rows: int | None, eval_rows: int | None) -> Task:
+def _read(place: Path, name: str, limits: tuple[int | None, int | None], is_validated: bool) -> Task:
     try:
         labels = json.loads((place / name / "labels.json").read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"{place / name / 'labels.json'} cannot be read: {error}") from None
     if not isinstance(labels, list) or len(labels) < 2 or not all(isinstance(each, str) and each for each in labels):
         raise UserError(f"{place / name / 'labels.json'} is no list of at least two words")
-    return Task(name, str(place / name), tuple(labels), (train_rows, eval_rows))
+    return Task(name, str(place / name), tuple(labels), limits, is_validated)
 
 
-def _rows(path: Path, labels: Sequence[str], limit: int | None) -> Iterator[tuple[str, int]]:
+def _rows(path: Path, labels: Sequence[str]) -> Iterator[tuple[str, int]]:
     try:
         lines = path.read_text("utf-8").strip("\n").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read: {error}") from None
-    count = 0
     for number, line in enumerate(lines, 1):
-        if count == limit or not line:
+        if not line:
             return
         try:
             row = json.loads(line)
@@ -198,7 +217,6 @@ def _rows(path: Path, labels: Sequence[str], limit: int | None) -> Iterator[tupl
             continue
         if label not in labels:
             raise UserError(f"{path}, line {number}, has the label {label!r}; it must be one of {', '.join(labels)}")
-        count += 1
         yield text, labels.index(label)
 
 

@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from cl.backbones._block import Auxiliary, Block, add_terms
 from cl.backbones._heads import Backbone, MultiHead, require_width
+from cl.backbones._lora import put_adapters
 from cl.backbones._mixer import Mixer
 from cl.backbones._reading import draw, first_layer, require_tokens, steps_of
 from cl.backbones._spec import Spec, build, parse, parse_one
@@ -48,6 +49,8 @@ class Gpt(Backbone):
         dropout: of the embedding, of attention weights and of what each part adds, in training.
         is_tied: the head uses the embedding's weights; for text only.
         is_checkpointed: compute blocks again in the backward pass in place of keeping what they computed.
+        lora: {rank, alpha, dropout, target_modules} trains adapters of peft in the linear layers of the blocks and
+            freezes the rest; for text only. None trains all.
 
     Raises:
         UserError: a value outside its range, words that name nothing, or rows it cannot read.
@@ -73,6 +76,7 @@ class Gpt(Backbone):
         dropout: float = 0.0,
         is_tied: bool = False,
         is_checkpointed: bool = False,
+        lora: dict[str, Any] | None = None,
     ) -> None:
         for name, value in (("width", width), ("num_heads", num_heads)):
             require_width(name, value)
@@ -103,6 +107,10 @@ class Gpt(Backbone):
             draw(nn.ModuleList((self.embedding, self.head)), 1)
         if is_tied:
             self.head.weight = self.embedding.weight
+        if lora is not None:
+            if not self.is_text:
+                raise UserError("backbone.lora freezes the head; it must be null where rows are no tokens")
+            put_adapters(self, lora)
 
     # the parts, for what is built around a decoder
 

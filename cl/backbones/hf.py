@@ -11,18 +11,17 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from cl.backbones._lora import lora_options
 from cl.backbones.gpt import TEXT, require_tokens
 from cl.core import Batch, Output, StreamInfo, UserError
 from cl.hub import hub_address, hub_answers, offline
 
-LORA_KEYS = ("rank", "alpha", "dropout", "target_modules")
 TINY = {
     "model_type": "llama",
     "hidden_size": 64,
@@ -224,20 +223,7 @@ def _require_own_tokenizer(name: str, where: str, info: StreamInfo) -> None:
 def _with_lora(model: Any, lora: dict[str, Any], adapter: str) -> Any:
     from peft import LoraConfig, TaskType, get_peft_model
 
-    for key in lora:
-        if key not in LORA_KEYS:
-            raise UserError(f"backbone.lora has no key {key!r}; its keys are {', '.join(LORA_KEYS)}")
-    rank = lora.get("rank", 8)
-    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
-        raise UserError(f"backbone.lora.rank is {rank!r}; it must be an integer of at least 1")
-    targets: str | Sequence[str] = lora.get("target_modules", "all-linear")
-    config = LoraConfig(
-        r=rank,
-        lora_alpha=lora.get("alpha", 2 * rank),
-        lora_dropout=lora.get("dropout", 0.0),
-        target_modules=targets if isinstance(targets, str) else list(targets),
-        task_type=TaskType.CAUSAL_LM,
-    )
+    config = LoraConfig(task_type=TaskType.CAUSAL_LM, **lora_options(lora))
     try:
         return get_peft_model(model, config, adapter_name=adapter)
     except ValueError as error:

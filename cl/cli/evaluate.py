@@ -5,13 +5,17 @@ Usage: cl evaluate RUN_DIR tasks=FOLDER [limit=N] [num_fewshot=K] [out=FILE]
   cl evaluate RUN_DIR tasks=my_tasks               every YAML file in the folder is a task, with its data beside it
   cl evaluate RUN_DIR tasks=my_tasks num_fewshot=3 limit=200
 
-Takes the newest checkpoint of a run on text, finished or not, and changes nothing of it; the numbers are printed and
-written to RUN_DIR/tasks.json. Tasks that would run code of theirs are refused. Needs `pip install 'cl-lab[lm-eval]'`.
+Takes the newest checkpoint of a run on text, finished or not. The numbers are printed, written to RUN_DIR/tasks.json
+and added to the run's journal and to its MLflow run, as lm_eval/TASK/METRIC (with num_fewshot and limit in the name
+where given) at the number of finished experiences. With out=FILE they are written there only, and the run stays as it
+is.
+Tasks that would run code of theirs are refused. Needs `pip install 'cl-lab[lm-eval]'`.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +51,7 @@ def main(words: list[str]) -> int:
     codec = state.stream.codec
     if codec is None:
         raise UserError(f"stream {state.info.name} has no text; lm-eval asks in words")
-    trainer.keeper.restore()
+    experiences, _ = trainer.keeper.restore()
 
     def answer(tokens: torch.Tensor) -> torch.Tensor:
         none = torch.zeros(len(tokens), dtype=torch.long)
@@ -59,14 +63,27 @@ def main(words: list[str]) -> int:
         scores = harness.evaluate(
             answer, codec, state.info.input_shape[0], tasks, size, found.get("limit"), found.get("num_fewshot")
         )
+    shots = {name: found[name] for name in ("num_fewshot", "limit") if found.get(name) is not None}
     out = Path(str(found.get("out") or run_dir / "tasks.json"))
-    step = int(state.step)
-    write_text(out, json.dumps({"step": step, "tasks": scores}, indent=1) + "\n")
-    show(Console(), scores, step, out)
+    report = {"step": int(state.step), "experiences": experiences, **shots, "tasks": scores}
+    write_text(out, json.dumps(report, indent=1) + "\n")
+    console = Console()
+    show(console, scores, int(state.step), out)
+    if not found.get("out"):
+        said = record(run_dir, scores, experiences, "_".join(f"{name}_{value}" for name, value in shots.items()))
+        console.print(said, highlight=False, soft_wrap=True)
     return 0
 
 
-def show(console: Console, scores: dict[str, dict[str, float]], step: int, out: Path) -> None:
+def record(run_dir: Path, scores: Mapping[str, Mapping[str, float]], experiences: int, remark: str) -> str:
+    """Add the scores to the run's journal and to the store that it was logged to; returns what happened."""
+    from cl.tracking.scores import keep_points, score_points, send, store_of
+
+    keep_points(run_dir, score_points(scores, experiences, remark))
+    return send(run_dir, (saved_config(run_dir).get("tracking") or {}).get("uri") or store_of(run_dir))
+
+
+def show(console: Console, scores: Mapping[str, Mapping[str, float]], step: int, out: Path) -> None:
     """A line per task and metric."""
     table: Any = Table(title=f"lm-eval after {step} steps", title_justify="left", box=None, pad_edge=False)
     for name in ("task", "metric", "value"):

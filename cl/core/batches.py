@@ -32,6 +32,9 @@ class Part:
         source: where the rows come from.
         owner: name of the strategy that added them; "stream" for current rows.
         weight: factor of the rows' mean cross-entropy in the loss; 0 leaves the loss to the owner's `penalty`.
+        share: factor of a mean over these rows, so that its mean over all processes is that over the rows of all
+            (`cl.distributed`); 1 in a single process. `weight` holds it already, a `penalty` multiplies by it.
+        elsewhere: rows of the part that other processes work on.
     """
 
     start: int
@@ -39,6 +42,8 @@ class Part:
     source: Source = Source.CURRENT
     owner: str = "stream"
     weight: float = 1.0
+    share: float = 1.0
+    elsewhere: int = 0
 
     @property
     def rows(self) -> slice:

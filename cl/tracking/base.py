@@ -266,12 +266,12 @@ class Journal(Recorder):
             "settings": self._settings,
             "result": identity,
         }
-        write_text(self.path, json.dumps(header, default=str) + "\n" + "".join(map(_line, kept)))
+        write_text(self.path, json.dumps(header, default=str) + "\n" + "".join(map(line_of, kept)))
         return {(point.name, point.step) for point, _ in kept}
 
     def write(self, batch: Sequence[Stamped]) -> None:
         with self.path.open("a") as file:
-            file.write("".join(map(_line, batch)))
+            file.write("".join(map(line_of, batch)))
 
     def on_checkpoint(self, state: TrainState, path: str) -> None:
         # a checkpoint without the points before it would leave a gap after a crash
@@ -305,6 +305,7 @@ def first_line(error: BaseException) -> str:
     return (text[0] if text else type(error).__name__)[:200]
 
 
-def _line(row: Stamped) -> str:
+def line_of(row: Stamped) -> str:
+    """A point as the journal keeps it."""
     point, moment = row
     return json.dumps({"name": point.name, "value": point.value, "step": point.step, "time": round(moment, 3)}) + "\n"

@@ -7,6 +7,7 @@
 | `forgetting/` | experiences seen | `task_00`: `max` definition, from the experience after the first visit |
 | `summary/` | experiences seen | `accuracy_avg` (domains visited so far), `forgetting_avg`, `bwt` |
 | `final/`, `cost/` | experiences seen | one point each, when the run is done |
+| `lm_eval/` | experiences finished | `TASK/METRIC` of `cl evaluate` |
 | `train/` | optimizer steps taken | `loss`, its terms, `lr`, traces; `within/task_00`: measured inside experiences |
 | `tokens/` | tokens trained on | text: `task_00`: the loss on column 0 of R, inside and after experiences; `lr` |
 

@@ -22,7 +22,7 @@ PARAMS_PER_CALL = 100
 VALUE_LENGTH = 500
 """Of a parameter; what old servers accept, too. The whole value is in the artifact config.yaml."""
 
-ARTIFACTS = ("config.yaml", "result.json", "report.md", "figures", "tables")
+ARTIFACTS = ("config.yaml", "result.json", "tasks.json", "report.md", "figures", "tables")
 STATUS = {"done": "FINISHED", "interrupted": "KILLED", "failed": "FAILED"}
 JOURNAL_TAG = "cl.journal"
 

@@ -15,7 +15,7 @@ HOMES = {
     "torchvision": r"streams(\..*)?",
     "lm_eval": r"cl\.interop\.harness",
     "transformers": r"cl\.backbones\.hf|strategies\._?\w*lora\w*",
-    "peft": r"cl\.backbones\.hf|strategies\._?\w*lora\w*",
+    "peft": r"cl\.backbones\.(hf|_lora)|strategies\._?\w*lora\w*",
 }
 FIRST_USE = (set(HOMES) - {"hydra", "omegaconf"}) | {"sklearn", "matplotlib"}
 """Imported inside functions, or in files that are themselves imported inside functions."""

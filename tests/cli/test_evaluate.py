@@ -131,6 +131,41 @@ def test_a_run_is_evaluated_from_its_folder(
     assert "bits_per_byte" in capsys.readouterr().out
 
 
+def test_scores_go_to_the_folder_and_to_mlflow_once(
+    tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The harness is replaced by known numbers, so that this needs no lm-eval; what MLflow holds is read from it."""
+    client_of = pytest.importorskip("mlflow").MlflowClient
+    monkeypatch.chdir(tmp_path)
+    small = ("backbone=gpt", "backbone.width=16", "backbone.num_layers=1", "backbone.num_heads=2", "stream.context=32")
+    words = ("run", "debug=tiny", "stream=builtin_text", "trainer.max_steps=2", "trainer.eval_rows=4")
+    uri = f"sqlite:///{tmp_path}/mlruns.db"
+    assert main((*words, *small, "tracking=mlflow", "hydra.run.dir=runs/one")) == 0
+    run_id = json.loads(Path("runs/one/result.json").read_text())["mlflow_run_id"]
+    monkeypatch.setattr(harness, "evaluate", lambda *_: {"colours": {"acc": 0.25, "acc_norm": float("nan")}})
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    for more in ((), (), ("num_fewshot=2", "limit=3")):
+        assert main(("evaluate", "../runs/one", f"tasks={tasks}", *more)) == 0
+    monkeypatch.chdir(tmp_path)
+    report = json.loads(Path("runs/one/tasks.json").read_text())
+    assert report["experiences"] == 3 and report["num_fewshot"] == 2 and report["tasks"]["colours"]["acc"] == 0.25
+    assert not list((tmp_path / "elsewhere").iterdir()), "the run's own store is found from anywhere"
+    client = client_of(tracking_uri=uri)
+    for name in ("lm_eval/colours/acc", "lm_eval/colours/num_fewshot_2_limit_3/acc"):
+        assert [(p.step, p.value) for p in client.get_metric_history(run_id, name)] == [(3, 0.25)]
+    run = client.get_run(run_id)
+    assert run.info.status == "FINISHED" and not any("acc_norm" in name for name in run.data.metrics)
+    assert "tasks.json" in {each.path for each in client.list_artifacts(run_id)}
+    assert run_id in capsys.readouterr().out
+    # a store that does not answer loses nothing
+    (tmp_path / "mlruns.db").write_text("no database")
+    monkeypatch.setattr(harness, "evaluate", lambda *_: {"letters": {"acc": 0.75}})
+    assert main(("evaluate", "runs/one", f"tasks={tasks}")) == 0
+    assert "sends the scores later" in capsys.readouterr().out
+    assert '"lm_eval/letters/acc"' in Path("runs/one/metrics.jsonl").read_text()
+
+
 # what is refused
 
 BAD = {

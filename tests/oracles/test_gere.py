@@ -19,7 +19,7 @@ from cl.testing import ToyNet, toy_stream
 from cl.trainer import Trainer
 from strategies import gere as module
 from strategies._imitation import Kl, Said
-from strategies._ternary import Moments, classes, margin_loss, packed, unpacked
+from strategies._ternary import Moments, classes, margin_terms, packed, unpacked
 from strategies.gere import Gere
 
 TEXT = Setting.CONTINUAL_PRETRAINING
@@ -74,11 +74,12 @@ def test_margin_loss_by_hand():
     codes = torch.tensor([[-1, 1], [0, 0], [-1, 0]])
     counted = torch.tensor([True, True, False])
     # 0.5 is 1.5 above low; 0 is 2 below high; 3 is 2 above high; -4 is 3 below low; the last token is left out
-    assert margin_loss(z, codes, low, high, counted).item() == pytest.approx((1.5 + 2 + 2 + 3) / 4)
-    assert margin_loss(z, codes, low, high, counted, "all").item() == pytest.approx(8.5 / 4)
+    total, count = margin_terms(z, codes, low, high, counted)
+    assert (total.item(), count.item()) == (pytest.approx(1.5 + 2 + 2 + 3), 4)
+    assert margin_terms(z, codes, low, high, counted, "all")[1].item() == 4
     fine = torch.tensor([[-1.5, 0.0], [0.5, 2.5]])
     some = torch.tensor([[-1, 0], [0, 1]])
-    assert margin_loss(fine, some, low, high, torch.ones(2, dtype=torch.bool)).item() == 0
+    assert [each.item() for each in margin_terms(fine, some, low, high, torch.ones(2, dtype=torch.bool))] == [0, 0]
 
 
 def test_divergence_with_the_likeliest_tokens_and_the_rest():
@@ -189,7 +190,7 @@ def test_gere_is_the_plain_loss(lab, kind, weight, general_weight, source):
 @pytest.mark.parametrize("part", ["imitation", "labels"])
 def test_the_oracle_needs_both_parts(lab, monkeypatch, part):
     if part == "imitation":
-        monkeypatch.setattr(Gere, "_factor", lambda self, distance: 0.0)
+        monkeypatch.setattr(Gere, "_factor", lambda self, state, distance: 0.0)
     else:
         whole = module.added
         monkeypatch.setattr(module, "added", lambda *args: whole(*args[:-1], 0.0))

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from cl.backbones.gpt import Gpt
 from cl.config import TrainerConfig
 from cl.core import IGNORED, Batch, Setting, UserError
 from cl.hooks import Strategy
@@ -20,6 +21,7 @@ from strategies._lora import LoraStrategy, pairs
 from strategies.i_lora import ILora
 from strategies.o_lora import OLora
 from strategies.reg_lora import RegLora
+from streams.builtin_text import builtin_text
 
 peft = pytest.importorskip("peft")
 TEXT = Setting.CONTINUAL_PRETRAINING
@@ -89,9 +91,31 @@ def test_a_new_adapter_is_new_for_the_optimizer_too(lab):
 
 @pytest.mark.parametrize("strategy", [OLora(), RegLora(), ILora()], ids=lambda s: s.name)
 def test_a_model_without_adapters_is_refused(lab, strategy):
-    with pytest.raises(UserError, match="ToyNet has none; take backbone=hf with") as error:
+    with pytest.raises(UserError, match="ToyNet has none; take backbone=hf or gpt with") as error:
         lab.run([strategy], TEXT)
     assert str(error.value).startswith(strategy.name)
+
+
+@pytest.mark.parametrize("strategy", [OLora(), RegLora(), ILora(20, 4)], ids=lambda s: s.name)
+def test_our_own_decoder_learns_through_adapters_alone(strategy, tmp_path, monkeypatch):
+    monkeypatch.setenv("CL_CACHE", str(tmp_path))
+    stream = builtin_text(order=["docs", "arithmetic"], context=16, train_tokens=2000, eval_tokens=160, general=False)
+    trainer = Trainer(
+        stream,
+        partial(Gpt, width=16, num_layers=1, num_heads=2, lora={"rank": 2}),
+        [strategy],
+        optimizer=partial(torch.optim.Adam, lr=0.01),
+        config=TrainerConfig(max_steps=4, batch_size=4, device="cpu"),
+    )
+    before = {name: p.detach().clone() for name, p in trainer.state.model.named_parameters()}
+    found = pairs(trainer.state.model)
+    assert len(found) == 7 and all(name.startswith("blocks.0.") for name in found)
+    assert trainer.run().status == "done"
+    after = dict(trainer.state.model.named_parameters())
+    moved = {name for name, p in before.items() if not torch.equal(p, after[name])}
+    # a strategy may merge its adapters into the weights that they adapt, and nothing else
+    allowed = ("lora_", "base_layer") if isinstance(strategy, OLora | RegLora) else ("lora_",)
+    assert moved and all(any(part in name for part in allowed) for name in moved)
 
 
 # O-LoRA

@@ -295,3 +295,43 @@ def test_refuses_what_it_cannot_read():
             Gpt(images(setting, shape))
     with pytest.raises(UserError, match="is_tied"):
         Gpt(images(), is_tied=True)
+
+
+def test_adapters_are_low_rank_changes_of_the_blocks_weights():
+    """The logits are those of a plain decoder whose weights are W + s B A, by hand; at first B is zero."""
+    pytest.importorskip("peft")
+    plain, adapted = model(), model(lora={"rank": 2, "alpha": 6})
+    tokens = batch(packed())
+    trained = {name for name, p in adapted.named_parameters() if p.requires_grad}
+    assert trained == {name for name, _ in adapted.named_parameters() if "lora_" in name} and len(trained) == 2 * 7 * 2
+    layers = {name: layer for name, layer in adapted.named_modules() if hasattr(layer, "lora_A")}
+    with torch.no_grad():
+        for layer in layers.values():
+            layer.lora_B["default"].weight.zero_()
+        torch.testing.assert_close(adapted(tokens).logits, plain(tokens).logits)
+        for name, layer in layers.items():
+            layer.lora_B["default"].weight.normal_()
+            change = 6 / 2 * layer.lora_B["default"].weight @ layer.lora_A["default"].weight
+            plain.get_parameter(f"{name}.weight").add_(change)
+        torch.testing.assert_close(adapted(tokens).logits, plain(tokens).logits, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("lora", "words"),
+    [
+        ({"rang": 2}, "backbone.lora has no key 'rang'; its keys are rank, alpha, dropout, target_modules"),
+        ({"rank": 0}, "backbone.lora.rank is 0"),
+        ({"target_modules": ["nowhere"]}, "backbone.lora cannot be put on this model"),
+    ],
+)
+def test_wrong_adapters_are_one_sentence(lora, words):
+    pytest.importorskip("peft")
+    with pytest.raises(UserError, match=words):
+        model(lora=lora)
+
+
+def test_adapters_are_for_text():
+    pytest.importorskip("peft")
+    pixels = StreamInfo("images", Setting.DOMAIN_INCREMENTAL, (4, 4), 2, 1)
+    with pytest.raises(UserError, match="freezes the head"):
+        Gpt(pixels, width=16, num_heads=2, lora={})

@@ -135,6 +135,20 @@ def made(kind):
     return [kind(**kind.contract.toy)]
 
 
+GERE = {
+    # a mean over violations, of which processes have different numbers, and a weight from the losses of all
+    "tm": {"loss": "tm", "weight": "dynamic", "general_batch_size": 5},
+    # one row: the other process has none
+    "l2": {"loss": "l2", "weight": 2.0, "general_weight": 0.0, "general_batch_size": 1},
+}
+
+
+def made_gere(name):
+    from strategies.gere import Gere
+
+    return [Gere(**GERE[name], samples=20, source="first")]
+
+
 def main(folder):
     torch.set_num_threads(1)
     from strategies.replay import Replay
@@ -143,6 +157,7 @@ def main(folder):
     for name, kind, setting, wrapper in cases():
         found[f"{name}-{setting}-{wrapper}"] = run(made(kind), setting, wrapper)
     for wrapper in ("ddp", "fsdp"):
+        found |= {f"gere-{name}-{wrapper}": run(made_gere(name), TEXT, wrapper) for name in GERE}
         found[f"stopped-{wrapper}"] = run(
             [Replay(capacity=40)], TEXT, wrapper, folder / f"two-{wrapper}", stop_at=STOP, checkpoint_every=4
         )

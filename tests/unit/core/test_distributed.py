@@ -78,6 +78,15 @@ def test_two_processes_compute_what_one_does(case, found):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("wrapper", ["ddp", "fsdp"])
+@pytest.mark.parametrize("name", ranks["GERE"])
+def test_imitation_pools_over_processes(name, wrapper, found):
+    alone, both = run(ranks["made_gere"](name), TEXT), found[0][f"gere-{name}-{wrapper}"]
+    assert_same_run(both, alone)
+    assert both["counted"] == alone["counted"]
+
+
+@pytest.mark.slow
 def test_buffers_are_the_same_everywhere(found):
     first, second = (one["replay-continual_pretraining-ddp"]["strategies"] for one in found)
     assert equal(first, second)

@@ -17,7 +17,7 @@ from strategies.naive import Naive
 from strategies.replay import Replay
 from streams._answers import by_generation, by_likelihood, written
 from streams._tokenizers import Bytes
-from streams.text_tasks import LONG, text_tasks
+from streams.text_tasks import ORDERS, text_tasks
 
 COLOURS = [("grass", "green"), ("snow", "white"), ("milk", "white"), ("leaf", "green")]
 SIZES = [("mouse", "small"), ("whale", "very large")]
@@ -51,7 +51,22 @@ class TestTextTasks(StreamContract):
 def test_long_order_takes_the_tasks_that_are_there(root):
     assert [each.name for each in built(root).experiences] == ["amazon", "sst2"]
     assert [each.name for each in built(root, order=["sst2", "amazon"]).experiences] == ["sst2", "amazon"]
-    assert len(LONG) == 15 and LONG[:3] == ("yelp", "amazon", "mnli") and LONG[-1] == "wic"
+    long, *four = ORDERS.values()
+    assert len(long) == 15 and long[:3] == ("yelp", "amazon", "mnli") and long[-1] == "wic"
+    assert all(set(order) == {"dbpedia", "amazon", "yahoo", "agnews"} <= set(long) for order in four)
+    assert [each.name for each in built(root, order="order_2").experiences] == ["amazon"]
+
+
+def test_validation_rows_are_taken_from_training_and_leave_the_test_alone(root):
+    lines = [json.dumps({"text": f"{number}", "label": "green"}) for number in range(25)]
+    (root / "text" / "tasks" / "sst2" / "train.jsonl").write_text("\n".join(lines) + "\n")
+    stream = built(root, order=["sst2"], eval_on="validation")
+    asked = [
+        [answered(data.rows(torch.arange(len(data))), row)[0].split("\n")[0].strip("|") for row in range(len(data))]
+        for data in (stream.eval_sets[0].load(), stream.experiences[0].load())
+    ]
+    assert asked[0] == ["9", "19"]
+    assert asked[1] == [str(number) for number in range(25) if number not in (9, 19)]
 
 
 def answered(rows, row):
@@ -186,6 +201,27 @@ def test_likelihood_is_the_sum_over_the_answer_and_its_end(root):
     assert math.isclose(7 * math.log(257), 7 * -torch.zeros(257).log_softmax(0)[0].item(), rel_tol=1e-6)
 
 
+def test_likelihood_reads_no_further_than_the_longest_answer(root):
+    """Shorter rows, questions in another order: the numbers are those of whole rows, one question at a time."""
+    data = built(root, order=["amazon"], context=200).eval_sets[0].load()
+    torch.manual_seed(0)
+    model = Gpt(built(root, order=["amazon"], context=200).info, width=16, num_layers=1, num_heads=2)
+    seen = []
+
+    def answer(batch):
+        seen.append(batch.inputs.shape[1])
+        return model(batch)
+
+    with torch.no_grad():
+        found = by_likelihood(data, answer, len(data), 4)
+        right = 0
+        for number in range(len(data)):
+            rows = data.answered([number, number], [0, 1])
+            said = model(rows).logits.log_softmax(-1).gather(2, rows.targets.clamp(min=0)[..., None])[..., 0]
+            right += int((said * (rows.targets != IGNORED)).sum(1).argmax()) == int(data.labels[number])
+    assert found == {"accuracy": right / len(data)} and max(seen) < 100
+
+
 def test_generation_stops_at_the_end_token_and_at_the_longest_answer(root):
     data = built(root, order=["sst2"]).eval_sets[0].load()
     assert written(data, Knows(lambda q: " white"), [0]) == ["white"]
@@ -255,7 +291,7 @@ def test_replay_keeps_what_was_learnt(root):
     ("options", "words"),
     [
         ({"order": ["yelp"]}, "names 'yelp', which is not in"),
-        ({"order": "short"}, "it must be long, or a list"),
+        ({"order": "short"}, "it must be one of long, order_1, order_2, order_3, or a list"),
         ({"order": ["sst2", "sst2"]}, "every task comes once"),
         ({"folder": "nowhere"}, "no task in"),
         ({"score": "guess"}, "one of likelihood, generation"),
@@ -291,7 +327,7 @@ def test_bad_files_are_one_sentence(root, content, words):
 def test_the_twelve_local_tasks(real_text):
     stream = text_tasks(root=real_text, context=256, tokenizer="bpe", vocabulary=1024)
     assert [each.name for each in stream.experiences] == [
-        name for name in LONG if name not in ("yelp", "imdb", "yahoo")
+        name for name in ORDERS["long"] if name not in ("yelp", "imdb", "yahoo")
     ]
     assert sum(each.num_samples for each in stream.experiences) == 10_650
     for experience, eval_set in zip(stream.experiences, stream.eval_sets, strict=True):
