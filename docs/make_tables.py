@@ -43,12 +43,19 @@ piece of a text to the next, and a checkpoint in mid-text needs it. `commit`, af
 writes what outlives a batch. No state is carried from one task to the next unless the run hands it on.
 
 {mixers}
+
+Around the blocks. Where a text is read in segments, the state also holds the inputs of the unfinished one and the
+number of finished ones.
+
+{backbones}
 """
 
 
 def pages() -> dict[str, str]:
     """File name -> content."""
-    memory = MEMORY.format(rules=_tables.rules_table(), mixers=_tables.mixers_table())
+    memory = MEMORY.format(
+        rules=_tables.rules_table(), mixers=_tables.mixers_table(), backbones=_tables.backbones_table()
+    )
     return {"memory.md": memory} | {
         f"{name}.md": f"# {name.capitalize()}\n\n{words}\n\nMade by `make docs` from the first lines of the files.\n\n"
         f"{listing.markdown(list(listing.LISTS[name]()))}\n"

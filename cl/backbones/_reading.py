@@ -54,6 +54,13 @@ def steps_of(inputs: Tensor, read: str) -> Tensor:
     return inputs.transpose(1, 2).flatten(2) if read == "rows" else inputs.flatten(2).transpose(1, 2)
 
 
+def num_steps(info: StreamInfo, read: str) -> int:
+    """Steps of a row in the order it is read: T."""
+    if len(info.input_shape) < 3:
+        return info.input_shape[0]
+    return info.input_shape[1] * (info.input_shape[2] if read == "pixels" else 1)
+
+
 def require_tokens(info: StreamInfo, backbone: str) -> None:
     """Whether rows are text.
 

@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from cl.backbones._block import Auxiliary, add_terms
 from cl.backbones._heads import require_width
-from cl.backbones._mixer import require_mode
+from cl.backbones._mixer import Lifetime, require_mode
 from cl.backbones._reading import steps_of
 from cl.backbones._state import State, detached, where_rows
 from cl.backbones.gpt import Gpt
@@ -79,6 +79,9 @@ class Segmented(Gpt):
 
     Class attributes:
         toy: options of a form small enough for the contract's rows to cross some borders.
+        lifetime: what of its memory changes when. Beside the memory, a state holds the inputs of the unfinished
+            segment (`pending`) and the number of finished ones (`segments`). `decoder` is the state of the blocks, of
+            which their mixers say what is cleared.
 
     Args:
         segment: T, tokens.
@@ -91,6 +94,7 @@ class Segmented(Gpt):
     """
 
     toy: ClassVar[dict[str, Any]] = {}
+    lifetime: ClassVar[Lifetime]
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Options of the decoder are listed with a subclass's own, so that commands and tracking see every value."""

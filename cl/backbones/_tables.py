@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterable, Sequence
 from dataclasses import fields
+from importlib import import_module
 from pathlib import Path
 
 from cl.backbones._spec import plugin, plugin_names
@@ -36,8 +37,21 @@ def mixers_table() -> str:
     return _table(["block", "what it is", "fast: its state", "a document start clears", "kept by `commit`"], rows)
 
 
-def _first_line(name: str) -> str:
-    source = Path(__file__).with_name("mixers") / f"{name}.py"
+def backbones_table() -> str:
+    """The same of every backbone with a memory around its blocks."""
+    rows = []
+    for name in sorted(path.stem for path in Path(__file__).parent.glob("[!_]*.py")):
+        module = import_module(f"cl.backbones.{name}")
+        lifetime = getattr(getattr(module, name.title().replace("_", ""), None), "lifetime", None)
+        if lifetime is not None:
+            kept = ", ".join(lifetime.kept) or "nothing"
+            cleared = ", ".join(lifetime.cleared) or "as its blocks"
+            rows.append([f"`{name}`", _first_line(name, "."), ", ".join(lifetime.fast), cleared, kept])
+    return _table(["backbone", "what it is", "fast: its memory", "a document start clears", "kept by `commit`"], rows)
+
+
+def _first_line(name: str, folder: str = "mixers") -> str:
+    source = Path(__file__).parent / folder / f"{name}.py"
     return (ast.get_docstring(ast.parse(source.read_text())) or "").splitlines()[0]
 
 

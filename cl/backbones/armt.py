@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from cl.backbones._block import Auxiliary
 from cl.backbones._heads import require_width
+from cl.backbones._mixer import Lifetime
 from cl.backbones._reading import draw
 from cl.backbones._segments import Segment, Segmented, Slots, kept
 from cl.backbones._state import State, where_rows
@@ -49,6 +50,7 @@ class Armt(Segmented):
     """
 
     toy = {"segment": 4, "num_memory": 2, "memory_width": 4}
+    lifetime = Lifetime(fast=("A", "z"))
 
     def __init__(
         self,

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from cl.backbones._block import Auxiliary
 from cl.backbones._heads import require_width
+from cl.backbones._mixer import Lifetime
 from cl.backbones._reading import draw
 from cl.backbones._segments import CrossAttention, Segment, Segmented, Slots, kept
 from cl.backbones._state import State
@@ -50,6 +51,7 @@ class BlockRecurrent(Segmented):
     """
 
     toy = {"segment": 4, "num_states": 3, "blocks": "attention(window=4)"}
+    lifetime = Lifetime(fast=("states", "decoder"), resets=("states",))
 
     def __init__(
         self,

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from cl.backbones._block import Auxiliary
 from cl.backbones._heads import require_width
+from cl.backbones._mixer import Lifetime
 from cl.backbones._reading import draw
 from cl.backbones._segments import CrossAttention, Segment, Segmented, kept
 from cl.backbones._state import State
@@ -43,6 +44,7 @@ class GatedFifo(Segmented):
     """
 
     toy = {"segment": 2, "num_memory": 2}
+    lifetime = Lifetime(fast=("queue", "count", "decoder"), resets=("queue", "count"))
 
     def __init__(
         self,

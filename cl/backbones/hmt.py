@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from cl.backbones._block import Auxiliary, add_terms
 from cl.backbones._heads import require_width
+from cl.backbones._mixer import Lifetime
 from cl.backbones._reading import draw
 from cl.backbones._segments import Segment, Segmented, Slots, kept
 from cl.backbones._state import State
@@ -48,6 +49,7 @@ class Hmt(Segmented):
     """
 
     toy = {"segment": 2, "num_sensory": 1, "num_long": 2}
+    lifetime = Lifetime(fast=("sensory", "long", "count"))
 
     def __init__(
         self,

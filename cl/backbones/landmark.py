@@ -14,6 +14,7 @@ from torch import Tensor
 
 from cl.backbones._block import Auxiliary
 from cl.backbones._heads import require_width
+from cl.backbones._mixer import Lifetime
 from cl.backbones._segments import Slots
 from cl.backbones._state import State
 from cl.backbones.gpt import Gpt
@@ -35,6 +36,7 @@ class Landmark(Gpt):
     """
 
     toy = {"block": 2}
+    lifetime = Lifetime(fast=("decoder", "tokens"), resets=())
 
     def __init__(
         self, info: StreamInfo, block: int = 16, top: int | None = None, blocks: str | None = None, **decoder: Any

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from cl.backbones._block import Auxiliary
 from cl.backbones._heads import require_width
+from cl.backbones._mixer import Lifetime
 from cl.backbones._reading import draw
 from cl.backbones._segments import CrossAttention, Segment, Segmented, Slots, kept
 from cl.backbones._state import State
@@ -44,6 +45,7 @@ class Memformer(Segmented):
     """
 
     toy = {"segment": 4, "num_memory": 2}
+    lifetime = Lifetime(fast=("slots",))
 
     def __init__(
         self,

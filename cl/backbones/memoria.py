@@ -23,6 +23,7 @@ from cl.backbones import _engrams
 from cl.backbones._block import Auxiliary
 from cl.backbones._engrams import LONG, Rules, compact
 from cl.backbones._heads import require_width
+from cl.backbones._mixer import Lifetime
 from cl.backbones._reading import draw
 from cl.backbones._segments import CrossAttention, Segment, Segmented, Slots, kept
 from cl.backbones._state import State, where_rows
@@ -54,11 +55,13 @@ class Memoria(Segmented):
         2023, and the code in cosmoquester/memoria (there m = 50, 400 short-term places, 50 and 50 reminded, depth 10,
         life 9, gain 8, period 500). Differences: long-term memory has a size; a search stops where there is nothing
         left to reach (there it goes on from the last row); ties are broken by a counter, not by torch's global
-        generator; memory is read before a block and not
-        between its halves; `persist` is ours.
+        generator; memory is read before a block and not between its halves; `persist` is ours.
     """
 
     toy = {"segment": 2, "num_working": 2, "num_short": 2, "num_long": 4}
+    lifetime = Lifetime(
+        fast=("engrams", "read", "seen", "step"), kept=("kept_data", "kept_kind", "kept_life", "kept_count")
+    )
 
     def __init__(
         self,

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from cl.backbones._block import Auxiliary
 from cl.backbones._heads import require_width
+from cl.backbones._mixer import Lifetime
 from cl.backbones._segments import Segment, Segmented, Slots, kept
 from cl.backbones._state import State
 from cl.core import StreamInfo
@@ -38,6 +39,7 @@ class Rmt(Segmented):
     """
 
     toy = {"segment": 4, "num_memory": 2}
+    lifetime = Lifetime(fast=("tokens",))
 
     def __init__(
         self,

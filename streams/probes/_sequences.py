@@ -1,5 +1,9 @@
 """What the probes share: rows drawn by a law when they are asked for, and the stream that is made of such laws.
 
+Rows are drawn a block at a time, each block from a seed of its own, so that a run draws no more than it trains on: a
+few steps on a probe of 100,000 rows cost a few blocks. Every row is drawn independently of the others, so the first
+epoch takes them as they come; later ones shuffle.
+
 A probe of tokens has the setting `continual_pretraining` with the measure "accuracy": loss and accuracy are taken where
 a target is given, everywhere else it is `cl.core.IGNORED`. A label of a whole row is then a target at its last token,
 so that the same networks, strategies and metrics serve both.
@@ -16,7 +20,19 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from cl.core import IGNORED, EvalSet, Experience, Setting, Stream, StreamInfo, TensorData, UserError
+from cl.core import (
+    IGNORED,
+    Batch,
+    Data,
+    EvalSet,
+    Experience,
+    Setting,
+    Stream,
+    StreamInfo,
+    TensorData,
+    UserError,
+    shuffled,
+)
 from cl.seeding import derive_seed
 from streams._packing import as_ids
 from streams._settings import require_integer
@@ -24,8 +40,8 @@ from streams._settings import require_integer
 Law = Callable[[int, Generator], tuple[Tensor, Tensor]]
 """(number of rows, generator) -> inputs (N, T) or (N, T, D), targets (N, T) or (N,)."""
 
-BLOCK = 2048
-"""Rows drawn at once: laws may need a number for each word of the vocabulary."""
+BLOCK = 256
+"""Rows drawn at once."""
 SHOWN = 4
 """Rows of each law that its digest is taken of."""
 
@@ -47,21 +63,46 @@ class Part:
     length: int = 0
     task_id: int | None = None
 
-    def load(self, seed: int, experience_id: int) -> TensorData:
-        inputs, targets = self.drawn(self.num_rows, seed)
-        return TensorData(inputs, targets, experience_id, self.task_id)
+    def load(self, seed: int, experience_id: int) -> Data:
+        return Drawn(self, seed, experience_id)
 
     def drawn(self, num_rows: int, seed: int) -> tuple[Tensor, Tensor]:
         """Inputs and targets of `num_rows` rows, filled up at the end."""
-        blocks = []
-        for low in range(0, num_rows, BLOCK):
-            generator = Generator().manual_seed(derive_seed(seed, low))
-            blocks.append(self.law(min(BLOCK, num_rows - low), generator))
-        inputs, targets = (torch.cat(column) for column in zip(*blocks, strict=True))
+        inputs, targets = self.law(num_rows, Generator().manual_seed(seed))
         if targets.dim() == 1:
             return inputs, targets
         missing = max(0, self.length - inputs.shape[1])
         return F.pad(inputs.int(), (0, missing)), F.pad(targets, (0, missing), value=IGNORED)
+
+
+class Drawn:
+    """Rows of a part, drawn when they are first asked for and kept from then on.
+
+    Cost: of the first request for any row of a block, the law of `BLOCK` rows.
+    """
+
+    def __init__(self, part: Part, seed: int, experience_id: int) -> None:
+        self.part, self.seed = part, seed
+        self.missing = set(range(-(-part.num_rows // BLOCK)))
+        # pages that are never written take no memory
+        inputs, targets = (row.new_empty(part.num_rows, *row.shape[1:]) for row in part.drawn(1, seed))
+        self.data = TensorData(inputs, targets, experience_id, part.task_id)
+
+    def __len__(self) -> int:
+        return self.part.num_rows
+
+    def rows(self, index: Tensor) -> Batch:
+        for number in self.missing.intersection((index // BLOCK).tolist()):
+            place = slice(number * BLOCK, min((number + 1) * BLOCK, len(self)))
+            drawn = self.part.drawn(place.stop - place.start, derive_seed(self.seed, number))
+            self.data.inputs[place], self.data.targets[place] = drawn
+            self.missing.discard(number)
+        return self.data.rows(index)
+
+
+def as_drawn(num_rows: int, epoch: int, generator: Generator) -> Tensor:
+    """Every row once: in the first epoch as they are drawn, which is at random, and shuffled in the others."""
+    return torch.arange(num_rows) if epoch == 0 else shuffled(num_rows, epoch, generator)
 
 
 def probe(
@@ -90,7 +131,9 @@ def probe(
         classes = () if setting == Setting.CONTINUAL_PRETRAINING else tuple(range(num_outputs))
         title = part.domain if first_seen[part.domain] == k else f"{part.domain} again {k}"
         load = partial(part.load, own, k)
-        experiences.append(Experience(k, title, part.domain, load, part.num_rows, classes, part.task_id))
+        experiences.append(
+            Experience(k, title, part.domain, load, part.num_rows, classes, part.task_id, order=as_drawn)
+        )
         _add(digest, part, own)
     for part in measured:
         own = derive_seed(seed, "test", part.domain)

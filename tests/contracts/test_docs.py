@@ -23,6 +23,7 @@ def test_memory_tables_are_what_the_generator_writes():
     text = (ROOT / "docs" / "memory.md").read_text()
     assert _tables.rules_table() in text, "docs/memory.md is not up to date; run `make docs`"
     assert _tables.mixers_table() in text, "docs/memory.md is not up to date; run `make docs`"
+    assert _tables.backbones_table() in text, "docs/memory.md is not up to date; run `make docs`"
 
 
 @pytest.mark.parametrize(

@@ -104,7 +104,7 @@ def test_gated_mlps_are_the_places_of_a_decoder():
     stream = word_problem("z2", [8], [], train_rows=16, eval_rows=8)
     net = Gpt(stream.info, width=8, num_heads=2, num_layers=2)
     assert places(net) == [block.mlp for block in net.blocks]
-    tokens = stream.transform(stream.experiences[0].load().inputs)
+    tokens = stream.transform(stream.experiences[0].load().rows(torch.arange(16)).inputs)
     plain = net.features(tokens)
     wrapped = Locas(rank=2).wrap(net, replace(stream.info, num_experiences=3))
     assert len(sides(wrapped)) == 2

@@ -47,6 +47,7 @@ class NeuralRule(nn.Module):
         recipe: loss, retention and step.
         has_decay, has_momentum: whether tokens set a retention alpha, and a decay of the momentum.
         has_threshold: whether tokens set the threshold of the loss; `threshold` is it otherwise.
+        row: its line in docs/memory.md.
         is_normed: M(x) = x + LayerNorm(f(x)), with trained LayerNorm, as in TTT.
 
     Raises:
@@ -73,10 +74,11 @@ class NeuralRule(nn.Module):
         degree: int = 1,
     ) -> None:
         super().__init__()
-        name = type(self).__name__.lower()
+        name = self.name
         for option, value in (("chunk", chunk), ("depth", depth), ("expansion", expansion)):
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise UserError(f"{option} of the rule {name} is {value!r}; it must be an integer of at least 1")
+        require_above(name, "max_step", max_step, 0)
         if degree not in (1, 2):
             raise UserError(f"degree of the rule {name} is {degree!r}; it must be 1 or 2")
         self.num_heads, self.head_width, self.chunk, self.max_step = num_heads, head_width, chunk, max_step
@@ -95,6 +97,11 @@ class NeuralRule(nn.Module):
         if self.is_normed:
             self.norm_weight = nn.Parameter(torch.ones(num_heads, head_width))
             self.norm_bias = nn.Parameter(torch.zeros(num_heads, head_width))
+
+    @property
+    def name(self) -> str:
+        """The word that names it: that of its file."""
+        return type(self).__module__.rsplit(".", 1)[-1]
 
     @property
     def norm(self) -> Norm | None:
@@ -188,7 +195,7 @@ class NeuralRule(nn.Module):
         return packing.rows(o), packing.end(packed(after, v.device))
 
     def _chunked(self, tokens: Tokens, state: State, fresh: State, reset: Tensor | None) -> tuple[Tensor, State]:
-        packing = Packing.of(torch.zeros(tokens.q.shape[:2], dtype=torch.bool) if reset is None else reset)
+        packing = Packing.of(reset if reset is not None else tokens.q.new_zeros(tokens.q.shape[:2], dtype=torch.bool))
         begun = unpacked(packing.start(state, fresh))
         ends = packing.cu_seqlens.tolist()
         rows = [Row(a, b - a, p) for a, b, p in zip(ends[:-1], ends[1:], begun.position, strict=True)]
@@ -211,6 +218,12 @@ class NeuralRule(nn.Module):
             omega, tail = omega.squeeze(-1), {"tail": {name: left for name, (_, left) in seen.items()}}
         threshold = gates.get("threshold", torch.full_like(eta, self.threshold))
         return Tokens(q, k, v, omega, eta, gates.get("g"), gates.get("momentum"), threshold), tail
+
+
+def require_above(rule: str, option: str, value: object, bound: float) -> None:
+    """Raise `UserError` unless the value of a rule's option is a number above the bound."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not bound < value < float("inf"):
+        raise UserError(f"{option} of the rule {rule} is {value!r}; it must be a number above {bound:g}")
 
 
 def unpacked(state: State) -> NeuralMemoryState:

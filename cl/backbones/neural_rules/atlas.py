@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from cl.backbones.memory_rules._rule import Row
 from cl.backbones.neural_rules._general import Recipe
 from cl.backbones.neural_rules._rule import NeuralRule
 from cl.core import UserError
@@ -31,6 +32,15 @@ class Atlas(NeuralRule):
         fixed; the gradient is taken at the chunk's start.
     """
 
+    row = Row(
+        "layers W over products phi(k)",
+        "sum over a window of omega 1/2 |M(phi k) - v|^2",
+        "alpha W",
+        "alpha W + eta NewtonSchulz(P), P = theta P - grad",
+        "M(phi q; W)",
+        "P, W of the chunk start, tokens of the window",
+        "Behrouz et al., 2025",
+    )
     has_decay = has_momentum = True
 
     def __init__(

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from cl.backbones.memory_rules._rule import Row
 from cl.backbones.neural_rules._general import Recipe
-from cl.backbones.neural_rules._rule import NeuralRule
-from cl.core import UserError
+from cl.backbones.neural_rules._rule import NeuralRule, require_above
 
 
 class Memora(NeuralRule):
@@ -25,6 +25,15 @@ class Memora(NeuralRule):
         Differences: softmax at every token, exact within a chunk but for the gradient, which is the chunk start's.
     """
 
+    row = Row(
+        "layers W on simplices",
+        "1/2 |M(k) - v|^2",
+        "relative entropy to W",
+        "c softmax(alpha log W - eta grad)",
+        "M(q; W)",
+        "W of the chunk start",
+        "Behrouz et al., 2025",
+    )
     is_normed = has_decay = True
 
     def __init__(
@@ -39,8 +48,7 @@ class Memora(NeuralRule):
         expansion: int = 4,
         max_step: float = 1.0,
     ) -> None:
-        if not mass > 0:
-            raise UserError(f"mass of the rule memora is {mass}; it must be above 0")
+        require_above(self.name, "mass", mass, 0)
         self.recipe = Recipe(retention="simplex", option=float(mass))  # type: ignore[misc]
         super().__init__(width, num_heads, head_width, chunk=chunk, depth=depth, expansion=expansion, max_step=max_step)
         with torch.no_grad():

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from cl.backbones.memory_rules._rule import Row
 from cl.backbones.neural_rules._general import Recipe
-from cl.backbones.neural_rules._rule import NeuralRule
+from cl.backbones.neural_rules._rule import NeuralRule, require_above
 from cl.core import UserError
 
 
@@ -14,7 +15,8 @@ class Moneta(NeuralRule):
     weights. Step: gradient.
 
     Args:
-        p: of the loss, above 1. q: of the norm, at least 2, where 2 leaves the weights as they are.
+        p: of the loss, above 1.
+        q: of the norm, at least 2, where 2 leaves the weights as they are.
 
     Raises:
         UserError: a value outside its range.
@@ -24,6 +26,15 @@ class Moneta(NeuralRule):
         the norm is taken at every token, not at chunk ends; each matrix has its own norm.
     """
 
+    row = Row(
+        "layers W",
+        "1/p |M(k) - v|_p^p",
+        "alpha A, |W|_q kept small",
+        "W = A / |A|_q^(q - 2), A = alpha A - eta grad",
+        "M(q; W)",
+        "A of the chunk start",
+        "Behrouz et al., 2025",
+    )
     is_normed = has_decay = True
 
     def __init__(
@@ -39,8 +50,9 @@ class Moneta(NeuralRule):
         expansion: int = 4,
         max_step: float = 0.1,
     ) -> None:
-        if not p > 1 or not q >= 2:
-            raise UserError(f"the rule moneta has p={p} and q={q}; p must be above 1 and q at least 2")
+        require_above(self.name, "p", p, 1)
+        if isinstance(q, bool) or not isinstance(q, int | float) or not 2 <= q < float("inf"):
+            raise UserError(f"q of the rule moneta is {q!r}; it must be a number of at least 2")
         self.recipe = Recipe(loss="lp", retention="normalised", option=float(q))  # type: ignore[misc]
         self.threshold = float(p)  # type: ignore[misc]
         super().__init__(width, num_heads, head_width, chunk=chunk, depth=depth, expansion=expansion, max_step=max_step)

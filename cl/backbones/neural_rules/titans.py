@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from cl.backbones.memory_rules._rule import Row
 from cl.backbones.neural_rules._rule import NeuralRule
 
 
@@ -15,6 +16,15 @@ class Titans(NeuralRule):
         taken at the chunk's start.
     """
 
+    row = Row(
+        "layers W",
+        "1/2 |M(k) - v|^2",
+        "alpha W",
+        "alpha W + P, P = eta P - theta grad",
+        "M(q; W)",
+        "P, W of the chunk start",
+        "Behrouz et al., 2024",
+    )
     has_decay = has_momentum = True
 
     def __init__(

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from cl.backbones._cells import wide
 from cl.backbones._mixer import in_full_precision
 from cl.backbones._state import Packing, State, where_rows
+from cl.backbones.memory_rules._rule import Row
 from cl.backbones.neural_rules._rule import Gates, NeuralRule, packed, unpacked
 from cl.core import UserError
 from kernels.neural_memory import TNTState, tnt_memory
@@ -23,7 +24,9 @@ class Tnt(NeuralRule):
     is what makes short chunks affordable. p_t is q_t, or with `project` the sum over the shard's keys of k k^T q_t.
 
     Args:
-        chunk: of the global memory. local_chunks: of the local ones; shards: tokens after which each starts again.
+        chunk: of the global memory.
+        local_chunks: of the local ones.
+        shards: tokens after which each local one starts again.
         project: ask the local memories with the part of q_t that their keys span. The sum grows with the tokens of the
             shard, and with it what deep memories answer; false asks with q_t.
 
@@ -34,6 +37,15 @@ class Tnt(NeuralRule):
         Differences: as in `kernels.neural_memory.tnt`; there is one stage of training, chunks do not change in it.
     """
 
+    row = Row(
+        "layers W, and local ones new in every shard",
+        "1/2 |M(k) - v|^2",
+        "alpha W",
+        "as titans, local ones in short chunks",
+        "M(q; W) + sum of M(p; W local)",
+        "P, W of the chunk starts, sum of k (x) k of the shard",
+        "TNT, 2025",
+    )
     has_decay = has_momentum = True
 
     def __init__(
@@ -51,10 +63,10 @@ class Tnt(NeuralRule):
         max_step: float = 1.0,
     ) -> None:
         super().__init__(width, num_heads, head_width, chunk=chunk, depth=depth, expansion=expansion, max_step=max_step)
-        if len(local_chunks) != len(shards) or not shards or min(*local_chunks, *shards) < 1:
+        if not _are_counts(local_chunks) or not _are_counts(shards) or len(local_chunks) != len(shards):
             raise UserError(
-                f"the rule tnt has local_chunks={list(local_chunks)} and shards={list(shards)}; they must be two lists "
-                "of one length with numbers of at least 1"
+                f"the rule tnt has local_chunks={local_chunks!r} and shards={shards!r}; they must be two lists of one "
+                "length with integers of at least 1"
             )
         self.local_chunks, self.shards, self.project = list(local_chunks), list(shards), project
         self.local_starts = nn.ModuleList(
@@ -128,3 +140,10 @@ class Tnt(NeuralRule):
             "seen": dict(zip(names, after.seen, strict=True)),
             "positions": {n: torch.tensor(x, device=device) for n, x in zip(names, after.positions, strict=True)},
         }
+
+
+def _are_counts(values: object) -> bool:
+    """Whether it is a list of integers of at least 1."""
+    if isinstance(values, str) or not isinstance(values, Sequence) or not values:
+        return False
+    return all(isinstance(each, int) and not isinstance(each, bool) and each >= 1 for each in values)

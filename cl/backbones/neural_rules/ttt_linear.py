@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from cl.backbones.memory_rules._rule import Row
 from cl.backbones.neural_rules._rule import NeuralRule
 
 
@@ -14,6 +15,15 @@ class TttLinear(NeuralRule):
         size per token without the source's average over the chunk; keys and queries of length 1.
     """
 
+    row = Row(
+        "W",
+        "1/2 |M(k) - v|^2, M(x) = x + norm(x W)",
+        "W",
+        "W - eta grad",
+        "M(q; W)",
+        "W of the chunk start",
+        "Sun et al., 2024",
+    )
     is_normed = True
 
     def __init__(self, width: int, num_heads: int, head_width: int, *, chunk: int = 16, max_step: float = 1.0) -> None:

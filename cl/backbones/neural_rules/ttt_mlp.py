@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from cl.backbones.memory_rules._rule import Row
 from cl.backbones.neural_rules._rule import NeuralRule
 
 
@@ -13,6 +14,15 @@ class TttMlp(NeuralRule):
     Source and differences: as ttt_linear.
     """
 
+    row = Row(
+        "layers W",
+        "1/2 |M(k) - v|^2, M(x) = x + norm(gelu(x W1) W2)",
+        "W",
+        "W - eta grad",
+        "M(q; W)",
+        "W of the chunk start",
+        "Sun et al., 2024",
+    )
     is_normed = True
 
     def __init__(

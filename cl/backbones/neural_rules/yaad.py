@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from cl.backbones.memory_rules._rule import Row
 from cl.backbones.neural_rules._general import Recipe
 from cl.backbones.neural_rules._rule import NeuralRule
 
@@ -16,6 +17,15 @@ class Yaad(NeuralRule):
         alpha, eta and delta are one number a head and token.
     """
 
+    row = Row(
+        "layers W",
+        "Huber of M(k) - v, threshold delta",
+        "alpha W",
+        "alpha W - eta grad",
+        "M(q; W)",
+        "W of the chunk start",
+        "Behrouz et al., 2025",
+    )
     recipe = Recipe(loss="switched")
     is_normed = has_decay = has_threshold = True
 

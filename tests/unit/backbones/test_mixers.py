@@ -300,7 +300,19 @@ def test_mixers_keep_the_interface(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("words", ["attention(window=4)", "linear_memory", "linear_memory(rule=gla)", "ridge_memory"])
+@pytest.mark.parametrize(
+    "words",
+    [
+        "attention(window=4)",
+        "linear_memory",
+        "linear_memory(rule=gla)",
+        "linear_memory(rule=mamba2)",
+        "neural_memory(rule=titans(chunk=4, expansion=2))",
+        "nonlinear_rnn",
+        "ridge_memory",
+        "scan_rnn",
+    ],
+)
 def test_training_ends_where_the_recurrence_does(words):
     """The same tiny run in chunks and token by token, documents and all: losses within 1e-4."""
     info = StreamInfo("text", Setting.CONTINUAL_PRETRAINING, (24,), 11, 1, separator=10)

@@ -297,8 +297,18 @@ def test_what_cannot_be_built_is_refused():
         ("neural_memory(rule=titans(chunk=0))", "chunk of the rule titans is 0"),
         ("neural_memory(rule=atlas(degree=3))", "degree of the rule atlas is 3; it must be 1 or 2"),
         ("neural_memory(rule=atlas(step=adam))", "must be one of orthogonal, gradient"),
-        ("neural_memory(rule=moneta(p=1))", "p must be above 1"),
+        (
+            "neural_memory(rule=ttt_linear(max_step=0))",
+            "max_step of the rule ttt_linear is 0; it must be a number above",
+        ),
+        ("neural_memory(rule=titans(max_step=fast))", "max_step of the rule titans is 'fast'"),
+        ("neural_memory(rule=moneta(p=1))", "p of the rule moneta is 1; it must be a number above 1"),
+        ("neural_memory(rule=moneta(p=two))", "p of the rule moneta is 'two'"),
+        ("neural_memory(rule=moneta(q=1.5))", "q of the rule moneta is 1.5; it must be a number of at least 2"),
+        ("neural_memory(rule=memora(mass=none))", "mass of the rule memora is None; it must be a number above 0"),
         ("neural_memory(rule=tnt(shards=[4, 8]))", "two lists of one length"),
+        ("neural_memory(rule=tnt(shards=4))", "two lists of one length"),
+        ("neural_memory(rule=tnt(shards=[short]))", "two lists of one length"),
     ):
         with pytest.raises(UserError, match=message):
             build_mixer(words, 16, num_heads=2)

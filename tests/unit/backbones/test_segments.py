@@ -9,6 +9,7 @@ from cl.backbones._state import mapped, rows_of
 from cl.backbones.armt import Armt
 from cl.backbones.block_recurrent import BlockRecurrent
 from cl.backbones.gated_fifo import GatedFifo
+from cl.backbones.gpt import Gpt
 from cl.backbones.hmt import Hmt
 from cl.backbones.landmark import Landmark
 from cl.backbones.memformer import Memformer
@@ -218,6 +219,62 @@ def test_states_stay_float32_under_autocast(kind):
     dtypes = []
     mapped(lambda value: dtypes.append(value.dtype) or value, state["memory"])
     assert torch.bfloat16 not in dtypes
+
+
+@each_segmented
+def test_lifetimes_are_what_is_declared(kind):
+    """Fast is what the memory holds; a document that starts clears what it is said to; only `commit` writes buffers."""
+    net, declared, size = model(kind), kind.lifetime, kind.toy["segment"]
+    inputs = torch.randint(SEPARATOR, (2, 3 * size), generator=torch.Generator().manual_seed(0))
+    inputs[:, 2 * size] = SEPARATOR
+    left, alone = (net.step(batch(part)).state["memory"] for part in (inputs, inputs[:, 2 * size :]))
+    # one memory in every block, or one of all
+    parts = [(left[n], alone[n]) for n in left] if kind is Armt else [(left, alone)]
+    for own, fresh in parts:
+        assert set(own) == set(declared.fast)
+        for name in declared.cleared:
+            mapped(torch.testing.assert_close, {name: own[name]}, {name: fresh[name]})
+    buffers = [name for name, _ in (model(kind, persist=2) if declared.kept else net).named_buffers()]
+    assert sorted(declared.kept) == sorted(buffers), "what outlives a batch is in every checkpoint"
+
+
+EXTRA = {
+    Armt: lambda d, n: 2 * d + n * (2 * d * 4 + d**2 + d + 1),
+    BlockRecurrent: lambda d, n: 14 * d**2 + 2 * 3 * d + 3 * d,
+    GatedFifo: lambda d, n: n * 2 * (4 * d**2 + d) + 3 * d**2 + 2 * d,
+    Hmt: lambda d, n: 2 * d**2 + 2 * d,
+    Landmark: lambda d, n: d,
+    Memformer: lambda d, n: 2 * d + (n + 1) * (4 * d**2 + d),
+    Memoria: lambda d, n: n * (4 * d**2 + 2 * d) + 2 * d + 10 * d**2 + 7 * d,
+    Rmt: lambda d, n: 2 * d,
+}
+
+
+@each
+def test_weights_are_the_formula(kind):
+    """Those of the decoder, and what a memory adds by its docstring; biases, norms and slots as well."""
+    net, info = model(kind), StreamInfo("text", Setting.CONTINUAL_PRETRAINING, (CONTEXT,), VOCABULARY, 1)
+    decoder = Gpt(info, width=8, num_heads=2, num_layers=2)
+    added = sum(p.numel() for p in net.parameters()) - sum(p.numel() for p in decoder.parameters())
+    assert added == EXTRA[kind](8, 2)
+
+
+@each
+def test_lora_attaches_to_every_map(kind):
+    peft = pytest.importorskip("peft")
+    net = model(kind)
+    plain = net(batch(tokens())).logits
+    names = [name for name, part in net.named_modules() if isinstance(part, torch.nn.Linear)]
+    config = peft.LoraConfig(r=2, target_modules=names, init_lora_weights=False)
+    adapted = peft.inject_adapter_in_model(config, net).double()
+    logits = adapted(batch(tokens())).logits
+    assert not torch.allclose(logits, plain)
+    logits.square().sum().backward()
+    still = [
+        name for name, p in adapted.named_parameters() if p.requires_grad and not (p.grad is not None and p.grad.any())
+    ]
+    assert not still, f"no gradient reaches {still}"
+    assert not any(p.requires_grad for name, p in adapted.named_parameters() if "lora_" not in name)
 
 
 def test_images_are_read_in_segments():

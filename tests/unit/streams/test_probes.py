@@ -9,6 +9,7 @@ import torch
 from cl.core import IGNORED, Setting, UserError
 from cl.testing import configs
 from streams.probes._bits import bits
+from streams.probes._sequences import BLOCK, Part, as_drawn
 from streams.probes.forgetting_mqar import forgetting_mqar
 from streams.probes.mqar import mqar, recall
 from streams.probes.n_delayed_match import n_delayed_match
@@ -98,7 +99,9 @@ def test_shorter_rows_are_filled_with_what_is_not_asked():
     short = stream.experiences[0].load().rows(torch.arange(10))
     assert (short.inputs[:, 16:] == 0).all()
     assert (short.targets[:, 16:] == IGNORED).all()
-    assert stream.eval_sets[0].load().inputs.shape == (10, 16), "measured rows are as long as they are"
+    assert stream.eval_sets[0].load().rows(torch.arange(10)).inputs.shape == (10, 16), (
+        "measured rows are as long as they are"
+    )
 
 
 def test_copying_writes_what_was_there_in_order():
@@ -254,11 +257,40 @@ def test_digest_tells_data_apart(name):
     assert len({made(name).content, made(name, seed=1).content, made(name, eval_rows=12).content}) == 3
 
 
+def test_no_more_is_drawn_than_is_asked_for():
+    """A hundred thousand rows cost the blocks that are read, and each the same rows whoever reads first."""
+    drawn = []
+
+    def law(num_rows, generator):
+        drawn.append(num_rows)
+        return torch.randint(100, (num_rows, 6), generator=generator), torch.zeros(num_rows, 6, dtype=torch.int64)
+
+    num_rows = 100_000 + 7
+    part = Part("numbers", law, num_rows)
+    data = part.load(3, 0)
+    drawn.clear()
+    first = data.rows(torch.tensor([5, 0, 3 * BLOCK + 1]))
+    assert drawn == [BLOCK, BLOCK]
+    assert first.sample_ids.tolist() == [5, 0, 3 * BLOCK + 1]
+    last = data.rows(torch.tensor([num_rows - 1, 5]))
+    assert drawn == [BLOCK, BLOCK, num_rows % BLOCK], "what was drawn is kept, the last block is short"
+    other = part.load(3, 0)
+    again = other.rows(torch.tensor([num_rows - 1, 3 * BLOCK + 1, 5, 0]))
+    assert torch.equal(again.inputs, torch.stack((last.inputs[0], first.inputs[2], last.inputs[1], first.inputs[1])))
+    assert torch.equal(first.inputs[0], last.inputs[1])
+    assert not torch.equal(first.inputs[1], other.rows(torch.tensor([BLOCK])).inputs[0]), "blocks differ"
+    generator = torch.Generator().manual_seed(0)
+    assert torch.equal(as_drawn(50, 0, generator), torch.arange(50))
+    second = as_drawn(50, 1, generator)
+    assert sorted(second.tolist()) == list(range(50))
+    assert not torch.equal(second, torch.arange(50))
+
+
 def test_experiences_that_come_again_are_told_apart():
     stream = mqar([[16, 2, 10], [32, 2, 10], [16, 2, 10]], [], vocabulary=32, eval_rows=10)
     assert [e.name for e in stream.experiences] == ["2 pairs in 16", "2 pairs in 32", "2 pairs in 16 again 2"]
     assert len(stream.eval_sets) == 2
-    first, again = (stream.experiences[k].load().inputs for k in (0, 2))
+    first, again = (stream.experiences[k].load().rows(torch.arange(10)).inputs for k in (0, 2))
     assert not torch.equal(first, again), "new rows of the same law"
 
 
