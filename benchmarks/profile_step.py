@@ -3,6 +3,7 @@
     python benchmarks/profile_step.py --data DIR [--threads 2] [--out benchmarks/results/profile.md]
 
 The profiler itself slows Python down by about a third, so read shares, not sums. One epoch of permuted MNIST, batch 64.
+What people have written below the tables, from "## Reading it" on, is kept.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from cl.result import write_text
 
 STEPS = 938
 ROWS = 14
+READING = "## Reading it"
 
 
 def profiled(run: Callable[[], object]) -> list[tuple[str, float, float]]:
@@ -59,7 +61,9 @@ def main() -> None:
         lines = [f"## {title}", "", "| function | calls a step | own µs a step |", "|---|---|---|"]
         lines += [f"| `{where}` | {calls:.1f} | {own:.0f} |" for where, calls, own in profiled(run)]
         parts.append("\n".join(lines) + "\n")
-    write_text(options.out, "\n".join(parts))
+    before = options.out.read_text() if options.out.exists() else ""
+    at = before.find(READING)
+    write_text(options.out, "\n".join(parts) + ("\n" + before[at:] if at >= 0 else ""))
 
 
 if __name__ == "__main__":

@@ -139,7 +139,8 @@ class Span:
             for begin, count in zip(accumulate(steps, initial=0), listed, strict=False)
         ]
         self.lengths = [count - skipped for count, skipped in zip(listed, self.skipped, strict=True)]
-        if not any(self.lengths):
+        self.total = sum(self.lengths)
+        if not self.total:
             raise UserError(
                 f"trainer.schedule_start is {self.start}; it must be below the {sum(listed)} steps of the schedule"
             )
@@ -152,7 +153,7 @@ class Span:
     def at(self, run_step: int, experience: int, step: int) -> tuple[int, int]:
         """(step, total) for the schedule, of a step of the run and within its experience."""
         if self.is_run:
-            return max(0, run_step - self.start), sum(self.lengths)
+            return max(0, run_step - self.start), self.total
         return max(0, step - self.skipped[experience]), max(1, self.lengths[experience])
 
 

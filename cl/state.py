@@ -100,7 +100,8 @@ class TrainState:
 
     def forward(self, batch: Batch, model: Callable[[Batch], Output] | None = None) -> Output:
         """Send a batch through the model (or a teacher) under the run's precision, and count its rows."""
-        self.count(forwards=len(batch), backwards=len(batch) if torch.is_grad_enabled() else 0)
+        num_rows = len(batch)
+        self.count(num_rows, num_rows if torch.is_grad_enabled() else 0)
         with self.autocast():
             output: Output = (model or self.model)(batch)
         return output
@@ -190,7 +191,7 @@ def _mean_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     if logits.dim() > 2:
         logits, targets = logits.flatten(0, -2), targets.flatten()
     # half precision is summed in float32, double stays double
-    return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets)
+    return F.cross_entropy(logits.float() if logits.dtype.itemsize < 4 else logits, targets)
 
 
 def without_absent(logits: Tensor, batch: Batch) -> Tensor:
@@ -249,8 +250,8 @@ def current_rows(done: list[tuple[Batch, Output]]) -> tuple[Batch, Output]:
     rows = [batch.current() for batch, _ in done]
     if done[0][1].logits.shape[0] != len(done[0][0]):  # a share of the rows: nobody may take it for the output
         return Batch.cat(rows) if len(rows) > 1 else rows[0], Output(done[0][1].logits.new_empty(0))
-    logits = [output.logits[: batch.num_current].detach() for batch, output in done]
-    hidden = [output.hidden[: batch.num_current].detach() for batch, output in done if output.hidden is not None]
+    logits = [output.logits.detach()[: batch.num_current] for batch, output in done]
+    hidden = [output.hidden.detach()[: batch.num_current] for batch, output in done if output.hidden is not None]
     if len(done) == 1:
         return rows[0], Output(logits[0], hidden[0] if hidden else None)
     return Batch.cat(rows), Output(torch.cat(logits), torch.cat(hidden) if hidden else None)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
-import torch
 from torch import Tensor
 
 
@@ -14,15 +12,14 @@ def remap(inputs: Tensor, source: Tensor) -> Tensor:
         inputs: (N, channels, height, width) uint8.
         source: (P,) int64, P pixels of all channels, or of one channel and then the same for each.
 
-    Cost: one pass over the images. numpy's `take` because torch's `index_select` needs 5 times as long for bytes.
+    Cost: one pass over the images, by all threads. `gather`, because `index_select` needs 5 times as long for bytes.
 
     Example:
-        >>> remap(torch.tensor([[[[7, 8]]]], dtype=torch.uint8), torch.tensor([1, -1])).flatten().tolist()
+        >>> remap(Tensor([[[[7, 8]]]]).byte(), Tensor([1, -1]).long()).flatten().tolist()
         [8, 0]
     """
-    outside = source < 0
-    flat = inputs.reshape(-1, len(source)).numpy()
-    moved = np.take(flat, source.where(~outside, 0).numpy(), axis=1)
-    if outside.any():
-        moved *= (~outside).to(torch.uint8).numpy()
-    return torch.from_numpy(moved).view(inputs.shape)
+    flat = inputs.reshape(-1, len(source))
+    moved = flat.gather(1, source.clamp(min=0).expand(len(flat), -1))
+    if source.min() < 0:
+        moved *= source >= 0
+    return moved.view(inputs.shape)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 from cl.buffers.base import Buffer
@@ -14,14 +15,10 @@ class Reservoir(Buffer):
     """The n-th row fills slot n while there is room, then replaces a uniform slot with probability capacity / n."""
 
     def slots(self, batch: Batch, generator: torch.Generator) -> Sequence[tuple[int, int]]:
-        uniforms = torch.rand(len(batch), generator=generator, dtype=torch.float64).tolist()
-        seen, capacity = self.seen, self.capacity
-        num_free = min(max(capacity - seen, 0), len(batch))
-        pairs = [(seen + row, row) for row in range(num_free)]
-        for row in range(num_free, len(batch)):
-            slot = int(uniforms[row] * (seen + row + 1))
-            if slot < capacity:
-                pairs.append((slot, row))
+        uniforms = torch.rand(len(batch), generator=generator, dtype=torch.float64).numpy()
+        own = np.arange(self.seen, self.seen + len(batch))
+        slots = np.where(own < self.capacity, own, (uniforms * (own + 1)).astype(np.int64))
+        rows = np.flatnonzero(slots < self.capacity)
         self.seen += len(batch)
-        self.filled = min(self.seen, capacity)
-        return pairs
+        self.filled = min(self.seen, self.capacity)
+        return list(zip(slots[rows].tolist(), rows.tolist(), strict=True))

@@ -54,6 +54,22 @@ def test_reservoir_is_uniform_over_position(batch_size):
     assert_equally_likely([kept[i] for i in range(60)], 12 / 60)
 
 
+@settings(max_examples=60, deadline=None)
+@given(capacity=st.integers(1, 40), sizes=st.lists(st.integers(1, 30), max_size=8), seed=st.integers(0, 9))
+def test_reservoir_is_algorithm_r_row_by_row(capacity, sizes, seed):
+    """Vitter's loop over the same uniform numbers: the same row in every slot."""
+    buffer, generator = make_buffer("reservoir", capacity), torch.Generator().manual_seed(seed)
+    own, held, seen = torch.Generator().manual_seed(seed), {}, 0
+    for size in sizes:
+        for uniform in torch.rand(size, generator=own, dtype=torch.float64).tolist():
+            slot = seen if seen < capacity else int(uniform * (seen + 1))
+            if slot < capacity:
+                held[slot] = seen
+            seen += 1
+        buffer.add(offered(list(range(seen - size, seen)), [0] * size), generator)
+        assert buffer.columns["sample_ids"][: len(buffer)].tolist() == [held[slot] for slot in range(len(held))]
+
+
 @pytest.mark.parametrize("policy", ["class_balanced", "experience_balanced"])
 @pytest.mark.parametrize("arrival", ["one after the other", "mixed"])
 def test_balanced_shares_and_uniform_within(policy, arrival):
@@ -126,6 +142,17 @@ def test_every_subset_is_drawn_equally_often():
     counts = [subsets[subset] for subset in combinations(range(6), 3)]
     statistic = sum((count - TRIALS / 20) ** 2 / (TRIALS / 20) for count in counts)
     assert chi2.sf(statistic, 19) > 1e-3, counts
+
+
+@pytest.mark.parametrize("size", [1, 7, 64, 99])
+def test_draws_are_floyds_loop(size):
+    """Over the same uniform numbers, in the order of the draw."""
+    uniforms = torch.rand(size, generator=torch.Generator().manual_seed(3), dtype=torch.float64).tolist()
+    chosen = []
+    for top, uniform in zip(range(100 - size, 100), uniforms, strict=True):
+        pick = int(uniform * (top + 1))
+        chosen.append(top if pick in chosen else pick)
+    assert draw_without_replacement(100, size, torch.Generator().manual_seed(3)).tolist() == chosen
 
 
 @settings(max_examples=200, deadline=None)
