@@ -55,7 +55,8 @@ class Impatient(Strategy):
 '''
 
 COMMAND = """
-import os, sys
+import os, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 os.environ["COMMAND"] = str(os.getpid())
 from cl.cli.main import main
 sys.exit(main(sys.argv[1:]))
