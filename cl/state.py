@@ -171,14 +171,14 @@ def clear_gradients(optimizer: Optimizer) -> None:
 def cross_entropy(output: Output, batch: Batch, parts: Sequence[Part] | None = None) -> Tensor:
     """Sum over parts of weight times the part's mean cross-entropy; next-token targets are flattened.
 
-    A weight of 0 skips the part, so that rows without a label loss cost nothing here.
+    A weight of 0 skips the part, so that rows without a label loss cost nothing here; one with nothing to learn is 0.
     """
     terms = []
     for part in batch.parts if parts is None else parts:
-        if part.weight == 0:
+        if part.weight == 0 or len(part) == 0:
             continue
         is_all = len(part) == len(batch)
-        term = _mean_cross_entropy(
+        term = mean_cross_entropy(
             output.logits if is_all else output.logits[part.rows], batch.targets if is_all else batch.targets[part.rows]
         )
         terms.append(term if part.weight == 1 else part.weight * term)
@@ -187,11 +187,21 @@ def cross_entropy(output: Output, batch: Batch, parts: Sequence[Part] | None = N
     return sum(terms[1:], start=terms[0]) if terms else output.logits.sum() * 0.0
 
 
-def _mean_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    if logits.dim() > 2:
-        logits, targets = logits.flatten(0, -2), targets.flatten()
+def mean_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Mean over rows (B,), or over the tokens (B, T) that are to be learnt: 0, and no NaN, where there are none.
+
+    Example:
+        >>> mean_cross_entropy(torch.zeros(1, 2, 4), torch.tensor([[3, IGNORED]])).exp().item()
+        4.0
+        >>> mean_cross_entropy(torch.zeros(1, 2, 4), torch.full((1, 2), IGNORED)).item()
+        0.0
+    """
     # half precision is summed in float32, double stays double
-    return F.cross_entropy(logits.float() if logits.dtype.itemsize < 4 else logits, targets)
+    logits = logits.float() if logits.dtype.itemsize < 4 else logits
+    if logits.dim() == 2:
+        return F.cross_entropy(logits, targets)
+    total = F.cross_entropy(logits.flatten(0, -2), targets.flatten(), reduction="sum")
+    return total / (targets != IGNORED).sum().clamp(min=1)
 
 
 def without_absent(logits: Tensor, batch: Batch) -> Tensor:
@@ -239,10 +249,11 @@ def shares(batches: Sequence[Batch]) -> list[float]:
     if len(batches) == 1:
         return [1.0]
     if batches[0].targets.dim() == 1:
-        counts = [len(batch) for batch in batches]
+        counts = [float(len(batch)) for batch in batches]
     else:
-        counts = [int((batch.targets != IGNORED).sum()) for batch in batches]
-    return [count / max(1, sum(counts)) for count in counts]
+        # what rides along with a micro-batch is divided by its share, so that of one with nothing to learn is not 0
+        counts = [max(1e-9, int((batch.targets != IGNORED).sum())) for batch in batches]
+    return [count / sum(counts) for count in counts]
 
 
 def current_rows(done: list[tuple[Batch, Output]]) -> tuple[Batch, Output]:

@@ -20,11 +20,10 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from cl.core import Setting, Stream
 from cl.hooks import Contract
-from cl.state import TrainState
+from cl.state import TrainState, mean_cross_entropy
 from strategies._checks import require, require_choice, require_number
 from strategies._importance import DataImportance
 from strategies._per_row import Loss
@@ -111,8 +110,4 @@ class Ewc(DataImportance):
 
 def _loss_of(state: TrainState) -> Loss:
     """Cross-entropy of rows, or of their tokens."""
-    return _token_loss if state.info.setting == Setting.CONTINUAL_PRETRAINING else F.cross_entropy
-
-
-def _token_loss(logits_BTC: Tensor, targets_BT: Tensor) -> Tensor:
-    return F.cross_entropy(logits_BTC.flatten(0, 1), targets_BT.flatten())
+    return mean_cross_entropy if state.info.setting == Setting.CONTINUAL_PRETRAINING else F.cross_entropy

@@ -109,7 +109,9 @@ class ILora(LoraStrategy, Rehearsal):
             slow_BTD = state.forward(rows, lambda some: self._answer(state, some)).hidden.float()
         if self.target == "max":
             slow_BTD = torch.maximum(slow_BTD, fast_BTD.detach())
-        return self.gamma * (fast_BTD - slow_BTD)[rows.targets != IGNORED].square().mean()
+        apart = (fast_BTD - slow_BTD)[rows.targets != IGNORED].square()
+        # no mean over nothing, where no token of these rows is to be learnt
+        return self.gamma * apart.sum() / max(1, apart.numel())
 
     def _answer(self, state: TrainState, rows: Batch) -> Output:
         output: Output = functional_call(state.model, self.slow, (rows,))

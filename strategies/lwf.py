@@ -76,8 +76,6 @@ class Lwf(Strategy):
             old = state.forward(current, lambda rows: functional_call(state.model, self.teacher, (rows,)))
         if state.info.setting == Setting.CONTINUAL_PRETRAINING:
             learnt = current.targets != IGNORED
-            if share == 0:  # nothing to learn in this process's rows, and no mean over nothing
-                return 0.0 * output.logits.sum()
             return self.strength * share * self._divergence(output.logits[: len(current)][learnt], old.logits[learnt])
         total = torch.zeros((), device=state.device)
         for head, outputs in self.old_outputs.items():
@@ -100,9 +98,9 @@ class Lwf(Strategy):
         return new_BC, old_BC
 
     def _divergence(self, new_BC: Tensor, old_BC: Tensor) -> Tensor:
-        """KL(softmax(old / T) || softmax(new / T)), mean over rows."""
+        """KL(softmax(old / T) || softmax(new / T)), mean over rows; 0 where there are none."""
         new_BC, old_BC = ((logits.float() / self.temperature).log_softmax(-1) for logits in (new_BC, old_BC))
-        kl = F.kl_div(new_BC, old_BC, reduction="batchmean", log_target=True)
+        kl = F.kl_div(new_BC, old_BC, reduction="sum", log_target=True) / max(1, len(new_BC))
         return kl * self.temperature**2 if self.convention == "hinton" else kl
 
     def on_experience_end(self, state: TrainState) -> None:

@@ -120,6 +120,19 @@ def test_distillation_is_over_the_tokens_to_be_learnt(lab, ignored):
     lwf_check(lab, ignored)
 
 
+@pytest.mark.parametrize("strategy", [Ewc(importance_rows=None), Lwf()], ids=lambda s: s.name)
+def test_rows_with_nothing_to_learn_are_no_division_by_zero(lab, strategy):
+    stream = toy_stream(TEXT)
+    for experience in stream.experiences:
+        data = experience.load()
+        data.targets[::3] = IGNORED
+        object.__setattr__(experience, "load", lambda data=data: data)
+    recorder, _ = lab.run([strategy], stream, batch_size=1, max_steps=12, epochs=None)
+    empty = [step for step in recorder.steps if (step.batch.targets == IGNORED).all()]
+    assert empty and all(step.terms["cross_entropy"] == 0.0 for step in empty)
+    assert all(p.isfinite().all() for p in recorder.ends[-1].parameters())
+
+
 def test_the_oracle_needs_the_distillation(lab, monkeypatch):
     monkeypatch.setattr(Lwf, "penalty", lambda *_: None)
     lab.dies(lambda: lwf_check(lab))

@@ -299,6 +299,8 @@ def test_tokens_that_are_not_learnt_are_not_pulled(lab):
     wanted = (output.hidden[16:] - slow)[:, :2].square().mean()
     lab.close(some.detach(), wanted.detach(), 1e-5, 1e-9)
     assert not torch.allclose(whole, some)
+    mixed.targets[16:] = IGNORED
+    assert strategy.penalty(trainer.state, mixed, output).item() == 0.0
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from cl.core import Batch, Output, Part, Source
-from cl.state import Cost, cross_entropy, tensor_bytes
+from cl.core import IGNORED, Batch, Output, Part, Source
+from cl.state import Cost, cross_entropy, shares, tensor_bytes
 
 LOGITS = torch.tensor([[0.0, 0.0], [math.log(3.0), 0.0], [0.0, math.log(4.0)]])
 TARGETS = torch.tensor([0, 0, 0])
@@ -54,6 +54,33 @@ def test_next_tokens_are_averaged_over_rows_and_time():
     logits, targets = torch.randn(2, 5, 7), torch.randint(7, (2, 5))
     loss = cross_entropy(Output(logits), batch(targets=targets))
     assert loss.item() == pytest.approx(F.cross_entropy(logits.view(10, 7), targets.view(10)).item())
+
+
+def test_a_part_with_nothing_to_learn_is_zero_and_takes_nothing_from_the_others():
+    logits, targets = torch.randn(3, 5, 7).requires_grad_(), torch.randint(7, (3, 5))
+    targets[2] = IGNORED
+    parts = Part(0, 2), Part(2, 3, Source.REPLAY, "r"), Part(3, 3, Source.ANCHOR, "a")
+    loss = cross_entropy(Output(logits), batch(*parts, targets=targets))
+    loss.backward()
+    assert loss.item() == pytest.approx(F.cross_entropy(logits[:2].flatten(0, 1), targets[:2].flatten()).item())
+    assert logits.grad[:2].abs().sum() > 0
+    assert logits.grad[2].abs().sum() == 0
+
+
+def test_nothing_to_learn_at_all_is_a_zero_that_can_go_backward():
+    logits = torch.randn(2, 5, 7).requires_grad_()
+    loss = cross_entropy(Output(logits), batch(targets=torch.full((2, 5), IGNORED)))
+    loss.backward()
+    assert loss.item() == 0.0
+    assert logits.grad.abs().sum() == 0
+
+
+def test_rows_can_ride_along_with_a_micro_batch_that_has_nothing_to_learn():
+    rows = [batch(targets=torch.zeros(2, 3, dtype=torch.int64)), batch(targets=torch.full((2, 3), IGNORED))]
+    full, empty = shares(rows)
+    assert full == pytest.approx(1.0)
+    assert 0 < empty < 1e-6
+    assert sum(shares([rows[1], rows[1]])) == 1.0
 
 
 def test_reduced_precision_is_summed_in_float32():
