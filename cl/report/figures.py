@@ -13,7 +13,7 @@ import numpy as np
 from cl.report.axes import DPI, INK, dress, experience_ticks, label_ends, new_figure, write
 from cl.report.comparison import NOT_CONTINUAL, Estimate
 from cl.report.curves import COSTS, Cost, SectionView, StrategyView
-from cl.report.matrix_figures import accuracy_matrix, forgetting_curves
+from cl.report.matrix_figures import forgetting_curves, heatmap
 from cl.report.rank_figure import average_ranks
 from cl.report.revisit_figure import LINE_STYLES, revisits
 from cl.report.style import beside, scale_of, short
@@ -43,8 +43,8 @@ def save_figures(view: SectionView, folder: Path) -> list[Path]:
     names = file_names([strategy.label for strategy in view.strategies])
     is_single = len(view.strategies) == 1
     for strategy in view.strategies:
-        name = "accuracy_matrix" if is_single else f"accuracy_matrix_{names[strategy.label]}"
-        drawn.append((name, accuracy_matrix(view, strategy)))
+        name = view.unit.matrix if is_single else f"{view.unit.matrix}_{names[strategy.label]}"
+        drawn.append((name, heatmap(view, strategy)))
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for name, figure in drawn:

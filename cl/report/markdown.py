@@ -60,7 +60,7 @@ def _text_table(heads: Sequence[str], cells: Sequence[Sequence[str]]) -> list[st
 def save_tables(view: SectionView, folder: Path) -> list[Path]:
     """Write the numbers in long form, one value per row and no row without one; MLflow shows such files as tables."""
     tables = {
-        "accuracy_matrix": (("strategy", "seed", "after", "experience", "domain", "value"), _matrix_rows(view)),
+        view.unit.matrix: (("strategy", "seed", "after", "experience", "domain", "value"), _matrix_rows(view)),
         "seen_average": (("strategy", "seed", "experiences_seen", "value"), _average_rows(view)),
         "comparison": (("strategy", "metric", "quantity", "value"), _comparison_rows(view)),
         "seeds": (("strategy", "metric", "seed", "value"), _seed_rows(view)),

@@ -39,7 +39,7 @@ MAX_DRAWN_BANDS = 6
 UNSEEN_ALPHA = 0.28
 
 
-def accuracy_matrix(view: SectionView, strategy: StrategyView) -> Figure:
+def heatmap(view: SectionView, strategy: StrategyView) -> Figure:
     """R as a heatmap, averaged over seeds; cells of domains not taught yet are pale and lie right of the stair."""
     matrix = strategy.matrices[0]
     R, rows, seen = with_start(matrix, view.section.measure)

@@ -89,6 +89,11 @@ class Unit:
         return f"{self.name} ({self.symbol})"
 
     @property
+    def matrix(self) -> str:
+        """Name of the files that hold R."""
+        return f"{self.name.lower()}_matrix"
+
+    @property
     def direction(self) -> str:
         return "higher is better" if self.higher_is_better else "lower is better"
 

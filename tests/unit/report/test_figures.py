@@ -9,7 +9,8 @@ from cl.report.axes import DPI
 from cl.report.curves import view
 from cl.report.figures import comparison, cost, file_names, save_figures
 from cl.report.load import sections
-from cl.report.matrix_figures import accuracy_matrix, forgetting_curves, value_range
+from cl.report.markdown import save_tables
+from cl.report.matrix_figures import forgetting_curves, heatmap, value_range
 
 
 def view_of(results):
@@ -66,13 +67,19 @@ def test_a_single_run_has_one_heatmap(tmp_path, make_result):
     assert "accuracy_matrix" in [path.stem for path in save_figures(view_of([make_result("derpp")]), tmp_path)]
 
 
+def test_a_heatmap_is_named_after_what_it_shows(tmp_path, make_result):
+    made = view_of([make_result(name, measure="loss") for name in ("naive", "replay")])
+    names = {path.stem for path in (*save_figures(made, tmp_path), *save_tables(made, tmp_path))}
+    assert {name for name in names if "matrix" in name} == {"loss_matrix", "loss_matrix_naive", "loss_matrix_replay"}
+
+
 def texts(axes):
     return [text.get_text() for text in axes.texts]
 
 
 def test_values_are_printed_and_unseen_cells_pale(make_result):
     made = view_of([make_result()])
-    axes = accuracy_matrix(made, made.strategies[0]).axes[0]
+    axes = heatmap(made, made.strategies[0]).axes[0]
     assert texts(axes) == ["90.0", "10.0", "60.0", "80.0"]
     alpha = axes.images[0].get_alpha()
     assert alpha[0, 0] == alpha[1, 0] == alpha[1, 1] == 1
@@ -81,14 +88,14 @@ def test_values_are_printed_and_unseen_cells_pale(make_result):
 
 def test_values_are_not_printed_when_there_are_many(make_result):
     made = view_of(synthetic(make_result, 13))
-    assert texts(accuracy_matrix(made, made.strategies[0]).axes[0]) == []
+    assert texts(heatmap(made, made.strategies[0]).axes[0]) == []
 
 
 def test_dark_is_better_for_both_measures(make_result):
     def darkness(measure, value):
         R = [[1.0, 0.0], [0.5, 0.5]]
         made = view_of([make_result(R=R, measure=measure)])
-        image = accuracy_matrix(made, made.strategies[0]).axes[0].images[0]
+        image = heatmap(made, made.strategies[0]).axes[0].images[0]
         return -sum(image.cmap(image.norm(value * made.unit.factor))[:3])
 
     assert darkness("accuracy", 1.0) > darkness("accuracy", 0.5)
