@@ -112,7 +112,7 @@ class Ledger:
             NonFiniteLoss: as soon as a noted term is read and is NaN or infinite.
         """
         self._lr = lr
-        if self._is_text and state.step % self._mark_every == 0:
+        if self._is_text and (state.step % self._mark_every == 0 or self._is_first(state)):
             self._mark(state, state.step + 1)
         self._pending.append((state.step, terms, lr))
         if len(self._pending) >= self._every:
@@ -122,6 +122,10 @@ class Ledger:
         """Write down where a run on text stands, since something is measured there."""
         if self._is_text:
             self._mark(state, state.step)
+
+    def _is_first(self, state: TrainState) -> bool:
+        """Whether this is the first step of an experience, where the learning rate may jump."""
+        return not self.result.course or self.result.course[-1][0] != state.experience.id
 
     def _mark(self, state: TrainState, step: int) -> None:
         experience, course = state.experience.id if state.experience else -1, self.result.course

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
+from operator import itemgetter
 
 import numpy as np
 
@@ -22,7 +24,8 @@ class ByTokens:
         tokens: [N] trained on; 0 is before training.
         values: [D, N] loss in nats; NaN where not measured.
         ends: tokens at which experiences end.
-        rate_at, rate: [M] tokens, and the learning rate there.
+        rate_at, rate: [M] tokens, and the learning rate there; at the border of two experiences that of the last step
+            and that of the next, so that a line through all jumps where the schedule does.
     """
 
     tokens: list[int]
@@ -48,8 +51,18 @@ def by_tokens(runs: Sequence[Result]) -> ByTokens | None:
     values = np.mean([[row[token] for token in tokens] for row in rows], axis=0)
     first = used[0]
     ends = {int(experience): int(at) for experience, _, at, _ in first.course if 0 <= experience < len(first.R)}
-    rates = {int(at): float(rate) for experience, _, at, rate in first.course if experience >= 0 and at > 0}
-    return ByTokens(tokens, values.T, sorted(ends.values()), list(rates), list(rates.values()), len(used))
+    rate_at, rate = zip(*_rates(first), strict=True)
+    return ByTokens(tokens, values.T, sorted(ends.values()), list(rate_at), list(rate), len(used))
+
+
+def _rates(run: Result) -> list[tuple[int, float]]:
+    """Tokens and the learning rate there: at the start of each experience, and wherever it was kept."""
+    found: list[tuple[int, float]] = []
+    trained = [point for point in run.course if point[0] >= 0 and point[2] > 0]
+    for _, points in groupby(trained, key=itemgetter(0)):
+        kept = {int(at): float(rate) for _, _, at, rate in points}
+        found += [(found[-1][0] if found else 0, next(iter(kept.values()))), *kept.items()]
+    return found
 
 
 def _rows(run: Result) -> dict[int, FloatArray]:

@@ -35,7 +35,7 @@ def over_tokens(view: SectionView) -> Figure:
                 continue
             above.plot(x[known], values[known], color=colour, lw=1.3, marker="o", markersize=2.5, zorder=3)
             ends.append((x[known][-1], values[known][-1], f"{j + 1} {short(view.section.domains[j], 14)}", colour))
-        below.plot(np.array(found.rate_at) / size, found.rate, color=MUTED, lw=1.2, drawstyle="steps-pre")
+        below.plot(np.array(found.rate_at) / size, found.rate, color=MUTED, lw=1.2)
         below.set_ylim(bottom=0)
         above.margins(x=0.01)
         label_ends(above, ends, size=7, offset=4)

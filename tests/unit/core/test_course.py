@@ -151,6 +151,21 @@ def test_curves_for_the_report_average_over_seeds(done):
     assert found.num_seeds == 2
 
 
+def test_the_line_of_the_rate_jumps_where_the_schedule_does():
+    """Borders of experiences between points that a long run keeps: the rate falls to 0, and begins anew."""
+    result = trainer_of(max_steps=[300, 301, 299], eval_every=0, eval_rows=4, schedule_span="experience").run()
+    found = by_tokens([result])
+    at = dict.fromkeys(found.rate_at, 0)
+    for tokens in at:
+        rates = [rate for place, rate in zip(found.rate_at, found.rate, strict=True) if place == tokens]
+        at[tokens] = rates
+    assert at[0] == [0.5] and at[900 * STEP] == [pytest.approx(0.5 / 299)]
+    assert at[300 * STEP] == [pytest.approx(0.5 / 300), 0.5]
+    assert at[601 * STEP] == [pytest.approx(0.5 / 301), 0.5]
+    assert at[301 * STEP] == [0.5], "the first step of an experience is kept"
+    assert found.rate_at == sorted(found.rate_at)
+
+
 def test_runs_without_a_course_have_no_curves(done):
     assert by_tokens([replace(done[0], course=[])]) is None
     assert by_tokens([replace(done[0], domains=[str(j) for j in range(13)])]) is None
