@@ -81,6 +81,9 @@ class Strategy:
         """Put something around the backbone: a hypernetwork, adapters, masks."""
         return backbone
 
+    def check_model(self, model: nn.Module, info: StreamInfo) -> None:
+        """Raise `UserError` when this strategy cannot work with the network, which all strategies have wrapped."""
+
     def make_optimizer(self, module: nn.Module, default: Callable[[Iterable[nn.Parameter]], Optimizer]) -> Optimizer:
         """Build the optimizer; only the last strategy that overrides this is asked."""
         return default(module.parameters())

@@ -46,6 +46,8 @@ def prepare(
         model = backbone(stream.info)
         for strategy in strategies:
             model = strategy.wrap(model, stream.info)
+        for strategy in strategies:
+            strategy.check_model(model, stream.info)
     model.to(device)
     world = World.of(config.parallel)
     check_world(world, strategies, model, masks_absent, stream.info.num_heads)

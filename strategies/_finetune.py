@@ -85,11 +85,9 @@ class Finetune(Rehearsal):
         if self.buffer_of == self.name:
             raise UserError(f"{self.name}.buffer_of is its own name; leave it null for a buffer of its own")
 
-    def wrap(self, backbone: nn.Module, info: StreamInfo) -> nn.Module:
-        """Wraps nothing: patterns that match no module are found before anything is trained or written."""
+    def check_model(self, model: nn.Module, info: StreamInfo) -> None:
         if self.modules not in (["auto"], ["all"]):
-            matching(backbone, self.modules, f"{self.name}.modules")
-        return backbone
+            matching(model, self.modules, f"{self.name}.modules")
 
     def check_beside(self, strategies: Sequence[Strategy]) -> None:
         capacity = self.source(strategies).capacity

@@ -83,14 +83,12 @@ def pairs(model: nn.Module) -> dict[str, Pair]:
 class LoraStrategy(Strategy):
     """A strategy for models that are trained through adapters."""
 
-    def wrap(self, backbone: nn.Module, info: StreamInfo) -> nn.Module:
-        """Wraps nothing: a model without adapters is found before anything is trained."""
-        if not pairs(backbone):
+    def check_model(self, model: nn.Module, info: StreamInfo) -> None:
+        if not pairs(model):
             raise UserError(
-                f"{self.name} works on LoRA adapters, and {type(backbone).__name__} has none; take backbone=hf or "
-                "gpt with 'backbone.lora={rank: 8}'"
+                f"{self.name} works on LoRA adapters, and {type(model).__name__} has none; take backbone=hf or gpt "
+                "with 'backbone.lora={rank: 8}'"
             )
-        return backbone
 
     def begin_anew(self, state: TrainState) -> None:
         """Merge every adapter and let it begin anew, for the optimizer as well."""

@@ -85,10 +85,8 @@ class Projection(Strategy):
 
     # the run
 
-    def wrap(self, backbone: nn.Module, info: StreamInfo) -> nn.Module:
-        """Wraps nothing: a layer that cannot be protected is found before anything is trained or written."""
-        find_layers(backbone, self.name, self.others)
-        return backbone
+    def check_model(self, model: nn.Module, info: StreamInfo) -> None:
+        find_layers(model, self.name, self.others)
 
     def layers(self, state: TrainState) -> Layers:
         return find_layers(state.model, self.name, self.others)

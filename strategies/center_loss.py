@@ -52,9 +52,8 @@ class CenterLoss(Strategy):
         self.kept: dict[str, Tensor] = {}
         """`centers` (C, F), and `learnt_in` (C,): the experience in which each was learnt, -1 before."""
 
-    def wrap(self, backbone: nn.Module, info: StreamInfo) -> nn.Module:
-        require_backbone(backbone, "center_loss", "a head over its features")
-        return backbone
+    def check_model(self, model: nn.Module, info: StreamInfo) -> None:
+        require_backbone(model, "center_loss", "a head over its features")
 
     def penalty(self, state: TrainState, batch: Batch, output: Output) -> Tensor | None:
         if not self.kept:

@@ -101,9 +101,8 @@ class GenerativeKernel(Strategy):
                     f"({experience.name!r}) of stream {stream.info.name} does not say which classes it brings"
                 )
 
-    def wrap(self, backbone: nn.Module, info: StreamInfo) -> nn.Module:
-        require_backbone(backbone, "generative_kernel", "features")
-        return backbone
+    def check_model(self, model: nn.Module, info: StreamInfo) -> None:
+        require_backbone(model, "generative_kernel", "features")
 
     # the classifier
 

@@ -137,11 +137,9 @@ class Gere(Strategy):
         count = len(stream.experiences)
         require(self.since < count, "gere.since", self.since, f"below the number of experiences, {count}")
 
-    def wrap(self, backbone: nn.Module, info: StreamInfo) -> nn.Module:
-        """Wraps nothing: a layer that is not there is found before anything is trained."""
+    def check_model(self, model: nn.Module, info: StreamInfo) -> None:
         if self.tap is not None:
-            self.tap.check(backbone, "gere.layer")
-        return backbone
+            self.tap.check(model, "gere.layer")
 
     def on_run_start(self, state: TrainState) -> None:
         if self.is_off:

@@ -30,11 +30,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import functional_call
 
 from cl.buffers.base import draw_without_replacement, stored_rows
-from cl.core import Batch, Output, Setting, Source, Stream, UserError
+from cl.core import Batch, Output, Setting, Source, Stream, StreamInfo, UserError
 from cl.hooks import Contract, Strategy
 from cl.state import Cost, TrainState, tensor_bytes
 from strategies._checks import require, require_count
@@ -62,7 +62,10 @@ class Icarl(Strategy):
 
     settings = frozenset({Setting.CLASS_INCREMENTAL})
     contract = Contract(
-        toy={"capacity": 60}, why_not_zero="it replaces the label loss and the classifier", forgets_less_by=0.3
+        toy={"capacity": 60},
+        why_not_zero="it replaces the label loss and the classifier",
+        forgets_less_by=0.3,
+        acts_at_once=True,
     )
 
     def __init__(self, capacity: int = 2000, replay_batch_size: int | None = None) -> None:
@@ -86,16 +89,16 @@ class Icarl(Strategy):
         allowed = f"at least {num}, one exemplar for each class of the stream"
         require(self.capacity >= num, "icarl.capacity", self.capacity, allowed)
 
-    def on_run_start(self, state: TrainState) -> None:
-        """Features are missed now and not at the end of the first experience; one row of zeros goes forward."""
-        like = next(state.model.parameters())
-        row, zero = torch.zeros(1, *state.info.input_shape, dtype=like.dtype), torch.zeros(1, dtype=torch.int64)
-        with torch.no_grad(), evaluation_mode(state.model):
-            output = state.forward(Batch(row, zero, zero, zero).to(state.device))
+    def check_model(self, model: nn.Module, info: StreamInfo) -> None:
+        """One row of zeros goes forward."""
+        like = next(model.parameters())
+        row, zero = torch.zeros(1, *info.input_shape, dtype=like.dtype), torch.zeros(1, dtype=torch.int64)
+        with torch.inference_mode(), evaluation_mode(model):
+            output = model(Batch(row, zero, zero, zero).to(like.device))
         if output.hidden is None:
             raise UserError(
-                f"icarl classifies by the features before the head, and the backbone {type(state.model).__name__} "
-                "returns none (`Output.hidden`); take one that does"
+                f"icarl classifies by the features before the head, and the backbone {type(model).__name__} returns "
+                "none (`Output.hidden`); take one that does"
             )
 
     def num_drawn(self, state: TrainState, batch_size: int) -> int:

@@ -77,10 +77,8 @@ class RecallMerge(Strategy):
         self.models: list[Vectors] = []
         """Everything in the model's state, after each experience."""
 
-    def wrap(self, backbone: nn.Module, info: StreamInfo) -> nn.Module:
-        """Wraps nothing: a network without stages is found before anything is trained."""
-        require_backbone(backbone, self.name, NEEDS)
-        return backbone
+    def check_model(self, model: nn.Module, info: StreamInfo) -> None:
+        require_backbone(model, self.name, NEEDS)
 
     def on_experience_start(self, state: TrainState) -> None:
         if self.start == "first" and self.models:

@@ -110,14 +110,13 @@ class Remind(Rehearsal):
         self.num_streamed: dict[int, int] = {}
         self._replayed: tuple[Batch, Tensor, float] | None = None
 
-    def wrap(self, backbone: nn.Module, info: StreamInfo) -> nn.Module:
+    def check_model(self, model: nn.Module, info: StreamInfo) -> None:
         # not at first use: its import draws from Python's global generator
         import sklearn.cluster  # noqa: F401
 
-        num_stages = len(require_backbone(backbone, "remind", NEEDS).stages())
+        num_stages = len(require_backbone(model, "remind", NEEDS).stages())
         if self.cut is not None and self.cut > num_stages:
-            raise UserError(f"remind.cut is {self.cut}; {type(backbone).__name__} has {num_stages} stages")
-        return backbone
+            raise UserError(f"remind.cut is {self.cut}; {type(model).__name__} has {num_stages} stages")
 
     def on_resume(self, state: TrainState) -> None:
         self._install(state)

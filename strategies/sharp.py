@@ -114,13 +114,12 @@ class Sharp(Strategy):
         self._replayed: Batch | None = None
         self._holding: list[tuple[Tensor, Tensor]] | None = None
 
-    def wrap(self, backbone: nn.Module, info: StreamInfo) -> nn.Module:
-        num_stages = len(layers_of(require_backbone(backbone, "sharp", NEEDS), "sharp"))
+    def check_model(self, model: nn.Module, info: StreamInfo) -> None:
+        num_stages = len(layers_of(require_backbone(model, "sharp", NEEDS), "sharp"))
         if self.cut is not None and self.cut >= num_stages:
             raise UserError(
-                f"sharp.cut is {self.cut}; {type(backbone).__name__} has {num_stages} stages, of which one must be late"
+                f"sharp.cut is {self.cut}; {type(model).__name__} has {num_stages} stages, of which one must be late"
             )
-        return backbone
 
     def on_run_start(self, state: TrainState) -> None:
         self.units.pruned(self._layers(state), self.prune, self._draws(state))

@@ -20,9 +20,9 @@ from collections.abc import Callable, Mapping
 from fnmatch import fnmatchcase
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from cl.core import Batch, Setting, UserError
+from cl.core import Batch, Setting, StreamInfo, UserError
 from cl.hooks import Contract, Strategy
 from cl.state import Cost, TrainState, tensor_bytes
 from strategies._checks import require, require_choice, require_count
@@ -60,15 +60,18 @@ class UpdatePeriods(Strategy):
         self.slow: dict[str, int] = {}
         self.gathered: dict[str, Tensor] = {}
 
-    def on_run_start(self, state: TrainState) -> None:
-        names = list(state.parameters())
+    def check_model(self, model: nn.Module, info: StreamInfo) -> None:
+        names = [name for name, p in model.named_parameters() if p.requires_grad]
         for pattern in self.periods:
             if not any(fnmatchcase(name, pattern) for name in names):
                 raise UserError(
                     f"update_periods.periods names {pattern!r}, which fits no parameter; there are "
                     f"{', '.join(names[:4])}{' and more' if len(names) > 4 else ''}"
                 )
-        found = {name: next((p for q, p in self.periods.items() if fnmatchcase(name, q)), 1) for name in names}
+
+    def on_run_start(self, state: TrainState) -> None:
+        periods = self.periods.items()
+        found = {name: next((p for q, p in periods if fnmatchcase(name, q)), 1) for name in state.parameters()}
         self.slow = {name: period for name, period in found.items() if period > 1}
 
     def on_resume(self, state: TrainState) -> None:

@@ -70,6 +70,8 @@ class OurPlugin(SupervisedPlugin):
                 for strategy in self.strategies:
                     model = strategy.wrap(model, stream.info)
             template.model = as_model(model.to(template.device), stream.info.num_heads)
+        for strategy in self.strategies:
+            strategy.check_model(model, stream.info)
         if self.owns_optimizer:
             template.optimizer = self._optimizer(template.optimizer, model)
         self.state = TrainState(model, template.optimizer, stream, seeds, template.device, nullcontext)

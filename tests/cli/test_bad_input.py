@@ -89,6 +89,10 @@ CASES = {
         (*RUN, "strategy=kfpf", "strategy.kfpf.modules=[nothing,head]"),
         "has 'nothing', which matches no module with parameters; the model's modules are head (Linear), body.1",
     ),
+    "periods of no parameter": (
+        (*RUN, "strategy=update_periods", "strategy.update_periods.periods={nothing.*: 2}"),
+        "update_periods.periods names 'nothing.*', which fits no parameter; there are",
+    ),
     "unlearning of a loss that is not known yet": (
         (*RUN, "strategy=[refresh,replay]", "strategy.refresh.mode=paper"),
         "and replay behind it changes the batch; put refresh last, as in strategy=[replay,refresh]",

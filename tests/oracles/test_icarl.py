@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from copy import deepcopy
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from cl.core import Batch, Output, Setting, UserError
 from cl.evaluation import evaluating, predict
 from cl.state import TrainState
 from cl.testing import ToyNet, toy_stream, train
+from cl.trainer import Trainer
 from strategies.icarl import Icarl, herded
 from strategies.replay import Replay
 
@@ -201,8 +203,9 @@ class Featureless(ToyNet):
 
 
 def test_a_backbone_must_return_features():
+    """Refused before there is a run."""
     with pytest.raises(UserError, match=r"the backbone Featureless returns none \(`Output.hidden`\)"):
-        train(CLASS, [Icarl(capacity=30)], backbone=Featureless)
+        Trainer(toy_stream(CLASS), Featureless, [Icarl(capacity=30)], optimizer=partial(torch.optim.SGD, lr=0.1))
 
 
 def test_streams_and_capacities_that_do_not_fit():
