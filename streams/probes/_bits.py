@@ -22,7 +22,7 @@ import torch
 from torch import Generator, Tensor
 
 from cl.core import Setting, Stream
-from streams._settings import require_integer, require_setting
+from streams._settings import require_integer
 from streams.probes._sequences import Part, probe, require_integers
 
 Label = Callable[[Tensor, int], Tensor]
@@ -32,8 +32,8 @@ Label = Callable[[Tensor, int], Tensor]
 def bit_stream(
     name: str,
     label: Label,
+    setting: Setting,
     sizes: Sequence[int],
-    setting: str,
     train_rows: int,
     eval_rows: int,
     seed: int,
@@ -44,18 +44,17 @@ def bit_stream(
     Raises:
         UserError: a value outside its range.
     """
-    kind = require_setting(setting, (Setting.DOMAIN_INCREMENTAL, Setting.TASK_INCREMENTAL))
     chosen = require_integers("sizes", sizes, smallest)
     for option, value in (("train_rows", train_rows), ("eval_rows", eval_rows)):
         require_integer(f"stream.{option}", value, smallest=4)
     steps = max(4 * max(chosen), max(chosen) + 2)
 
     def part(k: int, num_rows: int) -> Part:
-        task_id = k if kind == Setting.TASK_INCREMENTAL else None
+        task_id = k if setting == Setting.TASK_INCREMENTAL else None
         return Part(f"N = {chosen[k]}", partial(bits, label, chosen[k], steps), num_rows, 0, task_id)
 
     train = [part(k, train_rows) for k in range(len(chosen))]
-    return probe(name, 2, train, [part(k, eval_rows) for k in range(len(chosen))], seed, kind)
+    return probe(name, setting, 2, train, [part(k, eval_rows) for k in range(len(chosen))], seed)
 
 
 def bits(label: Label, size: int, steps: int, num_rows: int, generator: Generator) -> tuple[Tensor, Tensor]:

@@ -107,11 +107,11 @@ def as_drawn(num_rows: int, epoch: int, generator: Generator) -> Tensor:
 
 def probe(
     name: str,
+    setting: Setting,
     num_outputs: int,
     train: Sequence[Part],
     test: Sequence[Part],
     seed: int,
-    setting: Setting = Setting.CONTINUAL_PRETRAINING,
 ) -> Stream:
     """The stream with one experience for each part of `train`; what it teaches is measured before the rest of `test`.
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 
-from cl.core import Stream, UserError
+from cl.core import Setting, Stream, UserError
 from streams.probes._sequences import Part, probe, require_table
 from streams.probes.mqar import recall, require_common, require_room
 
@@ -58,4 +58,5 @@ def forgetting_mqar(
         return Part(f"{pairs} pairs, {updates} again, in {tokens}", law, num_rows, filled_to)
 
     parts = [part(*row, length) for row in chosen]
-    return probe("forgetting_mqar", vocabulary, parts, [part(*row, eval_rows) for row in wanted], seed)
+    test = [part(*row, eval_rows) for row in wanted]
+    return probe("forgetting_mqar", Setting.CONTINUAL_PRETRAINING, vocabulary, parts, test, seed)

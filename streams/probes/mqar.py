@@ -19,7 +19,7 @@ from functools import partial
 import torch
 from torch import Generator, Tensor
 
-from cl.core import IGNORED, Stream, UserError
+from cl.core import IGNORED, Setting, Stream, UserError
 from streams._settings import require_flag, require_integer
 from streams.probes._sequences import Part, probe, require_table, without_replacement
 
@@ -62,7 +62,8 @@ def mqar(
 
     parts = [part(*row, length) for row in chosen]
     wanted = dict.fromkeys([row[:2] for row in chosen] + further)
-    return probe("mqar", vocabulary, parts, [part(*row, eval_rows) for row in wanted], seed)
+    test = [part(*row, eval_rows) for row in wanted]
+    return probe("mqar", Setting.CONTINUAL_PRETRAINING, vocabulary, parts, test, seed)
 
 
 def require_common(vocabulary: object, power: object, is_filled: object, eval_rows: object) -> None:

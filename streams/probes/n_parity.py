@@ -10,12 +10,13 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from cl.core import Setting, Stream
+from streams._settings import require_setting
 from streams.probes._bits import bit_stream
 
 
 def n_parity(
     sizes: Sequence[int] = (2, 3, 4, 5, 6, 7, 8),
-    setting: str = str(Setting.DOMAIN_INCREMENTAL),
+    setting: str = "domain_incremental",
     train_rows: int = 5000,
     eval_rows: int = 500,
     seed: int = 0,
@@ -30,7 +31,8 @@ def n_parity(
     Raises:
         UserError: a value outside its range.
     """
-    return bit_stream("n_parity", parity, sizes, setting, train_rows, eval_rows, seed)
+    kind = require_setting(setting, (Setting.DOMAIN_INCREMENTAL, Setting.TASK_INCREMENTAL))
+    return bit_stream("n_parity", parity, kind, sizes, train_rows, eval_rows, seed)
 
 
 def parity(last_BN: Tensor, size: int) -> Tensor:

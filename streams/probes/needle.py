@@ -18,7 +18,7 @@ from functools import partial
 import torch
 from torch import Generator, Tensor
 
-from cl.core import IGNORED, Stream, UserError
+from cl.core import IGNORED, Setting, Stream, UserError
 from streams._settings import require_integer
 from streams.probes._sequences import Part, probe, require_integers, without_replacement
 
@@ -72,7 +72,7 @@ def needle(
     train = [part(segments, distance, train_rows) for distance in range(segments)]
     test = [part(segments, distance, eval_rows) for distance in range(segments)]
     test += [part(count, count - 1, eval_rows) for count in further if count != segments]
-    return probe("needle", 2 + 2 * keys + fillers, train, test, seed)
+    return probe("needle", Setting.CONTINUAL_PRETRAINING, 2 + 2 * keys + fillers, train, test, seed)
 
 
 def haystack(

@@ -16,7 +16,7 @@ from functools import partial
 import torch
 from torch import Generator, Tensor
 
-from cl.core import IGNORED, Stream, UserError
+from cl.core import IGNORED, Setting, Stream, UserError
 from streams._settings import require_integer
 from streams.probes._sequences import Part, probe, require_integers, without_replacement
 
@@ -59,7 +59,7 @@ def selective_copying(
     longest = max(chosen) + tokens
     train = [part(length, train_rows, longest) for length in chosen]
     test = [part(length, eval_rows) for length in dict.fromkeys(chosen + further)]
-    return probe("selective_copying", symbols + 2, train, test, seed)
+    return probe("selective_copying", Setting.CONTINUAL_PRETRAINING, symbols + 2, train, test, seed)
 
 
 def copying(length: int, tokens: int, symbols: int, num_rows: int, generator: Generator) -> tuple[Tensor, Tensor]:

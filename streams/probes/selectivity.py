@@ -19,7 +19,7 @@ from functools import partial
 import torch
 from torch import Generator, Tensor
 
-from cl.core import IGNORED, Stream, UserError
+from cl.core import IGNORED, Setting, Stream, UserError
 from cl.seeding import derive_seed
 from streams._settings import is_list, require_integer
 from streams.probes._sequences import Part, probe, require_table
@@ -80,7 +80,8 @@ def selectivity(
 
     train = [part(k, ranges[0], train_rows) for k in range(num_experiences)]
     test = [part(k, gap, eval_rows) for gap in ranges for k in range(num_experiences)]
-    return probe("selectivity", 1 + fillers + num_experiences * symbols, train, test, seed)
+    num_tokens = 1 + fillers + num_experiences * symbols
+    return probe("selectivity", Setting.CONTINUAL_PRETRAINING, num_tokens, train, test, seed)
 
 
 def rule_of(seed: int, k: int, symbols: int) -> Tensor:

@@ -19,7 +19,7 @@ from itertools import permutations
 import torch
 from torch import Generator, Tensor
 
-from cl.core import IGNORED, Stream
+from cl.core import IGNORED, Setting, Stream
 from streams._settings import require_choice, require_integer
 from streams.probes._sequences import Part, probe, require_integers
 
@@ -61,7 +61,7 @@ def word_problem(
 
     train = [part(length, train_rows, max(chosen)) for length in chosen]
     test = [part(length, eval_rows) for length in dict.fromkeys(chosen + further)]
-    return probe("word_problem", len(elements(group)), train, test, seed)
+    return probe("word_problem", Setting.CONTINUAL_PRETRAINING, len(elements(group)), train, test, seed)
 
 
 @lru_cache(maxsize=8)

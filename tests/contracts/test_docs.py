@@ -1,5 +1,6 @@
 """The tables in docs/ are those that `cl list` makes, and what they say of settings is true."""
 
+from inspect import signature
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,17 @@ def test_list_is_complete(name, group):
     assert set(entries) == {config.name for config in configs(group)}
     without = [entry.name for entry in entries.values() if not entry.line]
     assert not without, f"no first docstring line: {without}"
+
+
+def test_every_stream_says_its_settings_and_probes_the_true_ones():
+    listed = {entry.name: set(entry.settings) for entry in listing.streams()}
+    assert all(listed.values()), f"no settings: {[name for name, settings in listed.items() if not settings]}"
+    for config in configs("stream"):
+        if config.name.startswith("probes/"):
+            build, given = config.target(), config.arguments(seed=0)
+            is_free = "setting" in signature(build).parameters
+            made = [build(**given, setting=name) for name in listed[config.name]] if is_free else [build(**given)]
+            assert {str(stream.info.setting) for stream in made} == listed[config.name], config.name
 
 
 def test_listed_settings_are_those_of_the_class():
