@@ -13,6 +13,7 @@ from typing import Any
 
 from cl.checkpoint import load_start
 from cl.cli import build
+from cl.cli.allocation import keep_freed_memory
 from cl.core import UserError
 from cl.distributed import rank
 from cl.observe import Observer
@@ -47,6 +48,7 @@ def execute(
     Raises:
         UserError: before anything is written, when the request cannot be carried out.
     """
+    keep_freed_memory()
     is_first = rank() == 0
     if not resume and is_first and (run_dir / RESULT).exists():
         raise UserError(f"{run_dir} already holds a run; go on with `cl resume {run_dir}` or choose another folder")
