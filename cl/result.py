@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -119,13 +120,19 @@ def write_text(path: Path, text: str) -> None:
 
 def environment() -> dict[str, Any]:
     """Versions and machine facts that a number depends on; imports nothing."""
+    return {"python": platform.python_version(), "system": sys.platform, "versions": dict(_versions())}
+
+
+@cache
+def _versions() -> dict[str, str]:
+    """Looked for once a process: they are read from files."""
     versions = {}
     for name in ("cl-lab", "torch", "torchvision", "avalanche-lib", "mlflow", "hydra-core", "triton", "numpy"):
         try:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
-    return {"python": platform.python_version(), "system": sys.platform, "versions": versions}
+    return versions
 
 
 def _finite(value: Any) -> Any:

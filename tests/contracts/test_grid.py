@@ -1,6 +1,13 @@
-"""Every strategy trains on every embedded stream and on every backbone: a few steps of each pair."""
+"""Every strategy trains on every embedded stream and on every backbone: a few steps of each pair.
 
+The fast tests are a cover of the pairs: every strategy on every usual backbone, on the stream of text and on a few of
+the others, and everything with the plain strategies. A larger cover is marked slow and runs in CI; the pairs that are
+left are marked grid besides, for `make test-all`.
+"""
+
+import inspect
 import math
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -19,13 +26,36 @@ from streams.split import split
 
 STRATEGIES = discover("strategies")
 STREAMS = [config for config in configs("stream") if "root" not in config.node]
+PROBES = [config for config in STREAMS if config.name.startswith("probes/")]
+IMAGES_AND_TEXT = [config for config in STREAMS if config not in PROBES]
 CONFIG = TrainerConfig(max_steps=2, batch_size=16, eval_rows=20, device="cpu")
+SMALL_GPT = partial(Gpt, width=32, num_layers=2)
+"""Where the stream is what is tried; on backbones the defaults are."""
+
+
+class Few:
+    """The first rows of a data set: strategies that look at all of it need not look at a million bytes."""
+
+    def __init__(self, data, num_rows=100):
+        self.data, self.num_rows = data, num_rows
+
+    def __len__(self):
+        return self.num_rows
+
+    def rows(self, index):
+        return self.data.rows(index)
 
 
 def made(config):
-    # strategies that look at a whole experience need not look at a million bytes
+    make = config.target()
     few = {"train_tokens": 6400} if config.name == "builtin_text" else {}
-    return config.target()(**config.arguments(seed=0) | few)
+    if config in PROBES and "train_rows" in inspect.signature(make).parameters:
+        few = {"train_rows": 200}
+    return shortened(make(**config.arguments(seed=0) | few))
+
+
+def shortened(stream):
+    return stream if stream.general is None else replace(stream, general=lambda: Few(stream.general()))
 
 
 def strategy_of(plugin):
@@ -38,24 +68,27 @@ def trained(stream, strategy, backbone):
     return Trainer(stream, backbone, [strategy], optimizer=optimizer, config=CONFIG).run()
 
 
-PLAIN, USUAL = {"naive", "replay"}, {"mlp", "convnet", "gpt"}
-"""Every strategy meets these backbones and every stream but the probes each time, and everything meets these
-strategies; the other pairs are slow."""
+PLAIN = {"naive", "replay"}
+USUAL = {"mlp", "convnet", "gpt", "builtin_text"}
+"""Backbones and streams that every strategy meets each time, as everything meets the plain strategies."""
 
 
-def met(plugin, other, is_usual):
-    """A pair as a test parameter."""
-    marks = () if is_usual or plugin.name in PLAIN else pytest.mark.slow
-    return pytest.param(plugin, other, marks=marks, id=f"{plugin}-{other}")
+def pairs(others, often, seldom):
+    """Test parameters: the usual pairs and each `often`-th other fast, each `seldom`-th slow, the rest in the grid."""
+    for i, plugin in enumerate(STRATEGIES):
+        for j, other in enumerate(others):
+            is_fast = plugin.name in PLAIN or other.name in USUAL or (often and (i + j) % often == 0)
+            slow = [pytest.mark.slow] if (i + j) % seldom == 0 else [pytest.mark.slow, pytest.mark.grid]
+            yield pytest.param(plugin, other, marks=() if is_fast else slow, id=f"{plugin}-{other}")
 
 
-ON_STREAMS = [met(p, s, not s.name.startswith("probes/")) for p in STRATEGIES for s in STREAMS]
+ON_STREAMS = [*pairs(IMAGES_AND_TEXT, often=3, seldom=1), *pairs(PROBES, often=0, seldom=4)]
 
 
 @pytest.mark.parametrize(("plugin", "config"), ON_STREAMS)
 def test_strategy_on_stream(plugin, config):
     stream, strategy = made(config).first(2), strategy_of(plugin)
-    backbone = Gpt if stream.info.setting == Setting.CONTINUAL_PRETRAINING else Mlp
+    backbone = SMALL_GPT if stream.info.setting == Setting.CONTINUAL_PRETRAINING else Mlp
     if "lora" in plugin.name:  # those work on adapters
         backbone = partial(Hf, lora={"rank": 2})
     if stream.info.setting not in strategy.settings:
@@ -78,7 +111,7 @@ def shared_settings(plugin, backbone):
 
 
 BACKBONES = discover("cl.backbones")
-ON_BACKBONES = [met(p, b, b.name in USUAL) for b in BACKBONES for p in STRATEGIES if shared_settings(p, b)]
+ON_BACKBONES = [pair for pair in pairs(BACKBONES, often=0, seldom=3) if shared_settings(*pair.values)]
 
 
 @pytest.mark.parametrize(("plugin", "backbone"), ON_BACKBONES)
@@ -86,7 +119,7 @@ def test_strategy_on_backbone(plugin, backbone):
     """Batch norm, recurrence, convolutions and attention, in the first setting that both declare."""
     setting = shared_settings(plugin, backbone)[0]
     if setting == Setting.CONTINUAL_PRETRAINING:
-        stream = builtin_text(context=16, train_tokens=1600)
+        stream = shortened(builtin_text(context=16, train_tokens=1600))
     else:
         stream = split(num_experiences=5, setting=str(setting), train_rows=100, eval_rows=50)
     try:

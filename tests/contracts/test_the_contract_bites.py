@@ -208,7 +208,7 @@ def test_a_broken_promise_is_noticed(strategy, promise):
 @pytest.mark.parametrize("strategy", [ForgetsItsState, DrawsFromPython])
 def test_a_run_that_does_not_go_on_exactly_is_noticed(strategy, tmp_path):
     with pytest.raises(AssertionError):
-        contract_of(strategy).test_resumes_exactly(DIL, "inside an experience", tmp_path)
+        contract_of(strategy).test_resumes_exactly(DIL, tmp_path)
 
 
 @pytest.mark.parametrize("strategy", [DoesNotHelp, StopsLearning])
