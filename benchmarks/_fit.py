@@ -1,19 +1,15 @@
-"""What the studies of architecture share: networks of equal size, and the tables of their pages."""
+"""What the studies of architecture share: networks of equal size."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
-from statistics import fmean
 
-import torch
 from torch import nn
 
 from cl.backbones.mlps.moe import Moe
 from cl.cli.build import make
 from cl.cli.compose import composed, seeded
 from cl.core import StreamInfo
-from cl.metrics.statistics import ALPHA, bootstrap_ci
 
 
 def active_weights(model: nn.Module) -> int:
@@ -56,43 +52,3 @@ def fitted_width(size: Callable[[int], int], target: int, multiple: int, name: s
     if abs(size(width) / target - 1) > 0.03:
         raise ValueError(f"{name} has {size(width):,} weights at its nearest, and {target:,} are wanted")
     return width
-
-
-# tables
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table."""
-    return "\n".join(f"| {' | '.join(line)} |" for line in (head, ("---",) * len(head), *rows)) + "\n"
-
-
-def cell(values: Sequence[float], form: str = ".3f") -> str:
-    """Mean and 95 % bootstrap interval of what was measured several times."""
-    if not values:
-        return ""
-    low, high = bootstrap_ci(values)
-    spread = "" if low != low else f" [{low:{form}}, {high:{form}}]"
-    return f"{fmean(values):{form}}{spread}"
-
-
-def student(differences: Sequence[float]) -> tuple[float, float, float]:
-    """Student's t on paired differences: low and high end of the 95 % interval of their mean, and p of no difference.
-
-    For the few seeds of a study, from which neither a bootstrap nor a test of ranks can tell anything (three allow a
-    rank test no p below 0.25, and a bootstrap covers too little); it assumes that differences are about normal.
-
-    Example:
-        >>> low, high, p = student([1.0, 2.0, 3.0])
-        >>> round(low, 2), round(high, 2), round(p, 3)
-        (-0.48, 4.48, 0.074)
-    """
-    from scipy.stats import t, ttest_1samp
-
-    if len(differences) < 2:
-        return math.nan, math.nan, math.nan
-    values = torch.tensor(differences, dtype=torch.float64)
-    mean, error = float(values.mean()), float(values.std() / len(values) ** 0.5)
-    if error == 0:
-        return mean, mean, 1.0 if mean == 0 else 0.0
-    half = float(t.ppf(1 - ALPHA / 2, len(values) - 1)) * error
-    return mean - half, mean + half, float(ttest_1samp(differences, 0.0).pvalue)

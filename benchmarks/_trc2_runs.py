@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import permutations
 from pathlib import Path
 from statistics import median
 
 from _fit import active_weights, fitted, network
-from rich.console import Console
+from _study import Comparisons, finished
 
-from cl.cli.compare import Plan, make_plan, run_all, split_words
+from cl.cli.compare import Plan, make_plan, split_words
 from cl.cli.compose import composed, plain
 from cl.core import Setting, StreamInfo
 from cl.result import Result
@@ -43,21 +43,19 @@ ARMS: Mapping[str, Sequence[str]] = {
 }
 
 
-@dataclass(frozen=True)
-class Study:
-    """Where things are and how much of them there is; the sizes are those of runs small enough for one core.
+@dataclass(frozen=True, kw_only=True)
+class Trc2(Comparisons):
+    """The runs of the study; the sizes are those of runs small enough for one core.
 
     Args:
         data: `data.root`, with `text/` below it.
-        out: folder of all runs.
         seeds: of each order.
         steps: of each domain, `rows` rows of `context` tokens each.
-        jobs: runs at a time.
         words: more overrides for every run.
     """
 
-    data: Path
-    out: Path
+    out: Path = Path("runs/trc2")
+    page: Path = Path("docs/comparisons/trc2")
     seeds: int = 1
     steps: int = 40
     rows: int = 8
@@ -65,7 +63,6 @@ class Study:
     vocabulary: int = 1024
     width: int = 64
     layers: int = 4
-    jobs: int = 1
     words: Sequence[str] = ()
 
     def request(self, name: str) -> tuple[str, ...]:
@@ -94,7 +91,7 @@ class Study:
 
     def tokenizer(self) -> Path:
         """One for all orders, since losses of different tokens cannot be compared: a BPE of C4."""
-        with (self.data / "text" / "c4" / "train.jsonl").open() as lines:
+        with (Path(self.data) / "text" / "c4" / "train.jsonl").open() as lines:
             trained_bpe((json.loads(line)["text"] for line in lines), self.vocabulary, self.out, "c4")
         return (self.out / "tokenizers" / f"bpe-{self.vocabulary}-c4.json").absolute()
 
@@ -121,12 +118,9 @@ class Study:
         return make_plan(plain(composed("compare", own)), others)
 
     def train(self, budget: str, orders: Sequence[str], name: str, arm: str, words: Sequence[str], steps: int) -> None:
-        """What is not done yet, in all orders; without the reports of a comparison, since the page is one."""
+        """The runs of all orders."""
         plans = [self.plan(budget, order, name, arm, words, steps) for order in orders]
-        runs = {folder: config for plan in plans for folder, config in plan.runs.items()}
-        failures = run_all(replace(plans[0], out=self.out, runs=runs, jobs=self.jobs), Console())
-        if failures:
-            raise SystemExit("; ".join(f"{folder}: {sentence}" for folder, sentence in failures.items()))
+        self.run({folder: config for plan in plans for folder, config in plan.runs.items()}, plans[0].suite)
 
     def at_equal_tokens(self, orders: Sequence[str], names: Sequence[str], arms: Sequence[str]) -> None:
         for name in names:
@@ -144,13 +138,8 @@ class Study:
 
     def every(self, budget: str, name: str, arm: str) -> dict[tuple[str, int], Result]:
         """Finished runs by order and seed: what is compared in pairs."""
-        found = {}
-        for order in ORDERS:
-            for path in sorted(self.folder(budget, order, name, arm).glob("*/seed-*/result.json")):
-                run = Result.load(path)
-                if run.status == "done":
-                    found[order, run.seed] = run
-        return found
+        runs = {order: finished(self.folder(budget, order, name, arm)) for order in ORDERS}
+        return {(order, run.seed): run for order in ORDERS for run in runs[order]}
 
     def seconds(self, name: str, arm: str) -> float:
         """Of training in a run at equal tokens: the median, since machines are shared.

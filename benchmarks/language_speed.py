@@ -32,7 +32,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
+from _peers import LLAMA, adamw, huggingface, plain_text
+from _study import table
 from torch import Tensor, nn
 
 from cl.backbones.gpt import Gpt
@@ -53,22 +54,8 @@ MODELS = {
     "1.1M, 16 rows of 128": ({"width": 128, "num_layers": 5}, 128, 16, 7),
 }
 """Settings of the decoder, tokens of a row, rows of a step, steps of a run."""
-LLAMA = {
-    "model_type": "llama",
-    "hidden_size": 96,
-    "intermediate_size": 256,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 4,
-}
-LR = 1e-3
 WARM = 2
 MEGABYTES = 10
-
-
-def adamw(parameters: Any) -> torch.optim.AdamW:
-    """The optimizer of all."""
-    return torch.optim.AdamW(parameters, lr=LR, betas=(0.9, 0.95), weight_decay=0.1)
 
 
 def documentation(context: int) -> tuple[Stream, Tensor]:
@@ -107,66 +94,6 @@ def ours(backbone: Callable[..., nn.Module], stream: Stream, batch_size: int, st
     return watch.stamps
 
 
-def plain(
-    made: Callable[..., Gpt], stream: Stream, tokens: Tensor, batch_size: int, steps: int, is_separated: bool = True
-) -> list[float]:
-    """Stamps of what a person writes who wants it fast and simple."""
-    model, (context,) = made(stream.info), stream.info.input_shape
-    if not is_separated:
-        model.separator = None
-    optimizer = adamw(model.parameters())
-    places = torch.arange(context + 1)
-    stamps = []
-    for step in range(steps):
-        for group in optimizer.param_groups:
-            group["lr"] = LR * (1 - step / steps)
-        starts = torch.randint((len(tokens) - 1) // context, (batch_size, 1)) * context
-        rows = tokens[starts + places]
-        optimizer.zero_grad()
-        logits = model.head(model.features(rows[:, :-1]))
-        loss = F.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten())
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        stamps.append(time.process_time())
-    return stamps
-
-
-def huggingface(stream: Stream, tokens: Tensor, batch_size: int, steps: int) -> list[float]:
-    """Stamps of transformers' Trainer."""
-    from transformers import AutoConfig, AutoModelForCausalLM, TrainerCallback, TrainingArguments
-    from transformers import Trainer as Theirs
-
-    context, options = stream.info.input_shape[0], {key: v for key, v in LLAMA.items() if key != "model_type"}
-    config = AutoConfig.for_model("llama", vocab_size=stream.info.num_outputs, use_cache=False, **options)
-    rows = tokens[: len(tokens) // context * context].view(-1, context)
-    with tempfile.TemporaryDirectory() as folder:
-        arguments = TrainingArguments(
-            folder,
-            max_steps=steps,
-            per_device_train_batch_size=batch_size,
-            learning_rate=LR,
-            weight_decay=0.1,
-            max_grad_norm=1.0,
-            lr_scheduler_type="cosine",
-            optim="adamw_torch",  # the same as ours, not their fused one
-            report_to="none",
-            save_strategy="no",
-            logging_strategy="no",
-            disable_tqdm=True,
-            use_cpu=True,
-        )
-        data = [{"input_ids": row, "labels": row} for row in rows[: steps * batch_size]]
-        stamps: list[float] = []
-
-        class Watch(TrainerCallback):  # type: ignore[misc]
-            def on_step_end(self, *_: Any, **__: Any) -> None:
-                stamps.append(time.process_time())
-
-        Theirs(AutoModelForCausalLM.from_config(config), arguments, train_dataset=data, callbacks=[Watch()]).train()
-    return stamps
-
-
 def in_turn(runs: Mapping[str, Callable[[], list[float]]], step_tokens: int, repeats: int) -> dict[str, float]:
     """Tokens per second of each at its median step, run in turn."""
     found: dict[str, list[float]] = {name: [] for name in runs}
@@ -180,28 +107,30 @@ def in_turn(runs: Mapping[str, Callable[[], list[float]]], step_tokens: int, rep
 
 # the sections of the page
 
+Rows = Iterator[tuple[str, ...]]
+"""Of a table, its head first."""
 
-def training(options: argparse.Namespace) -> Iterator[str]:
+
+def training(options: argparse.Namespace) -> Rows:
     """Our loop beside the plain one."""
-    yield "| network, step | ours | plain loop | plain, documents together | ours / plain | ours / plain, together |"
-    yield "|---|---|---|---|---|---|"
+    yield "network, step", "ours", "plain loop", "plain, documents together", "ours / plain", "ours / plain, together"
     for title, (settings, context, batch_size, steps) in MODELS.items():
         stream, tokens = documentation(context)
         made = partial(Gpt, **settings)
         rates = in_turn(
             {
                 "ours": partial(ours, made, stream, batch_size, steps),
-                "plain": partial(plain, made, stream, tokens, batch_size, steps),
-                "together": partial(plain, made, stream, tokens, batch_size, steps, is_separated=False),
+                "plain": partial(plain_text, made, stream, tokens, batch_size, steps),
+                "together": partial(plain_text, made, stream, tokens, batch_size, steps, is_separated=False),
             },
             batch_size * context,
             options.repeats,
         )
         ratios = (rates["ours"] / rates["plain"], rates["ours"] / rates["together"])
-        yield row(title, *(f"{rate / 1000:.1f}k" for rate in rates.values()), *(f"{ratio:.2f}" for ratio in ratios))
+        yield title, *(f"{rate / 1000:.1f}k" for rate in rates.values()), *(f"{ratio:.2f}" for ratio in ratios)
 
 
-def trainer(options: argparse.Namespace) -> Iterator[str]:
+def trainer(options: argparse.Namespace) -> Rows:
     """Our loop beside transformers' Trainer."""
     batch_size, steps = 16, 15
     stream, tokens = documentation(96)
@@ -215,21 +144,19 @@ def trainer(options: argparse.Namespace) -> Iterator[str]:
         batch_size * 96,
         options.repeats,
     )
-    yield "| loop | tokens/s | of transformers' Trainer |"
-    yield "|---|---|---|"
+    yield "loop", "tokens/s", "of transformers' Trainer"
     for name, rate in rates.items():
-        yield row(name, f"{rate / 1000:.1f}k", f"{rate / rates[list(rates)[-1]]:.2f}")
+        yield name, f"{rate / 1000:.1f}k", f"{rate / rates[list(rates)[-1]]:.2f}"
 
 
-def tokenising(options: argparse.Namespace) -> Iterator[str]:
+def tokenising(options: argparse.Namespace) -> Rows:
     """From text to shards, on one core."""
     os.environ |= {"TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1"}
     from streams._shards import corpus_of
     from streams._tokenizers import Bytes, trained_bpe
 
     documents, size = documents_of(Path(options.data)), MEGABYTES * 1_000_000
-    yield "| tokenizer | text to shards, MB/s | encoder alone, MB/s | bytes a token |"
-    yield "|---|---|---|---|"
+    yield "tokenizer", "text to shards, MB/s", "encoder alone, MB/s", "bytes a token"
     with tempfile.TemporaryDirectory() as folder:
         for vocabulary in (257, 1024, 8192):
             made = Bytes() if vocabulary == 257 else trained_bpe(documents[:400], vocabulary, Path(folder), "some")
@@ -241,7 +168,7 @@ def tokenising(options: argparse.Namespace) -> Iterator[str]:
             alone_s = time.process_time() - begin
             title = "bytes" if vocabulary == 257 else f"bpe of {vocabulary:,} tokens"
             per_token = corpus.num_bytes / corpus.num_tokens
-            yield row(title, f"{size / 1e6 / whole_s:.1f}", f"{size / 1e6 / alone_s:.1f}", f"{per_token:.2f}")
+            yield title, f"{size / 1e6 / whole_s:.1f}", f"{size / 1e6 / alone_s:.1f}", f"{per_token:.2f}"
 
 
 def documents_of(data: Path) -> list[str]:
@@ -259,10 +186,9 @@ def documents_of(data: Path) -> list[str]:
     return documents
 
 
-def memory(options: argparse.Namespace) -> Iterator[str]:
+def memory(options: argparse.Namespace) -> Rows:
     """Peak memory of processes that differ in the number of their experiences."""
-    yield "| experiences | updates | peak resident memory, MB |"
-    yield "|---|---|---|"
+    yield "experiences", "updates", "peak resident memory, MB"
     for count in (2, 10, 40):
         order = ",".join(["docs", "code"] * (count // 2))
         words = [
@@ -272,20 +198,15 @@ def memory(options: argparse.Namespace) -> Iterator[str]:
         with tempfile.TemporaryDirectory() as folder:
             subprocess.run([sys.executable, "-m", "cl", *words], cwd=folder, check=True, stdout=subprocess.DEVNULL)
             cost = Result.load(Path(folder) / "run" / "result.json").cost
-        yield row(str(count), f"{cost['updates']:.0f}", f"{cost['peak_memory_bytes'] / 1e6:.0f}")
+        yield str(count), f"{cost['updates']:.0f}", f"{cost['peak_memory_bytes'] / 1e6:.0f}"
 
 
-SECTIONS: Mapping[str, Callable[[argparse.Namespace], Iterator[str]]] = {
+SECTIONS: Mapping[str, Callable[[argparse.Namespace], Rows]] = {
     "training": training,
     "trainer": trainer,
     "tokenising": tokenising,
     "memory": memory,
 }
-
-
-def row(*cells: str) -> str:
-    """A line of a table."""
-    return f"| {' | '.join(cells)} |"
 
 
 def sections_of(page: Path) -> dict[str, str]:
@@ -313,9 +234,9 @@ def main(words: Sequence[str] | None = None) -> None:
     torch.set_num_threads(options.threads)
     found = sections_of(options.out)
     for name in options.sections.split(","):
-        lines = "\n".join(SECTIONS[name](options))
-        print(f"{name}\n{lines}", flush=True)
-        found[name] = f"{lines}\n\n{conditions(options)}"
+        columns, *rows = SECTIONS[name](options)
+        print(f"{name}\n{table(columns, rows)}", flush=True)
+        found[name] = f"{table(columns, rows)}\n{conditions(options)}"
         parts = [f"## {each}\n\n{found[each]}\n" for each in SECTIONS if each in found]
         head = (
             "# Language: speed and memory\n\nMade by `python benchmarks/language_speed.py`, whose docstring says how.\n"

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import throughput
 import torch
+from _peers import plain
 
 from cl.result import write_text
 
@@ -46,12 +47,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/profile.md"))
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    throughput.NUM_EXPERIENCES = 1
     runs = {
         "ours, naive": lambda: throughput.ours(options.data, 64, False, num_experiences=1),
-        "plain loop": lambda: throughput.plain(options.data, 64, False),
+        "plain loop": lambda: plain(options.data, 64, False, num_experiences=1),
         "ours, replay 1000": lambda: throughput.ours(options.data, 64, True, num_experiences=1),
-        "plain loop, replay 1000": lambda: throughput.plain(options.data, 64, True),
+        "plain loop, replay 1000": lambda: plain(options.data, 64, True, num_experiences=1),
     }
     parts = [
         f"# Where a training step goes\n\nMade by `python benchmarks/profile_step.py --threads {options.threads}` on "

@@ -19,34 +19,24 @@ everything at a size that means nothing.
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 
-from cl.cli.main import main as cl
-from cl.result import Result, write_text
+from _study import TUNE_ON_TEXT, Comparisons, chosen, finished, spread, table
+
+from cl.result import Result
 
 RATES = "{optimizer.lr: [0.0002, 0.0005, 0.001, 0.004]}"
 COMMON = ("trainer.eval_batch_size=64", "trainer.eval_rows=128", "tracking=none")
-TRAIN_FILES = (
-    "{name: c4, path: text/c4/train.jsonl}",
-    '{name: wikitext, path: text/wikitext/train.txt, starts: "^ = [^=].* = $"}',
-    "{name: gsm8k, path: text/gsm8k/train.jsonl, field: [question, answer]}",
-)
 
 STREAMS: Mapping[str, Sequence[str]] = {
     "builtin": ("+experiment=builtin_text",),
     "local": ("+experiment=text_local", "schedule=rewarmed_cosine", "backbone.num_layers=5", "trainer.max_steps=120"),
 }
-TUNE_ON = {
-    "builtin": "stream.eval_on=validation",
-    # documents of the training files are measured on in place of the test files
-    "local": f"stream.domains=[{', '.join(TRAIN_FILES)}]",
-}
+TUNE_ON = {"builtin": "stream.eval_on=validation", "local": TUNE_ON_TEXT}
 QUICK = {
     "builtin": ("stream.train_tokens=6400", "stream.eval_tokens=2000"),
     "local": ("trainer.max_steps=4", "stream.eval_tokens=2000"),
@@ -106,15 +96,15 @@ def schedules() -> dict[str, Condition]:
     return found
 
 
-@dataclass(frozen=True)
-class Study:
-    """Where things are and how much of them there is."""
+@dataclass(frozen=True, kw_only=True)
+class Language(Comparisons):
+    """The runs of the study."""
 
-    data: str
-    out: Path
-    seeds: int
-    jobs: int
-    is_quick: bool
+    out: Path = Path("runs/language")
+    page: Path = Path("docs/comparisons/language")
+    seeds: int = 3
+    jobs: int = 2
+    is_quick: bool = False
 
     def folder(self, stream: str, condition: Condition) -> Path:
         """Of a condition; conditions of the same words share their runs."""
@@ -122,27 +112,17 @@ class Study:
         parts = [word.partition("=")[2] if word[0] != "t" else "tuned" for word in words]
         return self.out / stream / "-".join([strategy, *parts]).replace("/", "_")
 
-    def compare(self, stream: str, condition: Condition) -> None:
-        """One `cl compare`, which repeats nothing that is done."""
+    def train(self, stream: str, condition: Condition) -> None:
+        """The runs of a condition."""
         strategy, words = condition
-        where = (f"out={self.folder(stream, condition)}", f"data.root={self.data}", f"jobs={self.jobs}")
-        request = (f"strategies={strategy}", f"reference={strategy}", f"seeds={self.seeds}")
-        tuned = (f"tune_on={TUNE_ON[stream]}",) if any(word.startswith("tune=") for word in words) else ()
+        tune_on = (f"tune_on={TUNE_ON[stream]}",) if any(word.startswith("tune=") for word in words) else ()
         quick = QUICK[stream] if self.is_quick else ()
-        code = cl(["compare", *STREAMS[stream], *COMMON, *quick, *words, *tuned, *request, *where])
-        if code:
-            raise SystemExit(code)
+        folder = self.folder(stream, condition)
+        self.compare(folder, [strategy], *STREAMS[stream], *COMMON, *quick, *words, *tune_on)
 
     def results(self, stream: str, condition: Condition) -> list[Result]:
         """Finished runs, in the order of their seeds."""
-        paths = sorted(self.folder(stream, condition).glob("*/seed-*/result.json"))
-        return [run for run in map(Result.load, paths) if run.status == "done"][: self.seeds]
-
-    def chosen(self, stream: str, condition: Condition) -> str:
-        """What tuning chose, for the page."""
-        path = self.folder(stream, condition) / "tuning.json"
-        notes = json.loads(path.read_text()) if path.is_file() else {}
-        return ", ".join(word for note in notes.values() for word in note["chosen"])
+        return finished(self.folder(stream, condition))[: self.seeds]
 
 
 def bits(run: Result) -> list[list[float]]:
@@ -151,15 +131,14 @@ def bits(run: Result) -> list[list[float]]:
     return [[value * s for value, s in zip(row, scale, strict=True)] for row in (run.R_init, *run.R)]
 
 
-def table(study: Study, stream: str, conditions: Mapping[str, Condition]) -> str:
+def results_table(study: Language, stream: str, conditions: Mapping[str, Condition]) -> str:
     """Bits per byte at the end on every domain, and how much of naive training's loss on the first one is avoided."""
     naive = study.results(stream, ("naive", ()))
     if not naive:
         return "Not run yet.\n"
     domains, last = naive[0].domains, len(naive[0].R)
-    rows = [("condition", *domains, f"rise of {domains[0]} avoided", "one seed, before", "updates", "seeds")]
-    rows.append(("---",) * len(rows[0]))
-    absent = []
+    head = ("condition", *domains, f"rise of {domains[0]} avoided", "one seed, before", "updates", "seeds")
+    rows, absent = [], []
     for name, condition in conditions.items():
         runs = study.results(stream, condition)
         if not runs:
@@ -169,12 +148,13 @@ def table(study: Study, stream: str, conditions: Mapping[str, Condition]) -> str
         paired = {run.seed: rise(run) for run in naive}
         avoided = [1 - rise(run) / paired[run.seed] for run in runs if paired.get(run.seed, 0) > 0]
         share = f"{100 * fmean(avoided):.0f} %" if avoided and name != "naive" else ""
-        chosen = study.chosen(stream, condition)
-        title = f"{name} ({chosen})" if chosen else name
+        words = ", ".join(chosen(study.folder(stream, condition)))
+        title = f"{name} ({words})" if words else name
         before = f"{BEFORE[name]} %" if stream == "builtin" and name in BEFORE else ""
-        rows.append((title, *map(spread, ends), share, before, f"{runs[0].cost['updates']:,.0f}", str(len(runs))))
+        updates = f"{runs[0].cost['updates']:,.0f}"
+        rows.append((title, *(spread(each, ".2f") for each in ends), share, before, updates, str(len(runs))))
     missing = f"\nNot run yet: {'; '.join(absent)}.\n" if absent else ""
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n" + missing
+    return table(head, rows) + missing
 
 
 def rise(run: Result) -> float:
@@ -183,12 +163,7 @@ def rise(run: Result) -> float:
     return measured[-1][0] - measured[1][0]
 
 
-def spread(values: Sequence[float]) -> str:
-    """Mean and standard deviation over seeds."""
-    return f"{fmean(values):.2f} ± {stdev(values):.2f}" if len(values) > 1 else f"{fmean(values):.2f}"
-
-
-def page(study: Study) -> str:
+def page(study: Language) -> str:
     """The Markdown page."""
     parts = [
         "# Language: replay, GeRe and schedules\n",
@@ -201,31 +176,23 @@ def page(study: Study) -> str:
         READING,
     ]
     for stream in STREAMS:
-        parts += [f"## {stream}: strategies\n", table(study, stream, strategies())]
-        parts += [f"## {stream}: schedules\n", table(study, stream, schedules())]
+        parts += [f"## {stream}: strategies\n", results_table(study, stream, strategies())]
+        parts += [f"## {stream}: schedules\n", results_table(study, stream, schedules())]
     return "\n".join(parts)
 
 
 def main() -> None:
     """Run what is not done, then write the page."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", required=True)
-    parser.add_argument("--out", type=Path, default=Path("runs/language"))
-    parser.add_argument("--page", type=Path, default=Path("docs/comparisons/language"))
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--jobs", type=int, default=2)
+    parser = Language.options(__doc__)
     parser.add_argument("--streams", default=",".join(STREAMS))
     parser.add_argument("--only", default="", help="conditions whose names hold this text")
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--page-only", action="store_true", help="run nothing; write the page from what there is")
     given = parser.parse_args()
-    study = Study(given.data, given.out, given.seeds, given.jobs, given.quick)
-    conditions = {**strategies(), **schedules()}
+    study = Language.of(given)
     for stream in () if given.page_only else given.streams.split(","):
-        for name, condition in conditions.items():
+        for name, condition in {**strategies(), **schedules()}.items():
             if given.only in name:
-                study.compare(stream, condition)
-    write_text(given.page / "README.md", page(study))
+                study.train(stream, condition)
+    study.write(page(study))
 
 
 if __name__ == "__main__":

@@ -15,21 +15,19 @@ adjustment over the backbones of a table.
 
 from __future__ import annotations
 
-import argparse
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, median
 
 import torch
-from _fit import active_weights, fitted, network, student, table
+from _fit import active_weights, fitted, network
+from _study import TUNE_ON_TEXT, Comparisons, chosen, finished, student, table
 
-from cl.backbones._state import State
-from cl.cli.main import main as cl
 from cl.core import Batch, Setting, StreamInfo
 from cl.metrics.statistics import ALPHA, holm
-from cl.result import Result, write_text
+from cl.result import Result
+from cl.state import tensor_bytes
 
 WIDTH, LAYERS, CONTEXT = 48, 2, 64
 BATCH = {"permuted_mnist": 16, "split_mnist": 16, "text": 8}
@@ -55,12 +53,6 @@ STREAMS: Mapping[str, Sequence[str]] = {
     "split_mnist": ("stream=split_mnist", "stream.setting=task_incremental", "trainer.max_steps=20", *IMAGES),
     "text": ("stream=text_domains", f"stream.context={CONTEXT}", "stream.eval_tokens=4096", "trainer.max_steps=50"),
 }
-TRAIN_FILES = (
-    "{name: c4, path: text/c4/train.jsonl}",
-    '{name: wikitext, path: text/wikitext/train.txt, starts: "^ = [^=].* = $"}',
-    "{name: gsm8k, path: text/gsm8k/train.jsonl, field: [question, answer]}",
-)
-TUNE_ON = {"text": f"stream.domains=[{', '.join(TRAIN_FILES)}]"}
 INFOS = {
     "permuted_mnist": StreamInfo("permuted", Setting.DOMAIN_INCREMENTAL, (1, 28, 28), 10, 3),
     "split_mnist": StreamInfo("split", Setting.TASK_INCREMENTAL, (1, 28, 28), 2, 5),
@@ -76,18 +68,16 @@ STRATEGIES: Mapping[str, Sequence[str]] = {
         for word in ("capacity=100", "k=3", "steps=20", "replay_batch_size=16", "snapshot_steps=20")
     ),
 }
-WRONG_REQUEST = 2
 QUICK = ("trainer.max_steps=4", "trainer.eval_rows=32")
 
 
-@dataclass(frozen=True)
-class Study:
-    """Where things are and how much of them there is."""
+@dataclass(frozen=True, kw_only=True)
+class Memory(Comparisons):
+    """The runs of the study."""
 
-    data: str
-    out: Path
-    seeds: int
-    jobs: int
+    out: Path = Path("runs/memory")
+    page: Path = Path("docs/comparisons/memory")
+    seeds: int = 3
     is_quick: bool = False
 
     def folder(self, stream: str, backbone: str, part: str) -> Path:
@@ -102,45 +92,32 @@ class Study:
         target = active_weights(network([*COMMON, *BACKBONES["transformer"]], INFOS[stream]))
         return fitted(words, target, INFOS[stream], multiple=2)
 
-    def run(self, stream: str, backbone: str) -> None:
+    def train(self, stream: str, backbone: str) -> None:
         """Plain training goes first and chooses the rate; then the other strategies, at that rate."""
-        self.compare(stream, backbone, "naive", ["naive"], RATES)
-        rate = self.chosen(stream, backbone, "naive")
+        self.train_some(stream, backbone, "naive", ["naive"], RATES)
+        rate = chosen(self.folder(stream, backbone, "naive"))
         if backbone == "transformer":
             # also where its EWC is run: the strength that the others get is chosen here
-            self.compare(stream, backbone, "ewc", ["ewc"], STRENGTHS, *rate)
-        strength = self.chosen(stream, "transformer", "ewc")
+            self.train_some(stream, backbone, "ewc", ["ewc"], STRENGTHS, *rate)
+        strength = chosen(self.folder(stream, "transformer", "ewc"))
         others = [name for name in STRATEGIES if name != "naive" and (name, backbone) != ("ewc", "transformer")]
-        self.compare(stream, backbone, "others", others, *rate, *strength[: "ewc" in others])
+        self.train_some(stream, backbone, "others", others, *rate, *strength[: "ewc" in others])
 
-    def compare(self, stream: str, backbone: str, part: str, strategies: Sequence[str], *words: str) -> None:
-        """One `cl compare`, which repeats nothing that is done; a run that fails is missing on the page."""
-        request = [
+    def train_some(self, stream: str, backbone: str, part: str, strategies: Sequence[str], *words: str) -> None:
+        """A run that fails is missing on the page."""
+        words = (
             *self.request(stream, backbone),
             *(QUICK if self.is_quick else ()),
             *(word for name in strategies for word in STRATEGIES[name]),
             *words,
-            *((f"tune_on={TUNE_ON[stream]}",) if stream in TUNE_ON else ()),
-            f"strategies=[{','.join(strategies)}]",
-            f"reference={strategies[0]}",
-            f"seeds={self.seeds}",
-            f"jobs={self.jobs}",
-            f"data.root={self.data}",
-            f"out={self.folder(stream, backbone, part)}",
-        ]
-        if cl(["compare", *request]) == WRONG_REQUEST:
-            raise SystemExit(WRONG_REQUEST)
-
-    def chosen(self, stream: str, backbone: str, part: str) -> tuple[str, ...]:
-        """What tuning chose, as words."""
-        path = self.folder(stream, backbone, part) / "tuning.json"
-        notes = json.loads(path.read_text()) if path.is_file() else {}
-        return tuple(word for note in notes.values() for word in note["chosen"])
+            *((f"tune_on={TUNE_ON_TEXT}",) if stream == "text" else ()),
+        )
+        self.compare(self.folder(stream, backbone, part), strategies, *words, may_fail=True)
 
     def results(self, stream: str, backbone: str, strategy: str) -> dict[int, Result]:
         """Finished runs by seed."""
-        paths = sorted((self.out / stream).glob(f"{backbone}-*/{strategy}/seed-*/result.json"))
-        return {run.seed: run for run in map(Result.load, paths) if run.status == "done"}
+        runs = finished(self.out / stream, f"{backbone}-*/{strategy}/seed-*/result.json")
+        return {run.seed: run for run in runs}
 
 
 # the page
@@ -155,7 +132,7 @@ FORGETTING, FINAL, LEARNING = metric("forgetting_first"), metric("final"), metri
 
 
 def against_transformer(
-    study: Study, stream: str, strategy: str, value: Callable[[Result], float], words: tuple[str, str]
+    study: Memory, stream: str, strategy: str, value: Callable[[Result], float], words: tuple[str, str]
 ) -> dict[str, tuple[str, str]]:
     """Of each backbone the paired difference with its interval, and what may be said of it.
 
@@ -180,7 +157,7 @@ def against_transformer(
     }
 
 
-def results_table(study: Study, stream: str, strategy: str) -> str:
+def results_table(study: Memory, stream: str, strategy: str) -> str:
     """One row per backbone: what it learned, what was left, what it forgot, and the difference to the transformer."""
     better = ("better", "worse") if INFOS[stream].measure == "loss" else ("worse", "better")
     forgotten = against_transformer(study, stream, strategy, FORGETTING, ("forgets less", "forgets more"))
@@ -205,16 +182,10 @@ def state_bytes(stream: str, words: Sequence[str]) -> int:
     targets = torch.zeros(shape, dtype=torch.int64) if is_text else zero
     model = network(words, info).eval()
     with torch.no_grad():
-        return _bytes(model.step(Batch(inputs, targets, zero, zero, task_id=zero)).state)
+        return tensor_bytes(model.step(Batch(inputs, targets, zero, zero, task_id=zero)).state)
 
 
-def _bytes(state: State) -> int:
-    return sum(
-        _bytes(each) if isinstance(each, Mapping) else each.numel() * each.element_size() for each in state.values()
-    )
-
-
-def cost_table(study: Study, stream: str) -> str:
+def cost_table(study: Memory, stream: str) -> str:
     """Parameters, state and speed of each backbone under plain training."""
     steps = CONTEXT if stream == "text" else 28
     rows = []
@@ -224,12 +195,12 @@ def cost_table(study: Study, stream: str) -> str:
             words = study.request(stream, name)
             rate = median(run.cost["train_samples_per_s"] for run in runs) * steps
             size = sum(p.numel() for p in network(words, INFOS[stream]).parameters())
-            chosen = ", ".join(word.split("=")[-1] for word in study.chosen(stream, name, "naive"))
-            rows.append((name, f"{size:,}", f"{state_bytes(stream, words):,}", f"{rate:,.0f}", chosen))
+            tuned = ", ".join(word.split("=")[-1] for word in chosen(study.folder(stream, name, "naive")))
+            rows.append((name, f"{size:,}", f"{state_bytes(stream, words):,}", f"{rate:,.0f}", tuned))
     return table(("backbone", "parameters", "state after a row, bytes", "tokens/s", "rate"), rows)
 
 
-def summary(study: Study) -> str:
+def summary(study: Memory) -> str:
     """How many of the comparisons said anything."""
     rows = []
     for stream in STREAMS:
@@ -241,7 +212,7 @@ def summary(study: Study) -> str:
     return table(("stream", "strategy", "forgets less than the transformer", "forgets more"), rows)
 
 
-def page(study: Study) -> str:
+def page(study: Memory) -> str:
     """Everything from the results on disk; what is not there says so."""
     parts = [
         "# Memory: does it reduce forgetting?\n",
@@ -264,22 +235,15 @@ def page(study: Study) -> str:
 
 def main() -> None:
     """Run what is not done, then write the page."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", required=True)
-    parser.add_argument("--out", type=Path, default=Path("runs/memory"))
-    parser.add_argument("--page", type=Path, default=Path("docs/comparisons/memory"))
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--jobs", type=int, default=1)
+    parser = Memory.options(__doc__)
     parser.add_argument("--streams", nargs="+", choices=STREAMS, default=list(STREAMS))
     parser.add_argument("--backbones", nargs="+", choices=BACKBONES, default=list(BACKBONES))
-    parser.add_argument("--quick", action="store_true", help="a trial of everything at a size that means nothing")
-    parser.add_argument("--page-only", action="store_true", help="run nothing; write the page from what there is")
     given = parser.parse_args()
-    study = Study(given.data, given.out, given.seeds, given.jobs, given.quick)
+    study = Memory.of(given)
     for stream in () if given.page_only else given.streams:
         for backbone in given.backbones:
-            study.run(stream, backbone)
-    write_text(given.page / "README.md", page(study))
+            study.train(stream, backbone)
+    study.write(page(study))
 
 
 if __name__ == "__main__":

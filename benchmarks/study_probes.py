@@ -11,23 +11,22 @@ ones and with more to hold. Every run is a `cl run`, and the same command goes o
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from statistics import fmean, median
 
 import torch
-from _fit import active_weights, fitted_width, table
+from _fit import active_weights, fitted_width
+from _study import Study, carry_out, table
 from torch import nn
 
 from cl.backbones.armt import Armt
 from cl.backbones.gpt import Gpt
 from cl.backbones.rmt import Rmt
-from cl.cli.main import main as cl
 from cl.core import Batch, Setting, StreamInfo
-from cl.result import Result, write_text
+from cl.result import Result
 from cl.state import tensor_bytes
 
 WIDTH, LAYERS, HEADS, BATCH, SEGMENT = 48, 2, 4, 32, 16
@@ -118,13 +117,18 @@ def chosen(probe: str, name: str, target: int) -> tuple[int, int, int]:
     raise ValueError(f"{name} has no size with {weights:,} weights")
 
 
-@dataclass(frozen=True)
-class Study:
-    """Where things are and how much of them there is."""
+@dataclass(frozen=True, kw_only=True)
+class Probes(Study):
+    """The runs of the study.
 
-    out: Path
-    seeds: int
-    steps: int
+    Args:
+        steps: of every run.
+    """
+
+    out: Path = Path("runs/probes")
+    page: Path = Path("docs/comparisons/probes")
+    seeds: int = 1
+    steps: int = 250
     is_quick: bool = False
 
     def plan(self, probes: Sequence[str], names: Sequence[str]) -> list[tuple[str, str, int]]:
@@ -165,8 +169,7 @@ class Study:
             *("optimizer=adamw", "optimizer.lr=0.003", "trainer.clip_norm=1.0", f"trainer.batch_size={BATCH}"),
             *(f"trainer.max_steps={self.steps}", "tracking=none", f"seed={seed}", f"hydra.run.dir={folder}"),
         ]
-        if code := cl(["run", *words]):
-            raise SystemExit(code)
+        carry_out(["run", *words])
 
     def results(self, probe: str, name: str, target: int) -> list[Result]:
         """Finished runs."""
@@ -174,7 +177,7 @@ class Study:
         return [run for run in map(Result.load, filter(Path.is_file, paths)) if run.status == "done"]
 
 
-def probe_table(study: Study, probe: str) -> str:
+def probe_table(study: Probes, probe: str) -> str:
     """Accuracy on every domain, by size of state."""
     rows, domains = [], []
     for _, name, target in study.plan([probe], list(MEMORIES)):
@@ -193,7 +196,7 @@ def probe_table(study: Study, probe: str) -> str:
     return table(("backbone", "state, bytes", "weights", *domains, "tokens/s"), ordered) if rows else "Not run yet.\n"
 
 
-def page(study: Study) -> str:
+def page(study: Probes) -> str:
     """Everything from the results on disk."""
     parts = [
         "# Probes: what a memory holds\n",
@@ -210,22 +213,18 @@ def page(study: Study) -> str:
 
 def main() -> None:
     """Run what is not done, then write the page."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("runs/probes"))
-    parser.add_argument("--page", type=Path, default=Path("docs/comparisons/probes"))
-    parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--steps", type=int, default=250)
+    parser = Probes.options(__doc__)
     parser.add_argument("--probes", nargs="+", choices=PROBES, default=list(PROBES))
     parser.add_argument("--backbones", nargs="+", choices=MEMORIES, default=list(MEMORIES))
-    parser.add_argument("--quick", action="store_true", help="a trial of everything at a size that means nothing")
-    parser.add_argument("--page-only", action="store_true", help="run nothing; write the page from what there is")
     given = parser.parse_args()
     torch.set_num_threads(1)
-    study = Study(given.out, given.seeds, 3 if given.quick else given.steps, given.quick)
+    study = Probes.of(given)
+    if study.is_quick:
+        study = replace(study, steps=3)
     for probe, name, target in () if given.page_only else study.plan(given.probes, given.backbones):
-        for seed in range(given.seeds):
+        for seed in range(study.seeds):
             study.run(probe, name, target, seed)
-    write_text(given.page / "README.md", page(study))
+    study.write(page(study))
 
 
 if __name__ == "__main__":

@@ -15,15 +15,15 @@ was stopped.
 
 from __future__ import annotations
 
-import argparse
-import json
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 
-from cl.cli.main import main as cl
-from cl.result import Result, write_text
+from _study import Comparisons, carry_out, chosen, finished, label, spread, table
+
+from cl.result import Result
 
 RATES = "{optimizer.lr: [0.01, 0.03, 0.1, 0.3]}"
 ROWS = {"split_mnist": 12000, "permuted_mnist": 6000}
@@ -99,64 +99,52 @@ COMPOSITIONS: Mapping[str, Sequence[str]] = {
 }
 
 
-@dataclass(frozen=True)
-class Study:
-    """Where things are and how much of them there is."""
+@dataclass(frozen=True, kw_only=True)
+class Rehearsal(Comparisons):
+    """The runs of the study."""
 
-    data: str
-    out: Path
-    seeds: int
-    jobs: int
+    out: Path = Path("runs/study")
+    page: Path = Path("docs/comparisons/rehearsal")
+    seeds: int = 5
+    jobs: int = 2
 
     def folder(self, stream: str, budget: str) -> Path:
         return self.out / f"{stream}-{budget}"
 
-    def compare(self, stream: str, budget: str, compositions: Sequence[str], *words: str) -> None:
-        """One `cl compare` into the folder of a stream and a budget."""
+    def train(self, stream: str, budget: str, compositions: Sequence[str], *words: str) -> None:
+        """Into the folder of a stream and a budget."""
         names = {name for each in compositions for name in each.strip("[]").split(",")}
         options = [word for name in sorted(names) for word in OPTIONS.get(name, ())]
-        fixed = (f"data.root={self.data}", f"out={self.folder(stream, budget)}", f"jobs={self.jobs}")
-        request = (f"strategies=[{','.join(compositions)}]", f"seeds={self.seeds}")
-        rows = f"stream.train_rows={ROWS[stream]}"
-        code = cl(["compare", *STREAMS[stream], rows, *COMMON, *options, *fixed, *request, *words])
-        if code:
-            raise SystemExit(code)
+        common = (*STREAMS[stream], f"stream.train_rows={ROWS[stream]}", *COMMON, *options)
+        self.compare(self.folder(stream, budget), compositions, *common, *words)
 
     def results(self, stream: str, budget: str) -> dict[str, list[Result]]:
         """Finished runs by composition."""
         found: dict[str, list[Result]] = {}
-        for path in sorted(self.folder(stream, budget).glob("*/seed-*/result.json")):
-            result = Result.load(path)
-            if result.status == "done":
-                found.setdefault(path.parents[1].name, []).append(result)
+        for run in finished(self.folder(stream, budget)):
+            found.setdefault(run.label, []).append(run)
         return found
 
 
-def label(composition: str) -> str:
-    """Folder of a composition."""
-    return composition.strip("[]").replace(",", "+")
-
-
-def at_equal_memory(study: Study, stream: str) -> None:
+def at_equal_memory(study: Rehearsal, stream: str) -> None:
     """One pass, rates chosen before."""
-    study.compare(stream, "memory", COMPOSITIONS[stream], f"tune={RATES}")
+    study.train(stream, "memory", COMPOSITIONS[stream], f"tune={RATES}")
 
 
-def at_equal_compute(study: Study, stream: str) -> None:
+def at_equal_compute(study: Rehearsal, stream: str) -> None:
     """Each composition with its chosen rate, and as many steps as the backwards of one pass of replay pay for."""
-    chosen = json.loads((study.folder(stream, "memory") / "tuning.json").read_text())
     done = study.results(stream, "memory")
     budget = done["replay"][0].cost["backwards"]
     for composition in COMPOSITIONS[stream]:
         run = done[label(composition)][0]
         per_experience = run.cost["updates"] / len(run.experiences)
         steps = max(1, round(per_experience * budget / run.cost["backwards"]))
-        words = (*chosen[label(composition)]["chosen"], "trainer.epochs=null", f"trainer.max_steps={steps}")
-        study.compare(stream, "compute", [composition], f"reference={label(composition)}", *words)
-    cl(["report", str(study.folder(stream, "compute"))])
+        rate = chosen(study.folder(stream, "memory"), label(composition))
+        study.train(stream, "compute", [composition], *rate, "trainer.epochs=null", f"trainer.max_steps={steps}")
+    carry_out(["report", str(study.folder(stream, "compute"))], may_fail=True)
 
 
-def page(study: Study, folder: Path) -> str:
+def page(study: Rehearsal) -> str:
     """The Markdown page: a table per stream and budget, from the reports, with the figures beside it."""
     parts = [
         "# Rehearsal strategies at equal memory and at equal compute\n",
@@ -169,47 +157,39 @@ def page(study: Study, folder: Path) -> str:
     for stream in STREAMS:
         for budget in ("memory", "compute"):
             source = study.folder(stream, budget) / "report"
-            figure = folder / "figures" / f"{stream}-{budget}.png"
+            figure = study.page / "figures" / f"{stream}-{budget}.png"
             figure.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(source / "figures" / "cost.png", figure)
             parts += [
                 f"## {stream}, equal {budget}\n",
-                _table(study, stream, budget),
+                results_table(study, stream, budget),
                 f"![cost](figures/{figure.name})\n",
             ]
     return "\n".join(parts)
 
 
-def _table(study: Study, stream: str, budget: str) -> str:
-    chosen = json.loads((study.folder(stream, "memory") / "tuning.json").read_text())
+def results_table(study: Rehearsal, stream: str, budget: str) -> str:
+    """One row per composition, the best first."""
     rows = []
     for name, runs in study.results(stream, budget).items():
         finals = [100 * run.metrics["final"] for run in runs]
-        mean = sum(finals) / len(finals)
-        spread = (sum((value - mean) ** 2 for value in finals) / max(1, len(finals) - 1)) ** 0.5
-        forgetting = [100 * (run.metrics["forgetting_max"] or 0.0) for run in runs]
-        cost, rate = runs[0].cost, chosen[name]["chosen"][0].partition("=")[2]
-        cells = (name, f"{mean:.1f} ± {spread:.1f}", f"{sum(forgetting) / len(forgetting):.1f}", rate)
-        rows.append((mean, (*cells, f"{cost['backwards']:,.0f}", f"{cost['buffer_bytes']:,.0f}", str(len(runs)))))
+        forgetting = fmean(100 * (run.metrics["forgetting_max"] or 0.0) for run in runs)
+        cost, rate = runs[0].cost, chosen(study.folder(stream, "memory"), name)[0].partition("=")[2]
+        costs = (f"{cost['backwards']:,.0f}", f"{cost['buffer_bytes']:,.0f}")
+        cells = (name, spread(finals, ".1f"), f"{forgetting:.1f}", rate, *costs, str(len(runs)))
+        rows.append((fmean(finals), cells))
     head = ("strategy", "final", "forgetting (max)", "rate", "sample-backwards", "bytes kept", "seeds")
-    lines = [head, ("---",) * len(head), *(cells for _, cells in sorted(rows, reverse=True))]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+    return table(head, [cells for _, cells in sorted(rows, reverse=True)])
 
 
 def main() -> None:
     """Run what is not done, then write the page."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", required=True)
-    parser.add_argument("--out", type=Path, default=Path("runs/study"))
-    parser.add_argument("--page", type=Path, default=Path("docs/comparisons/rehearsal"))
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--jobs", type=int, default=2)
-    given = parser.parse_args()
-    study = Study(given.data, given.out, given.seeds, given.jobs)
-    for stream in STREAMS:
+    given = Rehearsal.options(__doc__).parse_args()
+    study = Rehearsal.of(given)
+    for stream in () if given.page_only else STREAMS:
         at_equal_memory(study, stream)
         at_equal_compute(study, stream)
-    write_text(given.page / "README.md", page(study, given.page))
+    study.write(page(study))
 
 
 if __name__ == "__main__":

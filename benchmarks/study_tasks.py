@@ -19,14 +19,13 @@ is a trial of everything at a size that means nothing.
 
 from __future__ import annotations
 
-import argparse
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 
-from cl.cli.main import main as cl
+from _study import Comparisons, carry_out, chosen, finished, spread
+
 from cl.result import Result, write_text
 
 LLAMA = (
@@ -68,15 +67,14 @@ CONDITIONS: dict[str, tuple[str, Sequence[str]]] = {
 """A strategy and its settings, by name."""
 
 
-@dataclass(frozen=True)
-class Study:
-    """Where things are and how much of them there is."""
+@dataclass(frozen=True, kw_only=True)
+class Tasks(Comparisons):
+    """The runs of the study, and what they are started from."""
 
-    data: str
-    out: Path
-    seeds: int
-    jobs: int
-    is_quick: bool
+    out: Path = Path("runs/tasks")
+    page: Path = Path("docs/comparisons/text_tasks")
+    seeds: int = 3
+    is_quick: bool = False
 
     @property
     def model(self) -> Path:
@@ -89,24 +87,22 @@ class Study:
         budget = "trainer.max_steps=8" if self.is_quick else "trainer.max_tokens=2000000"
         if not (run / "result.json").is_file():
             here = (f"data.root={self.data}", f"stream.cache={cache.resolve()}", f"hydra.run.dir={run}", "seed=0")
-            _carried_out(["run", *COMMON, *PRETRAIN, budget, *here])
+            carry_out(["run", *COMMON, *PRETRAIN, budget, *here])
         elif Result.load(run / "result.json").status != "done":
-            _carried_out(["resume", str(run)])
+            carry_out(["resume", str(run)])
         if not (self.model / "tokenizer.json").is_file():
             export(run, self.model)
             (tokenizer,) = (cache / "tokenizers").glob("*.json")
             write_text(self.model / "tokenizer.json", tokenizer.read_text())
 
-    def compare(self, name: str) -> None:
-        """One `cl compare`, which repeats nothing that is done."""
+    def train(self, name: str) -> None:
+        """The runs of a condition."""
         strategy, words = CONDITIONS[name]
         model = self.model.resolve()
-        where = (f"out={self.folder(name)}", f"data.root={self.data}", f"jobs={self.jobs}")
         train_rows, eval_rows = QUICK_ROWS if self.is_quick else ROWS
         size = (f"stream.train_rows={train_rows}", f"stream.eval_rows={eval_rows}")
         same = (f"backbone.pretrained={model}", f"stream.tokenizer={model}", *size)
-        request = (f"strategies={strategy}", f"reference={strategy}", f"seeds={self.seeds}")
-        _carried_out(["compare", *COMMON, *TASKS, *same, *words, *request, *where])
+        self.compare(self.folder(name), [strategy], *COMMON, *TASKS, *same, *words)
 
     def folder(self, name: str) -> Path:
         """Of a condition."""
@@ -114,20 +110,7 @@ class Study:
 
     def results(self, name: str) -> list[Result]:
         """Finished runs, in the order of their seeds."""
-        runs = map(Result.load, sorted(self.folder(name).glob("*/seed-*/result.json")))
-        return [run for run in runs if run.status == "done"][: self.seeds]
-
-    def chosen(self, name: str) -> str:
-        """What tuning chose, for the page."""
-        path = self.folder(name) / "tuning.json"
-        notes = json.loads(path.read_text()) if path.is_file() else {}
-        return ", ".join(word for note in notes.values() for word in note["chosen"])
-
-
-def _carried_out(words: Sequence[str]) -> None:
-    code = cl(list(words))
-    if code:
-        raise SystemExit(code)
+        return finished(self.folder(name))[: self.seeds]
 
 
 def export(run: Path, folder: Path) -> None:
@@ -140,7 +123,7 @@ def export(run: Path, folder: Path) -> None:
     trainer.state.model.model.save_pretrained(folder)
 
 
-def table(study: Study) -> str:
+def results_table(study: Tasks) -> str:
     """Accuracy on the twelve tasks: at the end, just after each was learnt, and the difference."""
     names = ("average performance", "just after each task", "forgetting", "rows trained on, against naive's", "seeds")
     lines = [f"| condition | {' | '.join(names)} |", "|---" * 6 + "|"]
@@ -150,17 +133,17 @@ def table(study: Study) -> str:
         if not runs:
             lines.append(f"| {name} | not run | | | | 0 |")
             continue
-        chosen = study.chosen(name)
+        words = ", ".join(chosen(study.folder(name)))
         ends = [fmean(run.R[-1]) for run in runs]
         learnt = [fmean(run.R[i][j] for i, j in enumerate(run.trained)) for run in runs] if name != "joint" else []
         lost = [a - b for a, b in zip(learnt, ends, strict=True)] if learnt else []
         rows = fmean(run.cost["backwards"] for run in runs) / plain[0].cost["backwards"] if plain else 1.0
-        cells = [f"{name} ({chosen})" if chosen else name, spread(ends), spread(learnt), spread(lost)]
+        cells = [f"{name} ({words})" if words else name, *map(percent, (ends, learnt, lost))]
         lines.append(f"| {' | '.join(cells)} | {rows - 1:+.1%} | {len(runs)} |")
     return "\n".join(lines) + "\n"
 
 
-def by_task(study: Study) -> str:
+def by_task(study: Tasks) -> str:
     """Accuracy on every task at the end, in percent, means over seeds."""
     known = {name: study.results(name) for name in CONDITIONS if study.results(name)}
     if not known:
@@ -173,14 +156,12 @@ def by_task(study: Study) -> str:
     return "\n".join(lines) + "\n"
 
 
-def spread(values: Sequence[float]) -> str:
-    """Mean and standard deviation over seeds, in percent."""
-    if not values:
-        return ""
-    return f"{100 * fmean(values):.1f}" + (f" ± {100 * stdev(values):.1f}" if len(values) > 1 else "")
+def percent(values: Sequence[float]) -> str:
+    """Mean and standard deviation over seeds."""
+    return spread([100 * value for value in values], ".1f")
 
 
-def page(study: Study) -> str:
+def page(study: Tasks) -> str:
     """The Markdown page."""
     return "\n".join(
         [
@@ -192,7 +173,7 @@ def page(study: Study) -> str:
             f"difference. At most {ROWS[0]} training rows and {ROWS[1]} test rows of each task, one epoch; a standard "
             "error of about 1.8 points on the average comes from the number of test rows alone, but the rows are the "
             "same for all.\n",
-            table(study),
+            results_table(study),
             "## At the end, task by task\n",
             by_task(study),
         ]
@@ -201,23 +182,16 @@ def page(study: Study) -> str:
 
 def main() -> None:
     """Run what is not done, then write the page."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", required=True)
-    parser.add_argument("--out", type=Path, default=Path("runs/tasks"))
-    parser.add_argument("--page", type=Path, default=Path("docs/comparisons/text_tasks"))
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--jobs", type=int, default=1)
+    parser = Tasks.options(__doc__)
     parser.add_argument("--only", default="", help="conditions whose names hold this text")
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--page-only", action="store_true", help="run nothing; write the page from what there is")
     given = parser.parse_args()
-    study = Study(given.data, given.out, given.seeds, given.jobs, given.quick)
+    study = Tasks.of(given)
     if not given.page_only:
         study.pretrain()
         for name in CONDITIONS:
             if given.only in name:
-                study.compare(name)
-    write_text(given.page / "README.md", page(study))
+                study.train(name)
+    study.write(page(study))
 
 
 if __name__ == "__main__":

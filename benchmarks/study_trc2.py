@@ -18,18 +18,16 @@ the page of what is there. Sizes of the page are those of the options: give it t
 
 from __future__ import annotations
 
-import argparse
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import MISSING, fields
-from pathlib import Path
-from statistics import fmean, median, stdev
+from statistics import fmean, median
 
-from _fit import active_weights, network, student, table
-from _trc2_runs import ARMS, BACKBONES, DOMAINS, ORDERS, VARIANTS, Study
+from _fit import active_weights, network
+from _study import spread, student, table
+from _trc2_runs import ARMS, BACKBONES, DOMAINS, ORDERS, VARIANTS, Trc2
 
 from cl.metrics.statistics import ALPHA, holm, seeds_needed, wilcoxon_signed_rank
-from cl.result import Result, write_text
+from cl.result import Result
 
 Run = tuple[str, str]
 """A backbone or a variant, and an arm."""
@@ -61,17 +59,12 @@ def final(run: Result, domain: str) -> float:
     return run.R[-1][run.domains.index(domain)] or 0.0
 
 
-def spread(values: Sequence[float]) -> str:
-    """Mean and standard deviation over runs."""
-    return f"{fmean(values):.3f} ± {stdev(values):.3f}" if len(values) > 1 else f"{fmean(values):.3f}"
-
-
 def perplexity(losses: Sequence[float]) -> str:
     """Of the mean loss, so that one bad run does not hide the others."""
     return f"{math.exp(fmean(losses)):.1f}"
 
 
-def paired(study: Study, budget: str, before: Run, after: Run, value: Callable[[Result], float]) -> list[float]:
+def paired(study: Trc2, budget: str, before: Run, after: Run, value: Callable[[Result], float]) -> list[float]:
     """What `after` saves in runs of the same order and seed."""
     left, right = study.every(budget, *before), study.every(budget, *after)
     return [value(left[key]) - value(right[key]) for key in sorted(left.keys() & right.keys())]
@@ -88,7 +81,7 @@ def interval(differences: Sequence[float]) -> str:
 # the page
 
 
-def results_table(study: Study, budget: str) -> str:
+def results_table(study: Trc2, budget: str) -> str:
     """One row per backbone and arm that has runs."""
     rows = []
     for name in BACKBONES:
@@ -111,7 +104,7 @@ def results_table(study: Study, budget: str) -> str:
     return table((*head, "tokens/s", "MB", "runs"), rows)
 
 
-def answers(study: Study, budget: str) -> str:
+def answers(study: Trc2, budget: str) -> str:
     """How much less is forgotten, taken apart into replay and architecture."""
     saved = [paired(study, budget, before, after, forgetting) for _, before, after in QUESTIONS]
     learned = [paired(study, budget, before, after, boundary) for _, before, after in QUESTIONS]
@@ -136,7 +129,7 @@ def answers(study: Study, budget: str) -> str:
     return table(head, rows) if rows else "No pairs yet.\n"
 
 
-def reach(study: Study, budget: str) -> str:
+def reach(study: Trc2, budget: str) -> str:
     """The claim of the issue: TRC2 with consolidation forgets at most half of what the transformer alone does."""
     plain, ours = study.every(budget, "transformer", "alone"), study.every(budget, "trc2", "consolidation")
     keys = plain.keys() & ours.keys()
@@ -150,7 +143,7 @@ def reach(study: Study, budget: str) -> str:
     )
 
 
-def ablation_table(study: Study) -> str:
+def ablation_table(study: Trc2) -> str:
     """TRC2 and what is left of it, and what the missing part saves."""
     rows = []
     for arm in ARMS:
@@ -170,7 +163,7 @@ def ablation_table(study: Study) -> str:
     return table(("run", "AUFC (nats)", "saved by all of TRC2", "boundary ppl", "runs"), rows) if rows else "Not run.\n"
 
 
-def sizes_table(study: Study) -> str:
+def sizes_table(study: Trc2) -> str:
     """Weights of every backbone: of experts all are stored, and few are used."""
     rows = []
     for name in BACKBONES:
@@ -181,7 +174,7 @@ def sizes_table(study: Study) -> str:
     return table(("backbone", "hidden units", "active weights", "stored weights"), rows)
 
 
-def page(study: Study) -> str:
+def page(study: Trc2) -> str:
     """Everything from the results on disk; what is not there is left out."""
     num_pairs = len(ORDERS) * study.seeds
     parts = [
@@ -210,28 +203,18 @@ def page(study: Study) -> str:
 
 def main() -> None:
     """Run what is not done, then write the page."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--out", type=Path, default=Path("runs/trc2"))
-    parser.add_argument("--page", type=Path, default=Path("docs/comparisons/trc2"))
-    sizes = {each.name: each.default for each in fields(Study) if each.default is not MISSING}
-    words = sizes.pop("words")
-    for name, value in sizes.items():
-        parser.add_argument(f"--{name}", type=int, default=value)
-    parser.add_argument("--words", nargs="+", default=words)
-    every = [*BACKBONES, *VARIANTS]
+    parser, every = Trc2.options(__doc__), [*BACKBONES, *VARIANTS]
     parser.add_argument("--only", nargs="+", choices=every, default=every)
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--orders", nargs="+", choices=ORDERS, default=list(ORDERS))
     parser.add_argument("--time", action="store_true", help="the second budget, once the first has been run")
-    parser.add_argument("--page-only", action="store_true")
     given = parser.parse_args()
-    study = Study(given.data, given.out, words=given.words, **{name: getattr(given, name) for name in sizes})
+    study = Trc2.of(given)
     if given.time and not given.page_only:
         study.at_equal_time(given.orders, [name for name in given.only if name in BACKBONES], given.arms)
     elif not given.page_only:
         study.at_equal_tokens(given.orders, given.only, given.arms)
-    write_text(given.page / "README.md", page(study))
+    study.write(page(study))
 
 
 if __name__ == "__main__":

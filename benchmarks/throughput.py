@@ -23,15 +23,13 @@ import subprocess
 import sys
 import tempfile
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from _peers import CAPACITY, NUM_EXPERIENCES, Rates, avalanche, plain
 
 from cl.backbones.mlp import Mlp
 from cl.config import TrainerConfig
@@ -41,14 +39,8 @@ from cl.result import environment, write_text
 from cl.trainer import Trainer
 from strategies.naive import Naive
 from strategies.replay import Replay
-from streams._images import load_images
 from streams.permuted import permuted
 
-Rates = tuple[float, float]
-"""(train, evaluation) in samples per second."""
-
-NUM_EXPERIENCES = 2
-CAPACITY = 1000
 BOOKS_EXPERIENCES = 10
 
 
@@ -93,106 +85,6 @@ def _trained(
     )
     cost = trainer.run().cost
     return cost["train_samples_per_s"], cost["eval_samples_per_s"]
-
-
-def network() -> nn.Module:
-    """The network of all three."""
-    layers = (nn.Flatten(), nn.Linear(784, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 10))
-    return nn.Sequential(*layers)
-
-
-def plain(root: str, batch_size: int, with_replay: bool) -> tuple[Rates, Rates]:
-    """What a person writes who wants it fast and simple: with the permuting in its time, and with that for free."""
-    images = load_images("mnist", root)
-    train, test = images.inputs.flatten(1).float() / 255, images.eval_inputs.flatten(1).float() / 255
-    model, buffer = network(), PlainReservoir(CAPACITY)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    orders = [torch.randperm(784) for _ in range(NUM_EXPERIENCES)]
-    begin = time.perf_counter()
-    tests = [test.index_select(1, order) for order in orders]
-    permute_eval_s = time.perf_counter() - begin
-    train_s = eval_s = permute_train_s = 0.0
-    for order in orders:
-        begin = time.perf_counter()
-        inputs = train.index_select(1, order)
-        permute_train_s += time.perf_counter() - begin
-        begin = time.perf_counter()
-        for rows in torch.randperm(len(inputs)).split(batch_size):
-            x, y = inputs.index_select(0, rows), images.targets.index_select(0, rows)
-            optimizer.zero_grad()
-            if with_replay and buffer.seen:
-                old_x, old_y = buffer.draw(len(x))
-                logits = model(torch.cat((x, old_x)))
-                loss = F.cross_entropy(logits[: len(x)], y) + F.cross_entropy(logits[len(x) :], old_y)
-            else:
-                loss = F.cross_entropy(model(x), y)
-            loss.backward()
-            optimizer.step()
-            if with_replay:
-                buffer.add(x, y)
-        train_s += time.perf_counter() - begin
-        begin = time.perf_counter()
-        with torch.no_grad():
-            for held_out in tests:
-                correct = 0
-                for x, y in zip(held_out.split(batch_size), images.eval_targets.split(batch_size), strict=True):
-                    correct += (model(x).argmax(1) == y).sum().item()
-        eval_s += time.perf_counter() - begin
-    num_train, num_eval = NUM_EXPERIENCES * len(images.targets), NUM_EXPERIENCES**2 * len(images.eval_targets)
-    inside = num_train / (train_s + permute_train_s), num_eval / (eval_s + permute_eval_s)
-    return inside, (num_train / train_s, num_eval / eval_s)
-
-
-class PlainReservoir:
-    """Reservoir sampling over float rows, as simply as it is usually written."""
-
-    def __init__(self, capacity: int) -> None:
-        self.inputs, self.targets = torch.zeros(capacity, 784), torch.zeros(capacity, dtype=torch.int64)
-        self.capacity, self.seen = capacity, 0
-
-    def draw(self, size: int) -> tuple[Tensor, Tensor]:
-        """Distinct rows."""
-        rows = torch.randperm(min(self.seen, self.capacity))[:size]
-        return self.inputs[rows], self.targets[rows]
-
-    def add(self, x: Tensor, y: Tensor) -> None:
-        """Offer rows."""
-        for row in range(len(x)):
-            slot = self.seen if self.seen < self.capacity else int(torch.randint(self.seen + 1, ()))
-            if slot < self.capacity:
-                self.inputs[slot], self.targets[slot] = x[row], y[row]
-            self.seen += 1
-
-
-def avalanche(root: str, batch_size: int, with_replay: bool) -> Rates:
-    """Avalanche's PermutedMNIST with its Naive or Replay, as documented."""
-    warnings.simplefilter("ignore")
-    from avalanche.benchmarks.classic import PermutedMNIST
-    from avalanche.training.plugins import EvaluationPlugin
-    from avalanche.training.supervised import Naive as TheirNaive
-    from avalanche.training.supervised import Replay as TheirReplay
-
-    benchmark = PermutedMNIST(n_experiences=NUM_EXPERIENCES, dataset_root=root, seed=0)
-    model = network()
-    settings = {
-        "model": model,
-        "optimizer": torch.optim.SGD(model.parameters(), lr=0.1),
-        "criterion": nn.CrossEntropyLoss(),
-        "train_mb_size": batch_size,
-        "train_epochs": 1,
-        "eval_mb_size": batch_size,
-        "evaluator": EvaluationPlugin(),
-    }
-    strategy = TheirReplay(mem_size=CAPACITY, **settings) if with_replay else TheirNaive(**settings)
-    train_s = eval_s = 0.0
-    for experience in benchmark.train_stream:
-        begin = time.perf_counter()
-        strategy.train(experience)
-        train_s += time.perf_counter() - begin
-        begin = time.perf_counter()
-        strategy.eval(benchmark.test_stream)
-        eval_s += time.perf_counter() - begin
-    return NUM_EXPERIENCES * 60_000 / train_s, NUM_EXPERIENCES**2 * 10_000 / eval_s
 
 
 @contextmanager

@@ -1,0 +1,79 @@
+"""Tables and plot of what `memory_speed.py` has measured."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from _study import table
+
+TOTAL = 4096
+"""Tokens of a training step."""
+
+
+def page(found: Mapping[str, Any], folder: Path) -> str:
+    """Tables, and the plot beside them."""
+    parts = [
+        "# Speed of memory\n",
+        f"Made by `benchmarks/memory_speed.py`; how is in its docstring. {machine()}.{found.get('note', '')}\n",
+    ]
+    for title, group in found.items():
+        if title.startswith("train, "):
+            rows = [
+                (
+                    name,
+                    f"{row['weights']:,.0f}",
+                    f"{TOTAL / row['seconds']:,.0f}",
+                    f"{row['ratio']:.2f}x",
+                    f"{row['bytes'] / 1e6:,.0f}",
+                )
+                for name, row in sorted(group.items(), key=lambda item: -item[1]["ratio"])
+            ]
+            parts += [f"## {title}\n", table(("block", "weights", "tokens/s", "of the transformer", "MB"), rows)]
+    if generated := found.get("generate"):
+        places = sorted({row["at"] for line in generated.values() for row in line})
+        head = ("block", *(f"µs after {at:,}" for at in places), "bytes of state, first", "last")
+        rows = []
+        for name, line in generated.items():
+            times = {row["at"]: f"{1e6 * row['seconds']:,.0f}" for row in line}
+            ends = (f"{line[end]['bytes']:,}" for end in (0, -1))
+            rows.append((name, *(times.get(at, "") for at in places), *ends))
+        parts += ["## One step of generation\n", "Two blocks of width 32, one row.\n", table(head, rows)]
+        plot(generated, folder)
+    if tiny := found.get("forward"):
+        rows = [(name, f"{1e3 * seconds:.1f}") for name, seconds in sorted(tiny.items(), key=lambda item: item[1])]
+        parts += ["## A forward of a tiny network\n", table(("block", "ms"), rows)]
+    return "\n".join(parts)
+
+
+def machine() -> str:
+    """What the numbers are of."""
+    names = [
+        line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
+    ]
+    return f"One thread of {names[0] if names else 'an unnamed processor'}, torch {torch.__version__}"
+
+
+def plot(generated: Mapping[str, Any], folder: Path) -> None:
+    """Time and bytes of a step over the tokens read before."""
+    import matplotlib.pyplot as plt
+
+    figure, both = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
+    for axes, key, scale, label in (
+        (both[0], "seconds", 1e6, "µs for one token"),
+        (both[1], "bytes", 1.0, "bytes of state"),
+    ):
+        for number, (name, rows) in enumerate(generated.items()):
+            style = (
+                {"color": "black", "lw": 2.2}
+                if name == "attention"
+                else {"color": plt.cm.turbo(number / len(generated)), "lw": 1.0}
+            )
+            axes.plot([row["at"] for row in rows], [row[key] * scale for row in rows], marker=".", label=name, **style)
+        axes.set(xscale="log", yscale="log", xlabel="tokens read before", ylabel=label)
+        axes.spines[["top", "right"]].set_visible(False)
+    both[1].legend(fontsize=7, ncols=1, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+    folder.mkdir(parents=True, exist_ok=True)
+    figure.savefig(folder / "generation.png", dpi=130)
