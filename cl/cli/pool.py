@@ -16,6 +16,8 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 PRELOADED = ["cl.cli.execute", "cl.trainer", "cl.tracking.mlflow", "cl.report.figures", "mlflow", "omegaconf"]
+# the first optimizer imports the one and the embedded digits the other, a second or more in every job
+PRELOADED += ["torch._dynamo", "sklearn.datasets"]
 THREADS = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 
 

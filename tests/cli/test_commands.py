@@ -130,7 +130,7 @@ def test_reproduce_lists_the_claims_without_running(capsys: pytest.CaptureFixtur
     assert "| split_mnist_er_200 |" in said and "| holds |" not in said
 
 
-def test_third_party_strategy_by_name_of_its_class() -> None:
+def test_third_party_strategy_by_name_of_its_class(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Path("my_ideas.py").write_text(
         '"""Mine."""\n'
         "from cl.hooks import Strategy\n\n\n"
@@ -147,8 +147,8 @@ def test_third_party_strategy_by_name_of_its_class() -> None:
     assert done.returncode == 0, done.stderr
     assert Result.load(Path("a/result.json")).strategy == ["my_ideas"]
     assert "rate: 0.5" in Path("a/config.yaml").read_text()
-    done = cl("run", *run, "+strategy.mine._target_=my_ideas.Mine", "+strategy.mine.rate=0.5", "hydra.run.dir=b")
-    assert done.returncode == 0, done.stderr
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert main(("run", *run, "+strategy.mine._target_=my_ideas.Mine", "+strategy.mine.rate=0.5", "hydra.run.dir=b")) == 0
     first, second = (Result.load(Path(name) / "result.json") for name in "ab")
     assert second.strategy == ["naive", "mine"]
     assert first.R == second.R

@@ -1,15 +1,14 @@
 """docs/language.md is true: its commands run, on little text, and what they refuse is one sentence with exit code 2."""
 
 import json
-import os
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from cl.cli.main import main
 from cl.testing import configs
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -49,10 +48,18 @@ def folder(tmp_path_factory):
     return path
 
 
-def run(command, folder, *more):
-    words = [*shlex.split(command)[1:], *more]
-    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CL_CACHE": str(folder / "cache")}
-    return subprocess.run([sys.executable, "-m", "cl", *words], cwd=folder, env=env, capture_output=True, text=True)
+@pytest.fixture
+def run(folder, monkeypatch, capfd):
+    """Runs a command of the page in that directory; in this process, which has imported everything."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("CL_CACHE", str(folder / "cache"))
+
+    def call(command, *more):
+        code = main([*shlex.split(command)[1:], *more])
+        said = capfd.readouterr()
+        return SimpleNamespace(returncode=code, stdout=said.out, stderr=said.err)
+
+    return call
 
 
 def small(command):
@@ -78,11 +85,11 @@ FAST = COMMANDS.index("cl run +experiment=trc2_gcw stream=text_domains data.root
     "command",
     [line if k == FAST else pytest.param(line, marks=pytest.mark.slow) for k, line in enumerate(COMMANDS)],
 )
-def test_commands_run(folder, tmp_path, command):
+def test_commands_run(run, tmp_path, command):
     is_run = command.startswith("cl run")
     is_compare = command.startswith("cl compare")
     where = [f"hydra.run.dir={tmp_path}/run"] if is_run else [f"out={tmp_path}/out", "jobs=1"] if is_compare else []
-    done = run(command, folder, *small(command), *where)
+    done = run(command, *small(command), *where)
     assert done.returncode == 0, done.stdout + done.stderr
     if is_compare:
         assert "chosen" in done.stdout and (tmp_path / "out" / "tuning.json").is_file()
@@ -106,18 +113,18 @@ def test_commands_run(folder, tmp_path, command):
         ("cl run +experiment=builtin_text schedule=infinite schedule.warmup_steps=99999", ["99999 of warmup"]),
     ],
 )
-def test_wrong_requests_are_one_sentence(folder, tmp_path, command, words):
-    done = run(command, folder, "tracking=none", "stream.eval_tokens=1000", f"hydra.run.dir={tmp_path}/run")
+def test_wrong_requests_are_one_sentence(run, tmp_path, command, words):
+    done = run(command, "tracking=none", "stream.eval_tokens=1000", f"hydra.run.dir={tmp_path}/run")
     assert done.returncode == 2, done.stdout + done.stderr
     assert all(word in done.stderr for word in words), done.stderr
     assert done.stderr.strip().count("\n") == 0 and not list(tmp_path.rglob("result.json"))
 
 
 @pytest.mark.slow
-def test_changed_data_is_refused_on_resume(folder, tmp_path):
+def test_changed_data_is_refused_on_resume(run, folder, tmp_path):
     domains = "stream.domains=[{name: news, path: news.jsonl}]"
     command = f"cl run stream=text_domains '{domains}' stream.context=32 backbone=gpt trainer.max_steps=2 tracking=none"
-    done = run(command, folder, f"hydra.run.dir={tmp_path}/run")
+    done = run(command, f"hydra.run.dir={tmp_path}/run")
     assert done.returncode == 0, done.stderr
     # as a stopped run leaves it
     result = tmp_path / "run" / "result.json"
@@ -126,11 +133,11 @@ def test_changed_data_is_refused_on_resume(folder, tmp_path):
     before = path.read_text()
     try:
         path.write_text(before.replace("weather", "climate"))
-        done = run(f"cl resume {tmp_path}/run", folder)
+        done = run(f"cl resume {tmp_path}/run")
         assert done.returncode == 2 and "put the old data back" in done.stderr
     finally:
         path.write_text(before)
-    assert run(f"cl resume {tmp_path}/run", folder).returncode == 0, "the refused attempt lost nothing"
+    assert run(f"cl resume {tmp_path}/run").returncode == 0, "the refused attempt lost nothing"
     assert json.loads(result.read_text())["status"] == "done"
 
 

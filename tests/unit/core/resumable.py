@@ -101,6 +101,8 @@ def kill_while_writing(nth):
 
 def main(folder, *steps):
     torch.set_num_threads(1)
+    # the first optimizer imports for a second, which the children need not repeat
+    trainer_of(None)
     for step in steps:
         child = os.fork()
         if child == 0:
