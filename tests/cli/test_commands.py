@@ -148,7 +148,8 @@ def test_third_party_strategy_by_name_of_its_class(tmp_path: Path, monkeypatch: 
     assert Result.load(Path("a/result.json")).strategy == ["my_ideas"]
     assert "rate: 0.5" in Path("a/config.yaml").read_text()
     monkeypatch.syspath_prepend(str(tmp_path))
-    assert main(("run", *run, "+strategy.mine._target_=my_ideas.Mine", "+strategy.mine.rate=0.5", "hydra.run.dir=b")) == 0
+    words = ("+strategy.mine._target_=my_ideas.Mine", "+strategy.mine.rate=0.5", "hydra.run.dir=b")
+    assert main(("run", *run, *words)) == 0
     first, second = (Result.load(Path(name) / "result.json") for name in "ab")
     assert second.strategy == ["naive", "mine"]
     assert first.R == second.R
