@@ -4,8 +4,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 THREADS := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
+PYTEST := $(THREADS) $(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder
 
-.PHONY: demo test test-all check bench ui docs golden clean
+.PHONY: demo test test-slow test-all check bench ui docs golden clean
 
 demo: $(STAMP)  ## compare five strategies on embedded digits and write the report
 	$(BIN)/cl compare stream=permuted_digits strategies=naive,joint,replay,derpp,ewc seeds=5 +experiment=demo out=runs/demo
@@ -14,10 +15,13 @@ demo: $(STAMP)  ## compare five strategies on embedded digits and write the repo
 	@echo "MLflow:  $(BIN)/cl ui                   (prints the link to the forgetting curves)"
 
 test: $(STAMP)  ## the tests, without the slow ones
-	$(THREADS) $(BIN)/python -m pytest -n 2 --dist loadscope -m "not slow and not gpu and not network"
+	$(PYTEST) -m "not slow and not gpu and not network"
 
-test-all: $(STAMP)  ## the tests that CI runs: slow ones included
-	$(THREADS) $(BIN)/python -m pytest -n 2 --dist loadscope -m "not gpu and not network"
+test-slow: $(STAMP)  ## the slow tests that CI runs besides
+	$(PYTEST) -m "slow and not grid and not gpu and not network"
+
+test-all: $(STAMP)  ## everything, with the rest of the grids that CI runs a cover of
+	$(PYTEST) -m "not gpu and not network"
 
 check: $(STAMP)  ## lint, format, types, spelling
 	$(BIN)/ruff check .

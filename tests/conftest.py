@@ -14,3 +14,10 @@ torch.set_num_threads(1)
 # Triton reads this when it is imported, which whoever collects transformers does; with a card kernels are compiled
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+LONGEST = ("reproduction/", "cli/test_install", "kernels/test_aot", "kernels/test_tools", "core/test_distributed")
+"""Files of a few long tests. They go first, so that no worker is left alone with one when the others are done."""
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: next((k for k, name in enumerate(LONGEST) if name in item.nodeid), len(LONGEST)))
