@@ -57,7 +57,7 @@ class Trc2(Comparisons):
     out: Path = Path("runs/trc2")
     page: Path = Path("docs/comparisons/trc2")
     seeds: int = 1
-    steps: int = 40
+    steps: int = 200
     rows: int = 8
     context: int = 64
     vocabulary: int = 1024
