@@ -191,3 +191,31 @@ def lab() -> SimpleNamespace:
         batch_size=BATCH_SIZE,
         **{function.__name__: function for function in names},
     )
+
+
+@pytest.fixture
+def lora() -> SimpleNamespace:
+    """Toy runs on text with an adapter beside the embedding and the head, all other weights frozen."""
+    peft = pytest.importorskip("peft")
+    rank, scale = 3, 2.0
+    A = {"first": "first.lora_embedding_A.default", "head": "head.lora_A.default.weight"}
+    B = {"first": "first.lora_embedding_B.default", "head": "head.lora_B.default.weight"}
+
+    class Adapted(ToyNet):
+        def __init__(self, info):
+            super().__init__(info)
+            self.requires_grad_(False)
+            config = peft.LoraConfig(r=rank, lora_alpha=rank * scale, target_modules=["first", "head"])
+            peft.inject_adapter_in_model(config, self)
+
+    def trained(*strategies, **options):
+        return run(strategies, Setting.CONTINUAL_PRETRAINING, Adapted, **options)
+
+    def of(recorder, experience):
+        return [step for step in recorder.steps if step.experience == experience]
+
+    def adapters(model, layer):
+        values = dict(model.named_parameters()) if isinstance(model, nn.Module) else model
+        return (next(value for name, value in values.items() if name.endswith(part[layer])) for part in (A, B))
+
+    return SimpleNamespace(trained=trained, of=of, adapters=adapters, A=A, B=B, RANK=rank, SCALE=scale)
