@@ -74,7 +74,8 @@ def page(study: Projection, tables: Mapping[str, Mapping[str, dict[str, Any]]]) 
         READING,
     ]
     for stream, entries in tables.items():
-        parts += [f"## {stream}\n", strategies_table(study, stream, entries), rehearsal_table(study, stream, entries)]
+        parts += [f"## {stream}\n", ahead(study, stream, entries)]
+        parts += [strategies_table(study, stream, entries), rehearsal_table(study, stream, entries)]
     return "\n".join(parts)
 
 
@@ -91,6 +92,20 @@ def strategies_table(study: Projection, stream: str, entries: Mapping[str, dict[
         rows.append((average(runs, "final"), cells))
     head = ("strategy", *MEASURES, "replay at these", "derpp at these", "chosen", "seeds")
     return table(head, [cells for _, cells in sorted(rows, reverse=True)])
+
+
+def ahead(study: Projection, stream: str, entries: Mapping[str, dict[str, Any]]) -> str:
+    """What the tables come to: who ends above naive, and above rehearsal in as many bytes."""
+    ends = {arm.label: average(study.results(stream, arm), "final") for arm in ARMS}
+    rivals = {"naive": {label: ends["naive, spiking" if "spiking" in label else "naive"] for label in ends}}
+    for name in ROW_BYTES:
+        stored = {label: entries[label][name] for label in ends if name in entries[label]}
+        rivals[name] = {label: average(study.results(stream, Arm(row, ())), "final") for label, row in stored.items()}
+    found = []
+    for name, other in rivals.items():
+        better = [f"`{label}`" for label in other if ends[label] > other[label]]
+        found.append(f"than {name}: {', '.join(better) or 'none'}")
+    return f"Higher in mean final accuracy (rehearsal has as many bytes): {'; '.join(found)}.\n"
 
 
 def rehearsal_table(study: Projection, stream: str, entries: Mapping[str, dict[str, Any]]) -> str:
