@@ -60,6 +60,7 @@ class GenerativeKernel(Strategy):
     contract = Contract(
         toy={"coreset_size": 40, "ridge": 1.0, "scale": 5.0, "generator_lr": 0.03, "hidden": 128, "latent": 8},
         why_not_zero="its classifier is another one, whatever the arguments are",
+        acts_at_once=True,
         forgets_less_by=0.05,
     )
 
