@@ -1,5 +1,7 @@
 """Which tests of the shipped contracts are slow here; the suites know no marks, so that anyone may use them."""
 
+from zlib import crc32
+
 import pytest
 
 SLOW = (
@@ -7,9 +9,25 @@ SLOW = (
     "test_through_the_avalanche_adapter_the_weights_match",
     "test_works_under_bfloat16",
 )
+# a run of its own for every setting: one of a strategy's settings, not the same for all, is enough for the fast tests
+ONCE = (
+    "test_same_seed_same_run",
+    "test_resumes_exactly",
+    "test_penalty_may_be_asked_twice",
+    "test_works_under_gradient_accumulation",
+)
 
 
 def pytest_collection_modifyitems(items):
     for item in items:
-        if item.name.startswith(SLOW):
+        if item.name.startswith(SLOW) or is_elsewhere(item):
             item.add_marker(pytest.mark.slow)
+
+
+def is_elsewhere(item):
+    """Whether the strategy shows this promise in another setting already."""
+    strategy = getattr(item.cls, "strategy", None)
+    if strategy is None or item.originalname not in ONCE:
+        return False
+    settings = sorted(strategy.settings)
+    return item.callspec.params["setting"] != settings[crc32(strategy.__name__.encode()) % len(settings)]

@@ -2,6 +2,7 @@
 
 import importlib.util
 import sys
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -45,3 +46,20 @@ def nan_scratch(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
         monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
+
+
+CROSSED = ("test_all_key_distributions", "test_extremes", "test_tiles_of_both_widths", "test_other_chunks")
+"""What the interpreter tries with every op: CI runs every second square of the board, `make test-all` the others."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Function]) -> None:
+    """Squares are counted along both sides, so that no op and nothing that is tried with it is left out."""
+    ranks: dict[tuple[str, str], dict[str, int]] = defaultdict(dict)
+    for item in items:
+        if item.path.name == "test_interpreter.py" and item.originalname in CROSSED:
+            place = 0
+            for name, value in item.callspec.params.items():
+                seen = ranks[item.originalname, name]
+                place += seen.setdefault(str(getattr(value, "name", value)), len(seen))
+            if place % 2:
+                item.add_marker(pytest.mark.grid)

@@ -27,6 +27,7 @@ def test_everyday_kernels_compile_for_every_card():
 
 
 @pytest.mark.slow
+@pytest.mark.grid
 def test_full_table_on_hopper():
     done = aot()
     assert done.returncode == 0, done.stdout + done.stderr
