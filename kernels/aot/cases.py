@@ -54,13 +54,24 @@ def _ridge(dtype: torch.dtype, width: int, chunk: int) -> None:
     triton.solve(x, x, gate, gate, gate, states, None, 0.02, 1e-6, 30, chunk, dtype == torch.bfloat16)
 
 
-def _newton(cell: str, dtype: torch.dtype) -> None:
-    from kernels.newton_rnn import TRITON_ROWS, triton
+def _memory(width: int) -> None:
+    from kernels.neural_memory.triton_layer import _backward, _forward
 
-    x = torch.ones(1, 2048, 3, 64, dtype=dtype)
-    r, h0 = torch.ones(3, 64), torch.ones(1, 2 if cell == "lstm" else 1, 64)
-    peephole = torch.ones(2, 64) if cell == "lstm" else None
-    how = (None, None, cell, 32, 32 * TRITON_ROWS)
+    # the first layer of a memory of two, a whole piece of its chunk
+    h, delta, w = torch.ones(1, 2, 64, width), torch.ones(1, 2, 64, 2 * width), torch.ones(1, 2, width, 2 * width)
+    into, step, slowed = torch.ones(1, 2, 64, 1), torch.ones(1, 2, 64, 64), torch.ones(1, 2, 1, 1)
+    inputs = [h, h, delta, w, w, into, step, into, slowed, into]
+    _backward(_forward(inputs), inputs)
+
+
+def _newton(cell: str, dtype: torch.dtype, *, is_block: bool) -> None:
+    from kernels.newton_rnn import BLOCK_TANGENTS, MOST_BLOCK, TRITON_ROWS, triton
+
+    units = (4, MOST_BLOCK) if is_block else (64,)
+    x, r = torch.ones(1, 2048, 3, *units, dtype=dtype), torch.ones(3, *units, *units[1:])
+    parts = 2 if cell == "lstm" else 1
+    h0, peephole = torch.ones(1, parts, *units), torch.ones(2, *units) if cell == "lstm" else None
+    how = (None, None, cell, 32, 32 * (BLOCK_TANGENTS // parts if is_block else TRITON_ROWS))
     h, c, candidate, final, _, _ = triton.forward(x, r, peephole, h0, *how, 1e-6, 8)
     triton.backward(h, final, x, r, peephole, h0, h, c, candidate, *how)
 
@@ -88,8 +99,11 @@ def cases(smoke: bool = False) -> dict[str, Callable[[], Any]]:
     """Name to call; `smoke` is the part that is compiled in every test run."""
     found: dict[str, Callable[[], Any]] = {"scan fp32": partial(_scan, torch.float32)}
     for cell in ("gru", "lstm"):
-        found[f"newton {cell} fp32"] = partial(_newton, cell, torch.float32)
+        found[f"newton {cell} fp32"] = partial(_newton, cell, torch.float32, is_block=False)
+        found[f"newton block {cell} fp32"] = partial(_newton, cell, torch.float32, is_block=True)
     widths = [64] if smoke else [64, 128]
+    for width in widths:
+        found[f"memory layer fp32 K={width} V={2 * width} T=64"] = partial(_memory, width)
     dtypes = [torch.bfloat16] if smoke else [torch.bfloat16, torch.float32]
     for width, dtype in product(widths, dtypes):
         for op, gate in product(("gla", "delta"), ("scalar",) if smoke else ("scalar", "channel")):

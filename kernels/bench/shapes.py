@@ -17,7 +17,7 @@ from kernels.gated_linear_attention import gated_linear_attention
 from kernels.linear_scan import linear_scan
 from kernels.memory_cache import memory_cache, routed_memory
 from kernels.neural_memory import neural_memory
-from kernels.newton_rnn import newton_rnn
+from kernels.newton_rnn import MOST_BLOCK, newton_rnn
 from kernels.ridge_memory import ridge_memory
 from kernels.sequential_rnn import m2rnn, sequential_rnn
 
@@ -88,6 +88,7 @@ def _delta_flops(width: int, chunk: int) -> tuple[int, int]:
 
 # memories: a state of several tensors is represented by one of them, and options are fixed here
 RIDGE_STEPS, MEMORY_CHUNK, ROUTE, MEMORIES = 30, 64, 16, 4
+NEURAL = ("neural_linear", "titans_linear", "titans_mlp")
 
 
 def _first_tensor(op: Any, pick: Callable[[Any], Tensor], **how: Any) -> Callable[..., tuple[Tensor, Tensor]]:
@@ -166,6 +167,13 @@ def _cells(gates: int, *, is_diagonal: bool) -> Callable[[Shape, torch.dtype, to
     return draw
 
 
+def _blocks(shape: Shape, dtype: torch.dtype, device: torch.device) -> Inputs:
+    """As many units in narrower heads: Newton takes a matrix per head of up to 16."""
+    batch, length, heads, width = shape
+    own = min(width, MOST_BLOCK)
+    return _cells(3, is_diagonal=False)((batch, length, heads * (width // own), own), dtype, device)
+
+
 def _draw_m2rnn(shape: Shape, dtype: torch.dtype, device: torch.device) -> Inputs:
     q, k = (torch.randn(shape, device=device) / shape[3] ** 0.5 for _ in range(2))
     v = torch.randn(*shape[:3], M2RNN_VALUES, device=device)
@@ -186,6 +194,12 @@ def _newton_flops(width: int, chunk: int) -> tuple[int, int]:
     return 135 * width, 195 * width
 
 
+def _block_flops(width: int, chunk: int) -> tuple[int, int]:
+    # three walks of three products, one with the tangents of every unit; the backward pulls as many, once
+    own = min(width, MOST_BLOCK)
+    return 6 * width * own * (3 + own), 12 * width * own * (3 + own)
+
+
 def _cell_flops(gates: int) -> Callable[[int, int], tuple[int, int]]:
     # backward: the recurrent products again, the adjoint's, the weights'
     return lambda width, chunk: (2 * gates * width**2, 8 * gates * width**2)
@@ -200,6 +214,10 @@ _DIAGONAL = _cells(3, is_diagonal=True)
 NONLINEAR = (
     Problem("newton_gru", partial(newton_rnn, cell="gru"), _DIAGONAL, _newton_flops, _cut_cells),
     Problem("newton_lstm", partial(newton_rnn, cell="lstm"), _DIAGONAL, _newton_flops, _cut_cells),
+    *(
+        Problem(f"newton_block_{cell}", partial(newton_rnn, cell=cell), _blocks, _block_flops, _cut_cells)
+        for cell in ("gru", "lstm")
+    ),
     *(
         Problem(
             f"sequential_{cell}",
@@ -233,6 +251,12 @@ PROBLEMS = {
             _memory("neural"),
             _neural_flops(1),
         ),
+        Problem(
+            "titans_linear",
+            _first_tensor(neural_memory, lambda state: state.weights[0], chunk=MEMORY_CHUNK),
+            _memory("momentum"),
+            _neural_flops(1),
+        ),
         Problem("titans_mlp", _titans, _memory("momentum"), _neural_flops(2)),
         Problem(
             "memory_cache",
@@ -248,7 +272,7 @@ PROBLEMS = {
 
 def chunk_of(problem: Problem, dtype: torch.dtype, device: torch.device) -> int:
     """The chunk the op takes by itself, for the count of operations."""
-    if problem.name in ("neural_linear", "titans_mlp"):
+    if problem.name in NEURAL:
         return MEMORY_CHUNK
     if device.type == "cpu" or problem.name == "ridge":
         return 32
@@ -261,7 +285,7 @@ def shapes(problem: Problem, device: torch.device, smoke: bool) -> list[Shape]:
     if smoke:
         return [(1, 64, 2, 16)]
     # their token loops would take minutes at the issue's shape, or their chunks are run one after the other
-    slow = problem.name in ("ridge", "neural_linear", "titans_mlp", "memory_cache", "routed_memory")
+    slow = problem.name in (*NEURAL, "ridge", "memory_cache", "routed_memory")
     if problem in NONLINEAR:
         # narrow batches are what Newton is for, wide ones what a card needs for the others
         newton = problem.name.startswith("newton")
@@ -271,7 +295,7 @@ def shapes(problem: Problem, device: torch.device, smoke: bool) -> list[Shape]:
         return [(32, 2048, 4, 64), (64, 2048, 4, 64), *narrow]
     if device.type == "cpu":
         return [(2, 512, 4, 64)] if slow else [(4, 2048, 4, 64)]
-    if problem.name in ("neural_linear", "titans_mlp"):
+    if problem.name in NEURAL:
         return [(8, 512, 4, 64), (8, 1024, 8, 64), (4, 2048, 16, 128)]
     if problem.name == "linear_scan":
         return [(8, 4096, 16, 128), (1, 131072, 4, 128), (64, 512, 4, 64)]

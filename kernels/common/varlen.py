@@ -61,6 +61,18 @@ def chunk_offsets(cu_seqlens: Tensor, chunk: int) -> Tensor:
     return torch.nn.functional.pad(((lengths + chunk - 1) // chunk).cumsum(0), (1, 0))
 
 
+def states_before(states_TX: Tensor, cu: Tensor, start_SX: Tensor | None, reset: Tensor | None) -> Tensor:
+    """The state that every packed token started from, given those after every token; waits for nothing."""
+    token = torch.arange(states_TX.shape[0], device=states_TX.device)
+    # of an empty sequence no token is the first
+    owner = torch.searchsorted(cu, token, right=True) - 1
+    start = states_TX.new_zeros(cu.shape[0] - 1, *states_TX.shape[1:]) if start_SX is None else start_SX
+    tail = [1] * (states_TX.dim() - 1)
+    before = torch.cat([torch.zeros_like(states_TX[:1]), states_TX[:-1]])
+    before = torch.where((cu[owner] == token).view(-1, *tail), start[owner].to(before.dtype), before)
+    return before if reset is None else before.masked_fill(reset.flatten().bool().view(-1, *tail), 0)
+
+
 class Group:
     """Sequences of similar length, padded to one length, so that a dense algorithm can run them as a batch."""
 

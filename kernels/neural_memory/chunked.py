@@ -11,8 +11,9 @@ Legend: S sequences, H heads, c tokens of the piece; W weights, P momentum [S, H
 # mypy: disable-error-code="no-untyped-call"
 # torch leaves autograd.Function.apply without types
 
+from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -51,40 +52,73 @@ class _Decays(torch.autograd.Function):
         return dg
 
 
-def _advance(
-    piece: Piece, now: tuple[Tensor, ...], momentum: tuple[Tensor, ...], start: tuple[Tensor, ...], *, model: Model
-) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
-    layers = range(len(now))
-    found = answer(piece.k, len(now), lambda layer, h: h @ start[layer], model)
-    deltas = slopes(found, piece.v, start, model)
+class Coefficients(NamedTuple):
+    """What tokens of a piece, and the state after it, hold of what was before and of every token's outer product.
+
+    into, carry [S, H, c, 1]: of W and of P in W_t. step [S, H, c, c]: of token i in W_t. slowed [S, H, 1, 1] and push
+    [S, H, c, 1]: of P and of token i in the P after the piece. The last three of P are None without momentum.
+    """
+
+    into: Tensor
+    step: Tensor
+    carry: Tensor | None = None
+    slowed: Tensor | None = None
+    push: Tensor | None = None
+
+
+def coefficients(piece: Piece) -> Coefficients:
+    """From the gates: two stacked decays, the same for every layer."""
     lower = torch.ones_like(piece.beta).expand(*piece.beta.shape[:3], piece.beta.shape[2]).tril()
     keep, into = (lower, torch.ones_like(piece.beta)) if piece.g is None else _Decays.apply(piece.g)
-    step, carry = keep, None
-    if piece.momentum is not None:
-        speed, into_speed = _Decays.apply(piece.momentum)
-        moving = keep if piece.valid is None else keep * piece.valid.mT
-        step, carry = moving @ speed, moving @ into_speed
-        push = speed[:, :, -1:].mT * piece.beta
-    weight = step * piece.beta.mT
+    if piece.momentum is None:
+        return Coefficients(into, keep * piece.beta.mT)
+    speed, into_speed = _Decays.apply(piece.momentum)
+    moving = keep if piece.valid is None else keep * piece.valid.mT
+    step, carry = moving @ speed, moving @ into_speed
+    return Coefficients(into, step * piece.beta.mT, carry, into_speed[:, :, -1:], speed[:, :, -1:].mT * piece.beta)
 
-    def product(layer: int, h: Tensor) -> Tensor:
-        read = into * (h @ now[layer])
-        if carry is not None:
-            read = read + carry * (h @ momentum[layer])
-        return read - ((h @ found.inputs[layer].mT) * weight) @ deltas[layer]
+
+# (queries h, keys x, slopes delta of one layer, W, P, coefficients) -> h W_t for every token t, W and P after the piece
+Layer = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None, Coefficients], tuple[Tensor, Tensor, Tensor | None]]
+
+
+def _layer(
+    h: Tensor, x: Tensor, delta: Tensor, now: Tensor, momentum: Tensor | None, c: Coefficients
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    read = c.into * (h @ now) - ((h @ x.mT) * c.step) @ delta
+    after = c.into[:, :, -1:] * now - (x * c.step[:, :, -1:].mT).mT @ delta
+    if momentum is None or c.carry is None or c.slowed is None or c.push is None:
+        return read, after, None
+    read = read + c.carry * (h @ momentum)
+    after = after + c.carry[:, :, -1:] * momentum
+    return read, after, c.slowed * momentum - (x * c.push).mT @ delta
+
+
+def advance(
+    piece: Piece,
+    now: tuple[Tensor, ...],
+    momentum: tuple[Tensor, ...],
+    start: tuple[Tensor, ...],
+    *,
+    model: Model,
+    layer: Layer = _layer,
+) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """The step of `schedule.run`: keys through the weights of the chunk's start, queries through their own."""
+    found = answer(piece.k, len(now), lambda i, h: h @ start[i], model)
+    deltas, c = slopes(found, piece.v, start, model), coefficients(piece)
+    after: list[Tensor] = []
+    pushed: list[Tensor] = []
+
+    def product(i: int, h: Tensor) -> Tensor:
+        read, w, p = layer(h, found.inputs[i], deltas[i], now[i], momentum[i] if momentum else None, c)
+        after.append(w)
+        pushed.extend([] if p is None else [p])
+        return read
 
     output = answer(piece.q, len(now), product, model).output
-    after, pushed = [], []
-    for layer in layers:
-        inputs = found.inputs[layer]
-        moved = into[:, :, -1:] * now[layer] - (inputs * weight[:, :, -1:].mT).mT @ deltas[layer]
-        if carry is not None:
-            moved = moved + carry[:, :, -1:] * momentum[layer]
-            pushed.append(into_speed[:, :, -1:] * momentum[layer] - (inputs * push).mT @ deltas[layer])
-        after.append(moved)
     return output, tuple(after), tuple(pushed)
 
 
-def advance(model: Model) -> Advance:
-    """The step of `schedule.run`."""
-    return partial(_advance, model=model)
+def engine(model: Model, is_plain: bool) -> tuple[Advance, int | None]:
+    """The step of `schedule.run` and the most tokens of a piece; `is_plain`: one layer, l2, no momentum, no norm."""
+    return partial(advance, model=model), PIECE

@@ -1,8 +1,9 @@
-"""Linear memory without momentum on Triton, composed of the chunk kernels of gated linear attention.
+"""Neural memory on Triton, chunk after chunk: one launch per layer for what is read and for the weights afterwards.
 
-With the gradients of a chunk taken at its start M, the chunk is linear attention from the state with the corrections
-beta (v - k M) in the place of v: one matrix product and one call of that op per chunk of the model, however long; the
-kernels' own chunks subdivide it. There is no kernel of its own here.
+The rest of a chunk, the keys through the weights of its start and the slopes, are matrix products under autograd. A
+linear memory without momentum needs no kernel of its own: with the gradients of a chunk taken at its start M, the chunk
+is linear attention from the state with the corrections beta (v - k M) in the place of v, one call of that op per chunk
+of the model, however long.
 """
 
 from functools import partial
@@ -10,14 +11,13 @@ from functools import partial
 from torch import Tensor
 
 from kernels.gated_linear_attention import gated_linear_attention
+from kernels.neural_memory import chunked
 from kernels.neural_memory.model import Model
 from kernels.neural_memory.schedule import Advance, Piece
-
-# the kernels cut a chunk themselves
-PIECE = None
+from kernels.neural_memory.triton_layer import layer
 
 
-def _advance(
+def _attend(
     piece: Piece, now: tuple[Tensor, ...], momentum: tuple[Tensor, ...], start: tuple[Tensor, ...], *, backend: str
 ) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
     corrections = piece.beta * (piece.v - piece.k @ start[0])
@@ -27,6 +27,8 @@ def _advance(
     return out.transpose(1, 2), (after,), momentum
 
 
-def advance(model: Model, backend: str = "triton") -> Advance:
-    """The step of `schedule.run`; `model` is the plain one, see `kernels.neural_memory`."""
-    return partial(_advance, backend=backend)
+def engine(model: Model, is_plain: bool) -> tuple[Advance, int | None]:
+    """As `chunked.engine`; the kernels of linear attention cut a chunk themselves."""
+    if is_plain:
+        return partial(_attend, backend="triton"), None
+    return partial(chunked.advance, model=model, layer=layer), chunked.PIECE

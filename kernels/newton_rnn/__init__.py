@@ -19,8 +19,8 @@ CELLS = ("gru", "lstm")
 GATES = 3
 # the derivative of a chunk by its start is D x D per head, and walked like D states
 MOST_BLOCK = 16
-# chunks that one Triton program walks side by side
-TRITON_ROWS = 32
+# chunks that one Triton program walks side by side; with a matrix per head each takes D tangents per part of the state
+TRITON_ROWS, BLOCK_TANGENTS = 32, 16
 
 
 class NewtonReport(NamedTuple):
@@ -80,11 +80,10 @@ def _plan(
         raise ValueError(f"{OP}: max_iterations must be at least 0, got {max_iterations}")
     if tolerance is not None and not tolerance > 0:
         raise ValueError(f"{OP}: tolerance must be positive, got {tolerance}")
-    refusal = "has diagonal cells only, got a matrix per head" if is_block else None
-    decision = choose(OP, backend, x, chunk=chunk, refusal=refusal, triton_chunk=32)
+    decision = choose(OP, backend, x, chunk=chunk, triton_chunk=32)
     if decision.backend == "chunked" and chunk is None:
         decision = replace(decision, chunk=chunked.CHUNK)
-    if is_block and decision.backend == "chunked" and units[-1] > MOST_BLOCK:
+    if is_block and decision.backend != "reference" and units[-1] > MOST_BLOCK:
         raise ValueError(
             f"{OP}: a matrix per head is solved for D <= {MOST_BLOCK}, got {units[-1]}; use sequential_rnn"
         )
@@ -135,7 +134,7 @@ def newton_rnn(
         tolerance: largest accepted gap between a chunk's end and the next one's start, relative to the largest state;
             None takes 1e-6 (1e-12 in float64).
         max_iterations: Newton corrections per block of time before it is walked token by token; 0 walks everything.
-        backend: "auto", "reference", "chunked" or "triton" (diagonal weights).
+        backend: "auto", "reference", "chunked" or "triton".
 
     Returns:
         h: [B, T, ...] in the dtype of `x`; computed and kept in float32.
@@ -225,7 +224,7 @@ def newton_rnn_with_report(
         if decision.backend == "chunked":
             block = chunked.own_block(x.shape[0] * units.numel(), decision.chunk, wide=chunk is None)
         else:
-            block = TRITON_ROWS * decision.chunk
+            block = min(TRITON_ROWS, BLOCK_TANGENTS // parts if is_block else TRITON_ROWS) * decision.chunk
         h, _, _, final, counts, residual = _forward(
             flat_x,
             flat_r,

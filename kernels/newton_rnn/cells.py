@@ -171,6 +171,10 @@ class GRU:
         jacobian = torch.addcmul(p["keep"], p["c"], through)
         return [jacobian.add_(self.recur.apply(0, p["z"]))]
 
+    def factors(self, p: dict[str, Tensor]) -> list[Tensor]:
+        """Of the derivative of a step, all but the matrices: five planes (`triton_block_adjoint`)."""
+        return [p["keep"], p["z"], p["c"], p["gate"], p["r"]]
+
     def token(self, p: dict[str, Tensor], adjoint: Parts, out: Out = NOWHERE) -> Parts:
         """Gradients of the three pre-activations from the adjoint of the state, into `out` where given."""
         (u,) = adjoint
@@ -263,6 +267,10 @@ class LSTM:
         """
         cross = self.recur.apply(0, p["forget"]).add_(self.recur.apply(2, p["z"]))
         return [self._peep(p["f"], 0, p["forget"]), p["into"], cross, self.recur.apply(1, p["o"])]
+
+    def factors(self, p: dict[str, Tensor]) -> list[Tensor]:
+        """Of the derivative of a step, all but the matrices: five planes; uses the plane "f" up."""
+        return [self._peep(p["f"], 0, p["forget"]), p["forget"], p["z"], p["into"], p["o"]]
 
     def token(self, p: dict[str, Tensor], adjoint: Parts, out: Out = NOWHERE) -> Parts:
         """Gradients of the three pre-activations from the adjoint of the state, into `out` where given."""

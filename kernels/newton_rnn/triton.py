@@ -17,9 +17,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.common.triton import Kernel, Row, host, offsets, row
+from kernels.common.triton import Kernel, Row, host, offsets, precision, row
 from kernels.common.varlen import chunk_offsets, num_chunks
+from kernels.newton_rnn import triton_block_adjoint
 from kernels.newton_rnn.triton_adjoint import newton_adjoint
+from kernels.newton_rnn.triton_block import newton_block_walk
 from kernels.newton_rnn.triton_cells import combine, combine_pair, down, gates, inputs, weights
 
 
@@ -197,8 +199,9 @@ def _walk_rows(args: dict[str, Any]) -> list[Row]:
     return sorted(_rows(args), key=lambda r: -r.warps) if args["LSTM"] else _rows(args)
 
 
-WALK = Kernel(_newton_walk, _walk_rows, key=("LSTM", "C", "ROWS"))
-ADJOINT = Kernel(newton_adjoint, _rows, key=("LSTM", "C", "ROWS"))
+KEY = ("LSTM", "C", "ROWS")
+WALK, ADJOINT = Kernel(_newton_walk, _walk_rows, KEY), Kernel(newton_adjoint, _rows, KEY)
+BLOCK_WALK = Kernel(newton_block_walk, triton_block_adjoint.rows, KEY)
 
 
 class _Call:
@@ -217,7 +220,9 @@ class _Call:
         block: int,
     ):
         self.cu = offsets(x.shape[0], x.shape[1], cu_seqlens, x.device)
-        self.sequences, self.units = self.cu.shape[0] - 1, x.shape[3]
+        # a matrix per head: x [B, T, 3, H, D] with one program per head; else x [B, T, 3, N] in tiles of N
+        self.is_block, self.sequences, self.units = x.dim() == 5, self.cu.shape[0] - 1, x.shape[3:].numel()
+        self.tiles = x.shape[3] if self.is_block else -(-self.units // 16)
         self.rows = num_chunks(x.shape[0], x.shape[1], block, cu_seqlens)
         packed, recurrent = host(x.flatten(0, 1)), host(r.float())
         self.args: dict[str, Any] = {
@@ -235,16 +240,18 @@ class _Call:
             "C": chunk,
             "ROWS": block // chunk,
         }
+        if self.is_block:
+            self.args |= {"D": x.shape[4], "PREC": precision()}
 
     def grid(self, meta: dict[str, int]) -> tuple[int, ...]:
-        return (self.sequences, -(-self.units // meta["BN"]))
+        return (self.sequences, self.tiles if self.is_block else -(-self.units // meta["BN"]))
 
 
 def forward(
-    x_BTGN: Tensor,
-    r_GN: Tensor,
+    x_BTGU: Tensor,
+    r: Tensor,
     peephole: Tensor | None,
-    h0_SPN: Tensor | None,
+    h0_SPU: Tensor | None,
     reset: Tensor | None,
     cu_seqlens: Tensor | None,
     cell: str,
@@ -254,18 +261,18 @@ def forward(
     most: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """As `chunked.forward`, without candidates; the report has one entry per sequence and block."""
-    call = _Call(x_BTGN, r_GN, peephole, h0_SPN, reset, cu_seqlens, cell, chunk, block)
-    batch, length, _, units = x_BTGN.shape
-    h = x_BTGN.new_empty(batch, length, units, dtype=torch.float32)
+    call = _Call(x_BTGU, r, peephole, h0_SPU, reset, cu_seqlens, cell, chunk, block)
+    units = x_BTGU.shape[3:]
+    h = x_BTGU.new_empty(*x_BTGU.shape[:2], *units, dtype=torch.float32)
     c = h.new_empty(h.shape if cell == "lstm" else (0,))
-    final = h.new_empty(call.sequences, 2 if cell == "lstm" else 1, units)
-    tiles = -(-units // 16)
+    final = h.new_empty(call.sequences, 2 if cell == "lstm" else 1, *units)
     # a tile of units that is not launched (wider rows) and a row of the table that is not used stay at zero
-    counts = torch.zeros(call.rows * tiles, dtype=torch.int32, device=h.device)
-    residual = torch.zeros(call.rows * tiles, dtype=torch.float32, device=h.device)
-    WALK.launch(
+    counts = torch.zeros(call.rows, call.tiles, dtype=torch.int32, device=h.device)
+    residual = torch.zeros(call.rows, call.tiles, dtype=torch.float32, device=h.device)
+    (BLOCK_WALK if call.is_block else WALK).launch(
         call.grid,
         **call.args,
+        **({} if call.is_block else {"TILES": call.tiles}),
         first_ptr=chunk_offsets(call.cu, block),
         h_ptr=h,
         c_ptr=h if c.numel() == 0 else c,
@@ -274,23 +281,22 @@ def forward(
         residual_ptr=residual,
         tolerance=tolerance,
         MOST=most,
-        TILES=tiles,
     )
     if most == 0:
         counts.fill_(-1)
     # the worst tile of every block
-    return h, c, h.new_empty(0), final, counts.view(call.rows, tiles).amax(1), residual.view(call.rows, tiles).amax(1)
+    return h, c, h.new_empty(0), final, counts.amax(1), residual.amax(1)
 
 
 def backward(
-    dh_BTN: Tensor,
-    dfinal_SPN: Tensor,
-    x_BTGN: Tensor,
-    r_GN: Tensor,
+    dh_BTU: Tensor,
+    dfinal_SPU: Tensor,
+    x_BTGU: Tensor,
+    r: Tensor,
     peephole: Tensor | None,
-    h0_SPN: Tensor | None,
-    h_BTN: Tensor,
-    c_BTN: Tensor,
+    h0_SPU: Tensor | None,
+    h_BTU: Tensor,
+    c_BTU: Tensor,
     candidate: Tensor,
     reset: Tensor | None,
     cu_seqlens: Tensor | None,
@@ -299,21 +305,30 @@ def backward(
     block: int,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
     """As `chunked.backward`; weight gradients as one sum per sequence, added up here."""
-    call = _Call(x_BTGN, r_GN, peephole, h0_SPN, reset, cu_seqlens, cell, chunk, block)
-    dx = torch.empty_like(call.args["x_ptr"])
-    dh0 = dfinal_SPN.new_empty(dfinal_SPN.shape, dtype=torch.float32)
-    dr = h_BTN.new_empty(call.sequences, 5, call.units)
-    ADJOINT.launch(
-        call.grid,
-        **call.args,
-        h_ptr=h_BTN,
-        c_ptr=h_BTN if c_BTN.numel() == 0 else c_BTN,
-        dh_ptr=host(dh_BTN.float()),
-        dfinal_ptr=host(dfinal_SPN.float()),
-        dx_ptr=dx,
-        dh0_ptr=dh0,
-        dr_ptr=dr,
-    )
-    total = dr.sum(0)
-    dpeephole = None if peephole is None else total[3:].to(peephole.dtype, copy=True)
-    return dx.view(x_BTGN.shape).to(x_BTGN.dtype), total[:3].to(r_GN.dtype, copy=True), dpeephole, dh0
+    call = _Call(x_BTGU, r, peephole, h0_SPU, reset, cu_seqlens, cell, chunk, block)
+    dh, dfinal = host(dh_BTU.float()), host(dfinal_SPU.float())
+    if call.is_block:
+        parts = [h_BTU] if cell == "gru" else [c_BTU, h_BTU]
+        starts: list[Tensor | None] = [None] * len(parts) if h0_SPU is None else [*h0_SPU.unbind(1)]
+        weights = (call.args["r_ptr"], None if peephole is None else call.args["p_ptr"])
+        dx, dr, dpeephole, dh0 = triton_block_adjoint.backward(
+            call.args, call.grid, [part.flatten(0, 1) for part in parts], starts, (dh, dfinal), weights, reset
+        )
+    else:
+        dx, dh0 = torch.empty_like(call.args["x_ptr"]), torch.empty_like(dfinal)
+        sums = h_BTU.new_empty(call.sequences, 5, call.units)
+        ADJOINT.launch(
+            call.grid,
+            **call.args,
+            h_ptr=h_BTU,
+            c_ptr=h_BTU if c_BTU.numel() == 0 else c_BTU,
+            dh_ptr=dh,
+            dfinal_ptr=dfinal,
+            dx_ptr=dx,
+            dh0_ptr=dh0,
+            dr_ptr=sums,
+        )
+        dr, dpeephole = sums.sum(0).tensor_split((3,))
+    # what an op returns must not share memory with another
+    dpeephole = None if peephole is None or dpeephole is None else dpeephole.to(peephole.dtype, copy=True)
+    return dx.view(x_BTGU.shape).to(x_BTGU.dtype), dr.to(r.dtype, copy=True), dpeephole, dh0

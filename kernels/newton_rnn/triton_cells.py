@@ -49,31 +49,55 @@ def inputs(x_ptr, t, n, N, mask):
 
 
 @triton.jit
-def gates(x0, x1, x2, c, h, r0, r1, r2, p0, p1, LSTM: tl.constexpr):
+def only(x, row, ROWS: tl.constexpr):
+    """One row."""
+    return tl.sum(tl.where((tl.arange(0, ROWS) == row)[:, None], x, 0.0), 0)
+
+
+@triton.jit
+def _times(v, r, BLOCK: tl.constexpr, PREC: tl.constexpr):
+    """v R, with a weight per unit or (BLOCK) a matrix."""
+    if BLOCK:
+        return tl.dot(v, r, input_precision=PREC)
+    else:
+        return r * v
+
+
+@triton.jit
+def gates(
+    x0, x1, x2, c, h, r0, r1, r2, p0, p1, LSTM: tl.constexpr, BLOCK: tl.constexpr = False, PREC: tl.constexpr = "ieee"
+):
     """The cell: next c and h, and its inner values (gru: z, s, candidate; lstm: f, o, candidate, tanh c')."""
     if LSTM:
-        f = tl.sigmoid(x0 + r0 * h + p0 * c)
-        z = tanh(x2 + r2 * h)
+        f = tl.sigmoid(x0 + _times(h, r0, BLOCK, PREC) + p0 * c)
+        z = tanh(x2 + _times(h, r2, BLOCK, PREC))
         c_new = z + f * (c - z)
-        o = tl.sigmoid(x1 + r1 * h + p1 * c_new)
+        o = tl.sigmoid(x1 + _times(h, r1, BLOCK, PREC) + p1 * c_new)
         th = tanh(c_new)
         return c_new, o * th, f, o, z, th
     else:
-        z = tl.sigmoid(x0 + r0 * h)
-        s = tl.sigmoid(x1 + r1 * h)
-        k = tanh(x2 + r2 * (s * h))
+        z = tl.sigmoid(x0 + _times(h, r0, BLOCK, PREC))
+        s = tl.sigmoid(x1 + _times(h, r1, BLOCK, PREC))
+        k = tanh(x2 + _times(s * h, r2, BLOCK, PREC))
         return c, h + z * (k - h), z, s, k, h
 
 
 @triton.jit
-def weights(r_ptr, p_ptr, n, N, live, HAS_PEEPHOLE: tl.constexpr):
-    """Recurrent weights of the three gates, and peepholes (zero where there are none)."""
-    r0 = tl.load(r_ptr + n, mask=live, other=0.0)
-    r1 = tl.load(r_ptr + N + n, mask=live, other=0.0)
-    r2 = tl.load(r_ptr + 2 * N + n, mask=live, other=0.0)
-    p0 = tl.zeros_like(r0)
-    p1 = tl.zeros_like(r0)
+def peepholes(p_ptr, n, N, live, HAS_PEEPHOLE: tl.constexpr):
+    """Both peepholes, zero where there are none."""
+    p0 = tl.zeros(n.shape, tl.float32)
+    p1 = tl.zeros(n.shape, tl.float32)
     if HAS_PEEPHOLE:
         p0 = tl.load(p_ptr + n, mask=live, other=0.0)
         p1 = tl.load(p_ptr + N + n, mask=live, other=0.0)
+    return p0, p1
+
+
+@triton.jit
+def weights(r_ptr, p_ptr, n, N, live, HAS_PEEPHOLE: tl.constexpr):
+    """Recurrent weights of the three gates, one per unit, and peepholes."""
+    r0 = tl.load(r_ptr + n, mask=live, other=0.0)
+    r1 = tl.load(r_ptr + N + n, mask=live, other=0.0)
+    r2 = tl.load(r_ptr + 2 * N + n, mask=live, other=0.0)
+    p0, p1 = peepholes(p_ptr, n, N, live, HAS_PEEPHOLE)
     return r0, r1, r2, p0, p1

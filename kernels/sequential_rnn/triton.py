@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.common.triton import Kernel, Row, host, offsets, pow2, precision, row, tanh
+from kernels.common.varlen import states_before
 from kernels.sequential_rnn.reference import GATES, PARTS
 from kernels.sequential_rnn.triton_adjoint import rnn_adjoint
 from kernels.sequential_rnn.triton_cells import gate_input, matrix, slstm_scale
@@ -162,7 +163,7 @@ class _Call:
     ):
         self.cu = offsets(x.shape[0], x.shape[1], cu_seqlens, x.device)
         self.sequences, self.heads = self.cu.shape[0] - 1, x.shape[3]
-        self.s0, self.parts = s0, PARTS[cell]
+        self.parts = PARTS[cell]
         packed = host(x.flatten(0, 1))
         self.args: dict[str, Any] = {
             "x_ptr": packed,
@@ -207,18 +208,6 @@ def forward(
     return states[-1].clone().view(batch, length, heads, width), final, states
 
 
-def _before(h_THD: Tensor, call: _Call, reset: Tensor | None) -> Tensor:
-    """The h every token started from, [T, H, D]."""
-    before = torch.cat([torch.zeros_like(h_THD[:1]), h_THD[:-1]])
-    # no look at the lengths: an empty sequence writes where the next one writes after it, or nowhere
-    first = call.cu[:-1]
-    start = h_THD.new_zeros(first.shape[0], *h_THD.shape[1:]) if call.s0 is None else call.s0[:, -1].float()
-    owner = torch.searchsorted(call.cu, torch.arange(h_THD.shape[0], device=h_THD.device), right=True) - 1
-    is_first = first[owner] == torch.arange(h_THD.shape[0], device=h_THD.device)
-    before = torch.where(is_first[:, None, None], start[owner], before)
-    return before if reset is None else before.masked_fill(reset.flatten().bool()[:, None, None], 0)
-
-
 def backward(
     dh_BTHD: Tensor,
     dfinal_SPHD: Tensor,
@@ -236,7 +225,8 @@ def backward(
     batch, length, gates, heads, width = x_BTGHD.shape
     assert gates == GATES[cell]
     tokens = batch * length
-    before_HTD = _before(kept[-1].view(tokens, heads, width), call, reset).transpose(0, 1)
+    start = None if s0_SPHD is None else s0_SPHD[:, -1]
+    before_HTD = states_before(kept[-1].view(tokens, heads, width), call.cu, start, reset).transpose(0, 1)
     r_HDE = r_GHDD.float().permute(1, 2, 0, 3).flatten(2)
     bias = kept.new_zeros(gates, heads, width) if bias_GHD is None else bias_GHD.float()
     recurrent = torch.baddbmm(bias.transpose(0, 1).flatten(1)[:, None], before_HTD, r_HDE)

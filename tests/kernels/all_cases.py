@@ -6,7 +6,6 @@ from memory_cases import MEMORY_CASES
 from rnn_cases import RNN_CASES
 
 ALL = {**CASES, **MEMORY_CASES, **RNN_CASES}
-ON_TRITON = {name: case for name, case in ALL.items() if case.has_triton}
 
 
 def each(cases: dict[str, OpCase] | list[OpCase]) -> pytest.MarkDecorator:

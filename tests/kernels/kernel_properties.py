@@ -48,7 +48,6 @@ class OpCase:
     # the chunk is a way to compute, not a part of the model
     free_chunk: bool = True
     has_reset: bool = False
-    has_triton: bool = True
     # autograd goes through the op, so that second derivatives exist
     is_traced: bool = False
     edges: tuple[str, ...] = EDGES

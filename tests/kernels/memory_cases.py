@@ -105,11 +105,9 @@ def _neural(name: str, names: str, shapes: list[tuple[int, int]], step: float = 
         state = torch.cat([state, position[:, None]], dim=1)
         return {name: inputs[name] for name in names.split()}, state
 
-    # two layers, momentum and other losses run as matrix products on any device
-    plain = shapes == LINEAR and not with_momentum and "loss" not in how
-    # and a nonlinear memory explodes on errors of 1e4, in any precision
-    edges = EDGES[:-1] if plain else EDGES[:-2]
-    return _case(name, op, draw, free_chunk=False, has_triton=plain, is_traced=True, edges=edges)
+    # a nonlinear memory explodes on errors of 1e4, in any precision
+    edges = EDGES[:-1] if shapes == LINEAR and not with_momentum and "loss" not in how else EDGES[:-2]
+    return _case(name, op, draw, free_chunk=False, is_traced=True, edges=edges)
 
 
 # memory_cache
@@ -194,7 +192,7 @@ MEMORY_CASES = {
         _neural("titans_mlp", "q k v beta g momentum", LAYERS, step=0.05),
         _neural("huber_silu", "q k v beta g", LAYERS, loss="huber", threshold=0.5, activation="silu"),
         _neural("lp", "q k v beta momentum", LINEAR, step=0.01, loss="lp"),
-        _neural("ttt_norm", "q k v beta", [(K, HIDDEN), (HIDDEN, K)], step=0.05, with_norm=True),
+        _neural("ttt_norm", "q k v beta", [(K, HIDDEN), (HIDDEN, K)], step=0.01, with_norm=True),
         _cache("cache_residual", "q k v beta g", variant="residual", write="carry"),
         _cache("cache_gated", "q k v g route_q route_k", variant="gated", write="carry"),
         _cache("cache_soup", "q k v g route_q route_k", variant="soup", write="restart"),

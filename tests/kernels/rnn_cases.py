@@ -75,8 +75,7 @@ RNN_CASES = {
     case.name: case
     for case in (
         *(
-            # a matrix per head is solved on the chunked backend only
-            _case(f"newton_{b}{c}", partial(newton_rnn, cell=c), _newton(c, bool(b)), has_triton=not b)
+            _case(f"newton_{b}{c}", partial(newton_rnn, cell=c), _newton(c, bool(b)))
             for b in ("", "block_")
             for c in ("gru", "lstm")
         ),

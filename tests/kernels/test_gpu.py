@@ -5,7 +5,7 @@ import os
 import kernel_properties as props
 import pytest
 import torch
-from all_cases import ALL, ON_TRITON, each
+from all_cases import ALL, each
 from kernel_properties import DISTRIBUTIONS, OFFSETS
 
 pytestmark = [
@@ -14,7 +14,7 @@ pytestmark = [
         not torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1", reason="needs a CUDA card"
     ),
 ]
-every, on_triton = each(ALL), each(ON_TRITON)
+every = each(ALL)
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -43,14 +43,14 @@ def test_packed_sequences(case):
     props.assert_close(case, given, found, props.truth_of(case, given, cu_seqlens=cu), 1e-5)
 
 
-@on_triton
+@every
 def test_bit_equal_runs(case):
     given = on_card(props.cast(props.draw(case, 300 if case.length > 50 else 100), torch.float32))
     first, second = (props.tensors_of(case, given, backend="triton") for _ in range(2))
     assert all(torch.equal(x, y) for x, y in zip(first, second, strict=True))
 
 
-@on_triton
+@every
 def test_long_sequence_against_chunked(case):
     """Segments of the scan, blocks of time, many chunks; the truth is chunked torch in float64."""
     if case.length < 50:

@@ -9,7 +9,7 @@ import os
 import kernel_properties as props
 import pytest
 import torch
-from all_cases import ON_TRITON, each
+from all_cases import ALL, each
 from kernel_properties import CASES, DISTRIBUTIONS, OFFSETS
 from memory_cases import MEMORY_CASES
 
@@ -17,7 +17,7 @@ import kernels.newton_rnn as newton_module
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="real compiler in this process")
 # the other memories are composed of these: that they are handed the right things is shown twice, in float32
-KERNELS = {name: case for name, case in ON_TRITON.items() if name not in MEMORY_CASES or name == "ridge"}
+KERNELS = {name: case for name, case in ALL.items() if name not in MEMORY_CASES or name in ("ridge", "titans_mlp")}
 every = each(KERNELS)
 # one of each kind of kernel in every run, the rest of the table where slow tests run
 EVERYDAY = ("scan_real", "gla_scalar", "gated_deltanet", "newton_gru", "sequential_lstm", "m2rnn")
@@ -25,8 +25,8 @@ EVERYDAY = ("scan_real", "gla_scalar", "gated_deltanet", "newton_gru", "sequenti
 
 def rest_is_slow(*quick):
     """Parametrise by every case, all but the quick ones slow."""
-    marks = {name: [] if name in quick else pytest.mark.slow for name in ON_TRITON}
-    return pytest.mark.parametrize("case", [pytest.param(c, marks=marks[n], id=n) for n, c in ON_TRITON.items()])
+    marks = {name: [] if name in quick else pytest.mark.slow for name in ALL}
+    return pytest.mark.parametrize("case", [pytest.param(c, marks=marks[n], id=n) for n, c in ALL.items()])
 
 
 @pytest.fixture(autouse=True)
@@ -215,6 +215,47 @@ def test_tiles_of_both_widths_of_ridge_memory(widths):
     root = torch.randn(2, 2, k, k, generator=gen)
     inputs["initial_state"] = torch.cat([root @ root.mT / k, torch.randn(2, 2, k, v, generator=gen)], dim=-1)
     props.assert_agrees(case, inputs, "triton", torch.float32, chunk=16)
+
+
+def memory_layer(with_momentum, sizes, dtype):
+    """A layer of a memory with all it is given, and the gradients of all of that, for fixed cotangents."""
+    from kernels.neural_memory.chunked import Coefficients
+
+    gen, (tokens, k, v) = torch.Generator().manual_seed(0), sizes
+    shapes = [(tokens, k), (tokens, k), (tokens, v), (k, v), (k, v), (tokens, 1), (tokens, tokens), (tokens, 1), (1, 1)]
+    leaves = [torch.randn(1, 2, *s, generator=gen).to(dtype).requires_grad_() for s in [*shapes, (tokens, 1)]]
+    if not with_momentum:
+        leaves = [x if i in (0, 1, 2, 3, 5, 6) else None for i, x in enumerate(leaves)]
+    used = [x for x in leaves if x is not None]
+
+    def run(layer):
+        outs = [x for x in layer(*leaves[:5], Coefficients(*leaves[5:])) if x is not None]
+        gen.manual_seed(1)
+        return [*outs, *torch.autograd.grad(outs, used, [torch.randn(x.shape, generator=gen).to(x) for x in outs])]
+
+    return run
+
+
+@pytest.mark.parametrize("with_momentum", [False, True])
+def test_memory_layer(with_momentum, nan_scratch):
+    """Several tiles of both widths; the gradients of the coefficients, which no case checks one by one."""
+    from kernels.neural_memory import chunked, triton_layer
+
+    sizes = (3, 17, 33)
+    found = memory_layer(with_momentum, sizes, torch.float32)(triton_layer.layer)
+    truth = memory_layer(with_momentum, sizes, torch.float64)(chunked._layer)
+    assert max(props.error(x, y) for x, y in zip(found, truth, strict=True)) < 1e-6
+
+
+@pytest.mark.slow
+def test_memory_layer_is_a_sound_op():
+    from kernels.neural_memory import triton_layer
+
+    given = [
+        torch.randn(1, 1, *s, requires_grad=True) for s in ((2, 3), (2, 3), (2, 2), (3, 2), (3, 2), (2, 1), (2, 2))
+    ]
+    given += [torch.randn(1, 1, *s, requires_grad=True) for s in ((2, 1), (1, 1), (2, 1))]
+    torch.library.opcheck(triton_layer._forward, (given,))
 
 
 def test_large_chunk_of_the_model_on_small_chunks_of_the_kernels():

@@ -75,7 +75,6 @@ BAD += [
     (neural_memory, (X, X, X[..., :2], B), {"chunk": 2, "norm": PAIR}, "K must be V, got 3 and 2"),
     (neural_memory, (X, X, X, B), {"chunk": 2, "weights": []}, "one matrix per layer, got none"),
     (neural_memory, (X, X, X, B), {"chunk": 2, "weights": [torch.ones(2, 3, 4)]}, "must end in V = 3, got 4"),
-    (neural_memory, (X, X, X, B, None, B), {"chunk": 2, "backend": "triton"}, "has no kernel for momentum"),
     (tnt_memory, (X, X, X, B), {"chunk": 2, "local_chunks": [1], "shards": []}, "of one length"),
     (tnt_memory, (X, X, X, B), {"chunk": 2, "local_chunks": [1], "shards": [0]}, "must be at least 1"),
     (memory_cache, (X, X, X), {"segment": 2}, "needs both route_q and route_k"),
@@ -103,8 +102,8 @@ BAD += [
     (newton_rnn, (GATES, R), {"initial_state": R}, "initial_state must be"),
     (newton_rnn, (GATES, R), {"max_iterations": -1}, "at least 0, got -1"),
     (newton_rnn, (GATES, R), {"tolerance": 0.0}, "tolerance must be positive, got 0.0"),
-    (newton_rnn, (GATES, BLOCK), {"backend": "triton"}, "has diagonal cells only"),
     (newton_rnn, (torch.ones(1, 4, 3, 1, 17), torch.ones(3, 1, 17, 17)), {}, "D <= 16, got 17"),
+    (newton_rnn, (torch.ones(1, 4, 3, 1, 17), torch.ones(3, 1, 17, 17)), {"backend": "triton"}, "use sequential_rnn"),
     (newton_rnn, (GATES, R), {"reset": torch.zeros(1, 3)}, "reset must be"),
     (sequential_rnn, (GATES, BLOCK), {"cell": "lstm"}, "x must be [B, T, 4, H, D] for lstm"),
     (sequential_rnn, (GATES, BLOCK), {"cell": "rnn"}, "unknown cell 'rnn'"),
@@ -189,7 +188,7 @@ def test_explain_memories():
     found = explain(neural_memory, x, x, x, b, chunk=5)
     assert (found.backend, found.chunk) == ("chunked", 5)
     found = explain(neural_memory, x, x, x, b, None, b * 0, chunk=5)
-    assert "momentum" in found.reason or "CUDA" in found.reason
+    assert "CUDA" in found.reason
     found = explain(memory_cache, x, x, x, b, segment=8, variant="residual")
     assert (found.op, found.backend) == ("memory_cache", "chunked")
     assert "delta_rule" in found.reason

@@ -13,6 +13,22 @@ from kernels.sequential_rnn import m2rnn
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="real compiler in this process")
 
 
+def drawn(cell, is_block, length, width, batch=1):
+    """Gate inputs, recurrent weights (positive) and an initial state."""
+    gen = torch.Generator().manual_seed(0)
+    units = (1, width) if is_block else (width,)
+    x = torch.randn(batch, length, 3, *units, generator=gen)
+    r = torch.rand(3, *units, *units[1:], generator=gen)
+    start = torch.randn(batch, *((2,) if cell == "lstm" else ()), *units, generator=gen)
+    return x, r / width**0.5 if is_block else r, start
+
+
+CELLS = pytest.mark.parametrize(
+    ("cell", "is_block"), [("gru", False), ("lstm", False), ("gru", True), ("lstm", True)],
+    ids=["gru", "lstm", "block_gru", "block_lstm"],
+)  # fmt: skip
+
+
 @pytest.fixture(autouse=True)
 def _small_blocks(monkeypatch):
     """Two chunks side by side: several blocks of time in a short test."""
@@ -30,11 +46,10 @@ def test_units_beyond_one_tile(cell):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("cell", ["gru", "lstm"])
-def test_report(cell):
+@CELLS
+def test_report(cell, is_block):
     """Solved, walked on demand, and fallen back: three different reports, one result."""
-    gen = torch.Generator().manual_seed(0)
-    x, r = torch.randn(2, 40, 3, 5, generator=gen), torch.rand(3, 5, generator=gen)
+    x, r, _ = drawn(cell, is_block, 40, 5, batch=2)
     truth = newton_rnn(x.double(), r.double(), cell=cell, backend="reference")[0]
     given = {"cell": cell, "chunk": 16, "backend": "triton"}
     h, _, solved = newton_rnn_with_report(x, r, **given)
@@ -48,14 +63,12 @@ def test_report(cell):
     assert all(props.error(x, truth) < 1e-6 for x in (h, walked_h, failed_h))
 
 
-@pytest.mark.parametrize("cell", ["gru", "lstm"])
-def test_newton_corrects_long_memories(cell, monkeypatch):
+@CELLS
+def test_newton_corrects_long_memories(cell, is_block, monkeypatch):
     """Gates that keep nearly everything: the first walk is far off, and the scan over the chunks has to mend it."""
     monkeypatch.setattr(newton_module, "TRITON_ROWS", 4)
-    gen = torch.Generator().manual_seed(0)
-    x, r = torch.randn(1, 64, 3, 3, generator=gen), torch.rand(3, 3, generator=gen)
+    x, r, start = drawn(cell, is_block, 64, 3)
     x[:, :, 0] += 4 if cell == "lstm" else -4
-    start = torch.randn(1, *((2, 3) if cell == "lstm" else (3,)), generator=gen)
     given = {"cell": cell, "initial_state": start}
     h, last, report = newton_rnn_with_report(x, r, chunk=16, backend="triton", **given)
     truth = newton_rnn(x.double(), r.double(), backend="reference", **{**given, "initial_state": start.double()})
