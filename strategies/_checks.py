@@ -48,3 +48,11 @@ def require_number(name: str, value: Any, above: float | None = None) -> None:
 
 def require_choice(name: str, value: Any, choices: Sequence[str]) -> None:
     require(value in choices, name, value, f"one of {', '.join(choices)}")
+
+
+def require_widths(name: str, hidden: Any) -> list[int]:
+    """A list of widths of hidden layers, which may be empty."""
+    is_list = isinstance(hidden, Sequence) and not isinstance(hidden, str)
+    is_fine = is_list and all(isinstance(w, int) and not isinstance(w, bool) and w >= 1 for w in hidden)
+    require(is_fine, name, hidden, "a list of integers of at least 1, such as [32,32]")
+    return list(hidden)

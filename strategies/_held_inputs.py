@@ -16,6 +16,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from strategies._layer_inputs import input_rows
 from strategies._subspace import InputSubspace
@@ -41,6 +42,11 @@ class HeldInputs:
         self.by_gradients = by_gradients
         self.seen: tuple[Tensor, Tensor, Tensor] | None = None
         layer.forward = self._answer if by_gradients else self._answer_held  # type: ignore[method-assign]
+
+    def hold_answers(self) -> None:
+        """Its gradients are not enough: from now on hold what it answers."""
+        self.by_gradients, self.seen = False, None
+        self.layer.forward = self._answer_held  # type: ignore[method-assign]
 
     def detach(self) -> None:
         self.layer.__dict__.pop("forward", None)
@@ -101,6 +107,26 @@ class HeldInputs:
         # the constant input is projected too
         inside = (part @ basis[-1].to(part)).unsqueeze(-1)
         return answer + (layer.bias - inside * layer.bias.detach()).to(answer.dtype)
+
+
+def adds_gradients(optimizer: Optimizer) -> bool:
+    """Whether the optimizer's steps are sums of gradients, so that projecting these projects the steps."""
+    return type(optimizer) is torch.optim.SGD and not any(group["weight_decay"] for group in optimizer.param_groups)
+
+
+@torch.no_grad()
+def project_momentum(optimizer: Optimizer, layer: nn.Module, subspace: InputSubspace) -> None:
+    """What momentum carries over from before the directions were held must not move the weights along them."""
+    if type(layer) is not nn.Linear or not adds_gradients(optimizer) or not subspace.is_exact:
+        return
+    buffers = [optimizer.state.get(p, {}).get("momentum_buffer") for p in (layer.weight, layer.bias)]
+    if buffers[0] is None:
+        return
+    whole = buffers[0] if buffers[1] is None else torch.cat([buffers[0], buffers[1][:, None]], dim=1)
+    kept = subspace.project(whole)
+    buffers[0].copy_(kept[:, : buffers[0].shape[1]])
+    if buffers[1] is not None:
+        buffers[1].copy_(kept[:, -1])
 
 
 def _as_computed(inputs: Tensor) -> Tensor:

@@ -26,8 +26,9 @@ from cl.buffers.base import draw_without_replacement
 from cl.core import Batch, Output, Stream, StreamInfo
 from cl.hooks import Strategy
 from cl.state import Cost, TrainState, tensor_bytes
-from strategies._checks import require, require_choice, require_count, require_number
-from strategies._hypernet import Hypernetwork, heads_of
+from strategies._checks import require_choice, require_count, require_number
+from strategies._hypernet import Hypernetwork
+from strategies._hypernet_conditions import condition_of, conditions, other_heads
 from strategies._hypernet_distances import Distances
 from strategies._hypernet_layout import Ranges
 from strategies._importance import mean_over_rows
@@ -141,10 +142,7 @@ class Generating(Strategy):
 
     def condition(self, state: TrainState) -> int:
         """Of the running experience."""
-        here = state.experience
-        if state.info.num_heads > 1 and here.task_id is not None:
-            return here.task_id
-        return self.table[here.id] if here.id < len(self.table) else -1
+        return condition_of(state, self.table)
 
     @torch.no_grad()
     def take(self, net: Hypernetwork) -> Vectors:
@@ -249,30 +247,3 @@ class Generating(Strategy):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.old, self.picked = list(state["old"]), list(state["picked"])
         self.kept, self.importance = copied(state["kept"]), copied(state["importance"])
-
-
-def conditions(stream: Stream) -> tuple[list[int], int]:
-    """Condition of each experience, and how many there are: its task, or the place of its domain.
-
-    Re-occurring experiences share their domain, and so their condition.
-    """
-    if stream.info.num_heads > 1:
-        return [experience.task_id or 0 for experience in stream.experiences], stream.info.num_heads
-    domains: dict[str, int] = {}
-    table = [domains.setdefault(experience.domain, len(domains)) for experience in stream.experiences]
-    return table, len(domains)
-
-
-def other_heads(net: Hypernetwork, condition: int) -> Ranges:
-    """Numbers of the heads of other conditions."""
-    prefixes = [prefix for first, rest in heads_of(net.backbone).items() for prefix in (first, *rest)]
-    others = tuple(prefix for prefix in prefixes if not prefix.endswith(f"heads.{condition}."))
-    return [(place.start, place.stop) for place in net.layout.places if others and place.names[0].startswith(others)]
-
-
-def require_widths(name: str, hidden: Any) -> list[int]:
-    """A list of widths of hidden layers, which may be empty."""
-    is_list = isinstance(hidden, Sequence) and not isinstance(hidden, str)
-    is_fine = is_list and all(isinstance(w, int) and not isinstance(w, bool) and w >= 1 for w in hidden)
-    require(is_fine, name, hidden, "a list of integers of at least 1, such as [32,32]")
-    return list(hidden)

@@ -15,23 +15,23 @@ Shape legend: N rows of inputs, D inputs of a unit, O units of a layer, R direct
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
 
 from cl.buffers.base import draw_without_replacement
 from cl.core import Batch, Output, StreamInfo
 from cl.hooks import Strategy
 from cl.state import Cost, TrainState, tensor_bytes
 from strategies._checks import require_choice
-from strategies._held_inputs import HeldInputs
+from strategies._held_inputs import HeldInputs, adds_gradients, project_momentum
 from strategies._layer_inputs import Layers, Listener, find_layers, input_rows, listening, require_inputs
 from strategies._modes import evaluation_mode
 from strategies._quadratic import Vectors, copied
 from strategies._subspace import InputSubspace
+from strategies._unprotected import Unprotected
 
 OTHERS = ("refuse", "freeze", "train")
 ROWS_AT_A_TIME = 256
@@ -57,7 +57,7 @@ class Projection(Strategy):
         self.subspaces: dict[str, InputSubspace] = {}
         self.responses: Vectors = {}
         """By layer, what it said to the directions held when the experience began."""
-        self.frozen: Vectors = {}
+        self.unprotected = Unprotected()
         self.full: list[str] = []
         """Layers that were reported to have no direction left."""
         self.held: dict[str, HeldInputs] = {}
@@ -100,7 +100,7 @@ class Projection(Strategy):
             self.subspaces[name].load_state_dict(saved)
             self.subspaces[name].to(state.device)
         self.responses = {name: each.to(state.device) for name, each in self.responses.items()}
-        self.frozen = {name: each.to(state.device) for name, each in self.frozen.items()}
+        self.unprotected.to(state.device)
         self._restored = {}
 
     def on_experience_start(self, state: TrainState) -> None:
@@ -109,10 +109,10 @@ class Projection(Strategy):
             name: subspace.response(layers[name]) for name, subspace in self.subspaces.items() if subspace.rank
         }
         self.drifting = []
-        if self._adds_gradients(state):
-            self._project_momentum(state, layers)
+        for name in self.responses:
+            project_momentum(state.optimizer, layers[name], self.subspaces[name])
         if self.others == "freeze" and state.experience.id > 0:
-            self.frozen = {name: p.detach().clone() for name, p in self._unprotected(state).items()}
+            self.unprotected.freeze(state, layers)
         self.begin(state, layers)
 
     # one step
@@ -120,9 +120,7 @@ class Projection(Strategy):
     def on_batch(self, state: TrainState, batch: Batch) -> Batch:
         if self.responses and not self.held:
             self._attach(state)
-        if self.frozen:
-            for norm in self._norms(state):
-                norm.eval()
+        self.unprotected.hold_statistics(state)
         if self.listens:
             if not self.listener:
                 self.listener.attach(state.model, self.layers(state))
@@ -133,47 +131,19 @@ class Projection(Strategy):
 
     def _attach(self, state: TrainState) -> None:
         """Linear layers are held on the side of their inputs from here on."""
-        layers, adds = self.layers(state), self._adds_gradients(state)
-        self.held = {
-            name: HeldInputs(
-                layers[name],
-                self.subspaces[name],
-                response,
-                adds and name not in self.drifting and self.subspaces[name].is_exact,
-            )
-            for name, response in self.responses.items()
-            if type(layers[name]) is nn.Linear
-        }
-
-    @staticmethod
-    def _adds_gradients(state: TrainState) -> bool:
-        """Whether the optimizer's steps are sums of gradients, so that projecting these projects the steps."""
-        is_plain = type(state.optimizer) is torch.optim.SGD
-        return is_plain and not any(group["weight_decay"] for group in state.optimizer.param_groups)
-
-    @torch.no_grad()
-    def _project_momentum(self, state: TrainState, layers: Layers) -> None:
-        """What momentum carries over from before the directions were held must not move the weights along them."""
-        for name in self.responses:
-            layer, subspace = layers[name], self.subspaces[name]
-            buffers = [state.optimizer.state.get(p, {}).get("momentum_buffer") for p in (layer.weight, layer.bias)]
-            if type(layer) is not nn.Linear or buffers[0] is None or not subspace.is_exact:
-                continue
-            whole = buffers[0] if buffers[1] is None else torch.cat([buffers[0], buffers[1][:, None]], dim=1)
-            kept = subspace.project(whole)
-            buffers[0].copy_(kept[:, : buffers[0].shape[1]])
-            if buffers[1] is not None:
-                buffers[1].copy_(kept[:, -1])
+        layers, adds = self.layers(state), adds_gradients(state.optimizer)
+        for name, response in self.responses.items():
+            if type(layers[name]) is nn.Linear:
+                by_gradients = adds and name not in self.drifting and self.subspaces[name].is_exact
+                self.held[name] = HeldInputs(layers[name], self.subspaces[name], response, by_gradients)
 
     def _fold(self) -> None:
         """Write into the weights of linear layers what they answer with."""
         for name, held in self.held.items():
-            has_drifted = held.fold()
-            self.responses[name] = held.response
-            if has_drifted and held.by_gradients:
-                held.detach()
-                self.held[name] = HeldInputs(held.layer, held.subspace, held.response, by_gradients=False)
+            if held.fold() and held.by_gradients:
+                held.hold_answers()
                 self.drifting.append(name)
+            self.responses[name] = held.response
 
     def penalty(self, state: TrainState, batch: Batch, output: Output) -> Tensor | None:
         """Adds nothing to the loss; tells which of the passes since `on_batch` is the one that is trained on."""
@@ -183,7 +153,8 @@ class Projection(Strategy):
 
     def step(self, state: TrainState, batch: Batch, update: Callable[[], None]) -> None:
         update()
-        if not (self.responses or self.frozen or self._seen):
+        self.unprotected.put_back(state)
+        if not (self.responses or self._seen):
             return
         with torch.no_grad():
             layers = self.layers(state)
@@ -192,9 +163,6 @@ class Projection(Strategy):
                     self.responses[name] = self.subspaces[name].hold(layers[name], response)
             if (state.step + 1) % FOLD_EVERY == 0:
                 self._fold()
-            parameters = state.parameters() if self.frozen else {}
-            for name, value in self.frozen.items():
-                parameters[name].copy_(value)
             self._learn(layers)
 
     def _learn(self, layers: Layers) -> None:
@@ -221,9 +189,7 @@ class Projection(Strategy):
             held.detach()
         self.held = {}
         layers = self.layers(state)
-        if self.frozen:
-            for norm in self._norms(state):
-                norm.train(state.model.training)
+        self.unprotected.release_statistics(state)
         last: dict[str, Tensor] = {}
         with torch.no_grad(), evaluation_mode(state.model), listening(state.model, layers) as listener:
             for index in self.rows_at_end(state):
@@ -261,16 +227,6 @@ class Projection(Strategy):
         index = draw_without_replacement(count, min(num_rows or count, count), state.seeds.named(self.name))
         return iter(index.split(at_a_time))
 
-    def _unprotected(self, state: TrainState) -> Vectors:
-        """Trained parameters of no layer that is held, and of no head of a single task."""
-        layers = self.layers(state)
-        protected = {id(p) for layer in layers.values() for p in layer.parameters(recurse=False)}
-        named = state.parameters().items()
-        return {name: p for name, p in named if id(p) not in protected and ".heads." not in f".{name}"}
-
-    def _norms(self, state: TrainState) -> list[nn.Module]:
-        return [module for module in state.model.modules() if isinstance(module, _NormBase)]
-
     # what it costs and keeps
 
     def cost(self, state: TrainState, batch_size: int) -> Cost:
@@ -281,7 +237,7 @@ class Projection(Strategy):
         return {
             "subspaces": kept,
             "responses": self.responses,
-            "frozen": self.frozen,
+            "frozen": self.unprotected.frozen,
             "full": list(self.full),
             "drifting": list(self.drifting),
         }
@@ -289,22 +245,6 @@ class Projection(Strategy):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         # which layer a subspace belongs to is known when there is a model
         self.subspaces, self._restored = {}, {name: copied(saved) for name, saved in state["subspaces"].items()}
-        self.responses, self.frozen = copied(state["responses"]), copied(state["frozen"])
+        self.responses = copied(state["responses"])
+        self.unprotected.load_state_dict(state["frozen"])
         self.full, self.drifting = list(state["full"]), list(state["drifting"])
-
-
-def for_layer(values: Any, number: int) -> Any:
-    """The value of a layer: the number itself, or that place of a list, whose last value serves all later layers.
-
-    Example:
-        >>> [for_layer([0.95, 0.99], number) for number in range(3)], for_layer(0.9, 5)
-        ([0.95, 0.99, 0.99], 0.9)
-    """
-    if isinstance(values, Sequence):
-        return values[min(number, len(values) - 1)]
-    return values
-
-
-def listed(values: Any) -> list[Any]:
-    """What one value or a list of them holds, for checking."""
-    return list(values) if isinstance(values, Sequence) and not isinstance(values, str) else [values]

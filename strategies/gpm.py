@@ -20,7 +20,8 @@ from torch import Tensor
 from cl.hooks import Contract
 from cl.state import TrainState
 from strategies._checks import require, require_count, require_number
-from strategies._projection import Projection, for_layer, listed
+from strategies._per_layer import for_layer, listed
+from strategies._projection import Projection
 from strategies._subspace import InputSubspace, Principal
 
 

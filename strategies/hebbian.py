@@ -31,7 +31,8 @@ from cl.state import TrainState
 from strategies._checks import require, require_count, require_number
 from strategies._lateral import Lateral
 from strategies._layer_inputs import Layers
-from strategies._projection import ROWS_AT_A_TIME, Projection, for_layer, listed
+from strategies._per_layer import for_layer, listed
+from strategies._projection import ROWS_AT_A_TIME, Projection
 from strategies._subspace import InputSubspace
 
 Neurons = float | Sequence[float]

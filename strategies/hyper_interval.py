@@ -34,11 +34,11 @@ from torch.func import functional_call
 from cl.core import Batch, Output, StreamInfo, UserError
 from cl.hooks import Contract
 from cl.state import Cost, TrainState
-from strategies._checks import require, require_choice, require_count, require_number
+from strategies._checks import require, require_choice, require_count, require_number, require_widths
 from strategies._hypernet import Hypernetwork
 from strategies._hypernet_chunks import ACTIVATIONS, ChunkGenerator
 from strategies._hypernet_interval import ANSWERS, IntervalNetwork, worst_case
-from strategies._hypernet_strategy import Generating, require_widths
+from strategies._hypernet_strategy import Generating
 from strategies._interval import Interval, ends
 from strategies._quadratic import Vectors
 

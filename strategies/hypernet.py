@@ -22,9 +22,9 @@ from collections.abc import Sequence
 from torch import nn
 
 from cl.hooks import Contract
-from strategies._checks import require_choice, require_count
+from strategies._checks import require_choice, require_count, require_widths
 from strategies._hypernet_chunks import ACTIVATIONS, ChunkGenerator
-from strategies._hypernet_strategy import Generating, require_widths
+from strategies._hypernet_strategy import Generating
 
 
 class Hypernet(Generating):

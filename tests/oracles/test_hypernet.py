@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from cl.core import Output, Setting, UserError
 from cl.testing import ToyNet, toy_stream
-from strategies import _hypernet_strategy, hypernet
+from strategies import _hypernet_conditions, _hypernet_strategy, hypernet
 from strategies._hypernet import entropy
 from strategies.hypernet import Hypernet
 
@@ -173,7 +173,7 @@ def test_entropy_is_finite_where_a_class_is_ruled_out():
 def test_experiences_that_share_a_domain_share_their_embedding():
     stream = toy_stream(DOMAIN)
     again = [*stream.experiences, stream.experiences[0]]
-    assert _hypernet_strategy.conditions(type(stream)(stream.info, again, stream.eval_sets)) == ([0, 1, 2, 0], 3)
+    assert _hypernet_conditions.conditions(type(stream)(stream.info, again, stream.eval_sets)) == ([0, 1, 2, 0], 3)
 
 
 class Remembering(ToyNet):
