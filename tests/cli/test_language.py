@@ -53,6 +53,7 @@ def run(folder, monkeypatch, capfd):
     """Runs a command of the page in that directory; in this process, which has imported everything."""
     monkeypatch.chdir(folder)
     monkeypatch.setenv("CL_CACHE", str(folder / "cache"))
+    monkeypatch.delenv("CL_DATA_ROOT", raising=False)
 
     def call(command, *more):
         code = main([*shlex.split(command)[1:], *more])
