@@ -16,7 +16,6 @@ time. Rows of an experience reach the sampler in random order.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -25,7 +24,7 @@ import torch
 from torch import Tensor
 
 from cl.buffers.base import Buffer, stored_rows
-from cl.buffers.class_balanced import ClassBalanced
+from cl.buffers.class_balanced import Grouped
 from cl.core import Batch, Data, Experience, Stream, shuffled
 from cl.hooks import Contract, Strategy
 from cl.seeding import Seeds
@@ -107,22 +106,13 @@ class Gdumb(Strategy):
         self.num_taken, self.first = state["num_taken"], copied(state["first"])
 
 
-class GreedyBalanced(ClassBalanced):
+class GreedyBalanced(Grouped):
     """Rows stay as long as their class is not the largest one when another class needs room; within a class, early
-    rows stay. Classes of different heads are different classes."""
+    rows stay."""
 
-    def slots(self, batch: Batch, generator: torch.Generator) -> Sequence[tuple[int, int]]:
-        uniforms = torch.rand(len(batch), generator=generator, dtype=torch.float64).tolist()
-        pairs = []
-        for row, (group, uniform) in enumerate(zip(self.groups(batch), uniforms, strict=True)):
-            members = self.members.setdefault(group, [])
-            self.group_seen[group] = self.group_seen.get(group, 0) + 1
-            if self.filled < self.capacity or len(members) * len(self.members) < self.capacity:
-                slot = self._new_slot(uniform)
-                members.append(slot)
-                pairs.append((slot, row))
-        self.seen += len(batch)
-        return pairs
+    def slot(self, group: int, members: list[int], uniform: float) -> int | None:
+        has_room = self.filled < self.capacity or len(members) * len(self.members) < self.capacity
+        return self._new_slot(members, uniform) if has_room else None
 
 
 class BufferData:

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from cl.backbones import Backbone
 from cl.buffers.base import draw_without_replacement
-from cl.buffers.class_balanced import ClassBalanced
+from cl.buffers.class_balanced import Grouped
 from cl.core import Batch, Output, Setting, StreamInfo, UserError
 from cl.hooks import Contract
 from cl.seeding import derive_seed
@@ -274,24 +274,16 @@ class Remind(Rehearsal):
         self.num_streamed = dict(state["num_streamed"])
 
 
-class LargestClass(ClassBalanced):
+class LargestClass(Grouped):
     """A new row is stored always; when there is no room, a random row of the largest class goes, be it the new one."""
 
-    def slots(self, batch: Batch, generator: torch.Generator) -> Sequence[tuple[int, int]]:
-        uniforms = torch.rand(len(batch), generator=generator, dtype=torch.float64).tolist()
-        pairs = []
-        for row, (group, uniform) in enumerate(zip(self.groups(batch), uniforms, strict=True)):
-            members = self.members.setdefault(group, [])
-            self.group_seen[group] = self.group_seen.get(group, 0) + 1
-            slot = self._new_slot(uniform) if self.filled < self.capacity else self._freed(group, uniform)
-            if slot is not None:
-                members.append(slot)
-                pairs.append((slot, row))
-        self.seen += len(batch)
-        return pairs
-
-    def _freed(self, group: int, uniform: float) -> int | None:
-        sizes = {each: len(members) + (each == group) for each, members in self.members.items()}
+    def slot(self, group: int, members: list[int], uniform: float) -> int | None:
+        if self.filled < self.capacity:
+            return self._new_slot(members, uniform)
+        sizes = {each: len(slots) + (each == group) for each, slots in self.members.items()}
         largest = max(sizes, key=sizes.__getitem__)
-        place, members = int(uniform * sizes[largest]), self.members[largest]
-        return members.pop(place) if place < len(members) else None
+        place, slots = int(uniform * sizes[largest]), self.members[largest]
+        if place == len(slots):
+            return None
+        members.append(slots.pop(place))
+        return members[-1]

@@ -11,12 +11,10 @@ from cl.buffers.base import Buffer
 from cl.core import Batch, UserError
 
 
-class ClassBalanced(Buffer):
-    """Groups of rows with equal shares; a new group takes its slots from the largest ones, at random.
+class Grouped(Buffer):
+    """Rows in groups, each of which knows its slots and how many rows it has seen; `slot` is the policy.
 
-    Removal at random keeps what is left of a group a uniform sample of it, so no row's chance depends on when the
-    shares shrank. With more groups than slots the latest groups hold one row each. Classes of different heads are
-    different groups. Source: the adaptive variant of Avalanche's `ClassBalancedBuffer`, made online.
+    Classes of different heads are different groups.
     """
 
     def __init__(self, capacity: int) -> None:
@@ -37,41 +35,33 @@ class ClassBalanced(Buffer):
 
     def slots(self, batch: Batch, generator: torch.Generator) -> Sequence[tuple[int, int]]:
         uniforms = torch.rand(len(batch), generator=generator, dtype=torch.float64).tolist()
-        groups = self.groups(batch)
-        for group in dict.fromkeys(groups):
-            self.members.setdefault(group, [])
-            self.group_seen.setdefault(group, 0)
-        share = max(1, self.capacity // len(self.members))
         pairs = []
-        for row, (group, uniform) in enumerate(zip(groups, uniforms, strict=True)):
-            members = self.members[group]
-            self.group_seen[group] = seen = self.group_seen[group] + 1
-            slot: int | None
-            if len(members) < share:
-                slot = self._new_slot(uniform)
-                members.append(slot)
-            else:
-                slot = self._replaced(members, int(uniform * seen))
+        for row, (group, uniform) in enumerate(zip(self.groups(batch), uniforms, strict=True)):
+            members = self.members.setdefault(group, [])
+            self.group_seen[group] = self.group_seen.get(group, 0) + 1
+            slot = self.slot(group, members, uniform)
             if slot is not None:
                 pairs.append((slot, row))
         self.seen += len(batch)
         return pairs
 
-    def _new_slot(self, uniform: float) -> int:
-        """An unused slot, or one of the largest group's when there is none."""
+    def slot(self, group: int, members: list[int], uniform: float) -> int | None:
+        """Where the next row of a group goes, None for nowhere; a slot that the group gains is added to `members`."""
+        raise NotImplementedError
+
+    def _new_slot(self, members: list[int], uniform: float) -> int:
+        """The group gains an unused slot, or one of the largest group's when there is none."""
         if self.filled < self.capacity:
             self.filled += 1
-            return self.filled - 1
-        largest = max(self.members.values(), key=len)
-        return largest.pop(self._evicted(len(largest), uniform))
+            members.append(self.filled - 1)
+        else:
+            largest = max(self.members.values(), key=len)
+            members.append(largest.pop(self._evicted(len(largest), uniform)))
+        return members[-1]
 
     def _evicted(self, num_members: int, uniform: float) -> int:
         """Which member a shrinking group gives up."""
         return int(uniform * num_members)
-
-    def _replaced(self, members: list[int], place: int) -> int | None:
-        """Slot that a new row takes within its full group; `place` is uniform over the rows that the group has seen."""
-        return members[place] if place < len(members) else None
 
     def state_dict(self) -> dict[str, Any]:
         return super().state_dict() | {"members": self.members, "group_seen": self.group_seen}
@@ -80,3 +70,27 @@ class ClassBalanced(Buffer):
         super().load_state_dict(state)
         self.members = {group: list(slots) for group, slots in state["members"].items()}
         self.group_seen = dict(state["group_seen"])
+
+
+class ClassBalanced(Grouped):
+    """Groups of rows with equal shares; a new group takes its slots from the largest ones, at random.
+
+    Removal at random keeps what is left of a group a uniform sample of it, so no row's chance depends on when the
+    shares shrank. With more groups than slots the latest groups hold one row each. Source: the adaptive variant of
+    Avalanche's `ClassBalancedBuffer`, made online.
+    """
+
+    def slots(self, batch: Batch, generator: torch.Generator) -> Sequence[tuple[int, int]]:
+        # all groups of a batch share from its first row on
+        for group in self.groups(batch):
+            self.members.setdefault(group, [])
+        return super().slots(batch, generator)
+
+    def slot(self, group: int, members: list[int], uniform: float) -> int | None:
+        if len(members) < max(1, self.capacity // len(self.members)):
+            return self._new_slot(members, uniform)
+        return self._replaced(members, int(uniform * self.group_seen[group]))
+
+    def _replaced(self, members: list[int], place: int) -> int | None:
+        """Slot that a new row takes within its full group; `place` is uniform over the rows that the group has seen."""
+        return members[place] if place < len(members) else None

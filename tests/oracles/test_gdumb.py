@@ -83,7 +83,7 @@ def test_who_makes_room_is_drawn():
 
 
 def test_the_oracle_needs_the_shares(monkeypatch, lab):
-    monkeypatch.setattr(GreedyBalanced, "_new_slot", lambda self, uniform: ClassLast.slot(self))
+    monkeypatch.setattr(GreedyBalanced, "_new_slot", lambda self, members, uniform: ClassLast.slot(self, members))
     lab.dies(lambda: test_counts_follow_the_rule(24))
 
 
@@ -91,11 +91,13 @@ class ClassLast:
     """A mutation: the newest row makes room, whatever its class."""
 
     @staticmethod
-    def slot(buffer):
+    def slot(buffer, members):
         if buffer.filled < buffer.capacity:
             buffer.filled += 1
-            return buffer.filled - 1
-        return max(buffer.members.values(), key=lambda members: max(members, default=-1)).pop()
+            members.append(buffer.filled - 1)
+        else:
+            members.append(max(buffer.members.values(), key=lambda slots: max(slots, default=-1)).pop())
+        return members[-1]
 
 
 # the learner
