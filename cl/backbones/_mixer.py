@@ -46,7 +46,7 @@ class Lifetime:
 
 
 class Mixer(nn.Module):
-    """Base of every mixer; subclasses define `init_state` and `forward`.
+    """Base of every mixer; subclasses define `init_state` and `piece`, or all of `forward`.
 
     Class attributes:
         lifetime: what changes when.
@@ -63,7 +63,15 @@ class Mixer(nn.Module):
     def forward(
         self, x_BTD: Tensor, state: State | None = None, *, reset: Tensor | None = None, mode: str = "chunk"
     ) -> tuple[Tensor, State]:
-        raise NotImplementedError(f"{type(self).__name__} must define forward")
+        """Read x after `state`, or from the start; in "recurrent" mode one token after the other."""
+        require_mode(mode)
+        if mode == "recurrent" and x_BTD.shape[1] > 1:
+            return self.token_by_token(x_BTD, state, reset)
+        return self.piece(x_BTD, self.init_state(x_BTD.shape[0]) if state is None else state, reset, mode)
+
+    def piece(self, x_BTD: Tensor, state: State, reset: Tensor | None, mode: str) -> tuple[Tensor, State]:
+        """Read x in "chunk" mode, or a single token in "recurrent" mode."""
+        raise NotImplementedError(f"{type(self).__name__} must define piece")
 
     def commit(self, state: State) -> None:
         """After the optimizer step of a training batch: write what outlives it, from the state it left behind."""

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cl.backbones._heads import require_width
-from cl.backbones._mixer import Lifetime, Mixer, require_mode
+from cl.backbones._mixer import Lifetime, Mixer
 from cl.backbones._state import State
 from cl.backbones.mlps.swiglu import Swiglu
 from cl.core import UserError
@@ -81,13 +81,8 @@ class HierarchicalFfnMemory(Mixer):
         count = torch.zeros(num_rows, dtype=torch.int64, device=self.centroids.device)
         return {"sum": self.fresh(num_rows, width), "count": count, "context": self.fresh(num_rows, width)}
 
-    def forward(
-        self, x_BTD: Tensor, state: State | None = None, *, reset: Tensor | None = None, mode: str = "chunk"
-    ) -> tuple[Tensor, State]:
-        require_mode(mode)
-        if mode == "recurrent" and x_BTD.shape[1] > 1:
-            return self.token_by_token(x_BTD, state, reset)
-        context_BTD, count_BT, left = self._contexts(x_BTD, state or self.init_state(len(x_BTD)), reset)
+    def piece(self, x_BTD: Tensor, state: State, reset: Tensor | None, mode: str) -> tuple[Tensor, State]:
+        context_BTD, count_BT, left = self._contexts(x_BTD, state, reset)
         path_BTL, weight_BTL = self.path(context_BTD)
         y_BTD = self.nodes[0][0](x_BTD)[0]
         has_context_BT = count_BT >= self.block

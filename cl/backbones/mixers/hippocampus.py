@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cl.backbones._cells import ages
-from cl.backbones._mixer import Lifetime, Mixer, in_full_precision, require_mode
+from cl.backbones._mixer import Lifetime, Mixer, in_full_precision
 from cl.backbones._spec import Spec, build_rule
 from cl.backbones._state import Packing, State, where_rows
 from cl.backbones.memory_rules._rule import Rule
@@ -75,13 +75,7 @@ class Hippocampus(Mixer):
     def _fresh_memory(self, num_rows: int) -> State:
         return self.rule.init_state(self.fresh(num_rows, self.num_heads, self.head_width, self.head_width))
 
-    def forward(
-        self, x_BTD: Tensor, state: State | None = None, *, reset: Tensor | None = None, mode: str = "chunk"
-    ) -> tuple[Tensor, State]:
-        require_mode(mode)
-        if mode == "recurrent" and x_BTD.shape[1] > 1:
-            return self.token_by_token(x_BTD, state, reset)
-        state = self.init_state(x_BTD.shape[0]) if state is None else state
+    def piece(self, x_BTD: Tensor, state: State, reset: Tensor | None, mode: str) -> tuple[Tensor, State]:
         num_tokens = x_BTD.shape[1]
         seen_BTD, attention = self.attention(x_BTD, state["attention"], reset=reset, mode=mode)
         both = torch.cat((state["tail"].to(x_BTD.dtype), x_BTD), 1)

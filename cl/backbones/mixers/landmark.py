@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cl.backbones._heads import require_width
-from cl.backbones._mixer import Lifetime, Mixer, require_mode
+from cl.backbones._mixer import Lifetime, Mixer
 from cl.backbones._state import State
 from cl.backbones.mixers._rotary import rotary_angles, rotated
 from cl.core import UserError
@@ -80,25 +80,19 @@ class Landmark(Mixer):
         none = torch.zeros(num_rows, 0, dtype=torch.int64, device=empty.device)
         return {"key": empty, "value": empty, "document": none, "place": none, "position": torch.tensor(0)}
 
-    def forward(
-        self, x_BTD: Tensor, state: State | None = None, *, reset: Tensor | None = None, mode: str = "chunk"
-    ) -> tuple[Tensor, State]:
-        require_mode(mode)
-        if mode == "recurrent" and x_BTD.shape[1] > 1:
-            return self.token_by_token(x_BTD, state, reset)
-        before = self.init_state(len(x_BTD)) if state is None else state
+    def piece(self, x_BTD: Tensor, state: State, reset: Tensor | None, mode: str) -> tuple[Tensor, State]:
         q, k, v = (
             layer(x_BTD).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
             for layer in (self.query, self.key, self.value)
         )
-        start, num_tokens = int(before["position"]), x_BTD.shape[1]
+        start, num_tokens = int(state["position"]), x_BTD.shape[1]
         dtype = torch.promote_types(torch.float32, q.dtype)
         if self.rope_base is not None:
             angles = rotary_angles(start, num_tokens, q.shape[-1], self.rope_base, x_BTD.device, dtype)
             q, k = rotated(q, *angles), rotated(k, *angles)
-        document, place = self._counted(x_BTD, reset, before)
+        document, place = self._counted(x_BTD, reset, state)
         if start:
-            k, v = (torch.cat((before[name].to(new.dtype), new), 2) for name, new in (("key", k), ("value", v)))
+            k, v = (torch.cat((state[name].to(new.dtype), new), 2) for name, new in (("key", k), ("value", v)))
         left = {
             "key": k.to(dtype),
             "value": v.to(dtype),

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cl.backbones._heads import require_width
-from cl.backbones._mixer import Lifetime, Mixer, in_full_precision, require_mode
+from cl.backbones._mixer import Lifetime, Mixer, in_full_precision
 from cl.backbones._spec import Spec, build_rule
 from cl.backbones._state import Packing, State, where_rows
 from cl.backbones.memory_rules._rule import Rule
@@ -93,13 +93,7 @@ class LinearMemory(Mixer):
             "position": torch.tensor(0),
         }
 
-    def forward(
-        self, x_BTD: Tensor, state: State | None = None, *, reset: Tensor | None = None, mode: str = "chunk"
-    ) -> tuple[Tensor, State]:
-        require_mode(mode)
-        if mode == "recurrent" and x_BTD.shape[1] > 1:
-            return self.token_by_token(x_BTD, state, reset)
-        state = self.init_state(x_BTD.shape[0]) if state is None else state
+    def piece(self, x_BTD: Tensor, state: State, reset: Tensor | None, mode: str) -> tuple[Tensor, State]:
         tokens, tail = self.tokens(x_BTD, state, reset)
         with in_full_precision(x_BTD):
             o_BTHV, memory = (self._step if mode == "recurrent" else self._chunk)(tokens, state["memory"], reset)

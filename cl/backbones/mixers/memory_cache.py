@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from cl.backbones import _cells
 from cl.backbones._heads import require_width
-from cl.backbones._mixer import Lifetime, Mixer, in_full_precision, require_mode
+from cl.backbones._mixer import Lifetime, Mixer, in_full_precision
 from cl.backbones._state import State
 from cl.backbones.mixers import _cached_linear, _cached_neural
 from cl.backbones.mixers.linear_memory import LinearMemory
@@ -115,13 +115,7 @@ class MemoryCache(Mixer):
             cache = _cached_neural.init_cache(self._layer.rule, num_rows, self.fresh(0), self.route_width)
         return {"cache": cache, "tail": inner["tail"], "position": inner.get("position", cache["count"].new_zeros(()))}
 
-    def forward(
-        self, x_BTD: Tensor, state: State | None = None, *, reset: Tensor | None = None, mode: str = "chunk"
-    ) -> tuple[Tensor, State]:
-        require_mode(mode)
-        if mode == "recurrent" and x_BTD.shape[1] > 1:
-            return self.token_by_token(x_BTD, state, reset)
-        state = self.init_state(x_BTD.shape[0]) if state is None else state
+    def piece(self, x_BTD: Tensor, state: State, reset: Tensor | None, mode: str) -> tuple[Tensor, State]:
         tokens, tail = self._layer.tokens(x_BTD, state, reset)
         if self.read != "residual":
             routes = {"route_q": self.route_query(x_BTD), "route_k": self.route_key(x_BTD)}

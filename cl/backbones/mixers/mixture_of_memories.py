@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from cl.backbones._heads import require_width
-from cl.backbones._mixer import Lifetime, Mixer, in_full_precision, require_mode
+from cl.backbones._mixer import Lifetime, Mixer, in_full_precision
 from cl.backbones._state import Packing, State, mapped, where_rows
 from cl.backbones.mixers._convolution import ShortConvolution
 from cl.backbones.mixers.linear_memory import LinearMemory
@@ -95,13 +95,7 @@ class MixtureOfMemories(Mixer):
         memories = {str(slot): mapped(torch.clone, inner["memory"]) for slot in range(self.num_slots)}
         return {"memories": memories, "tail": tails, "position": inner["position"]}
 
-    def forward(
-        self, x_BTD: Tensor, state: State | None = None, *, reset: Tensor | None = None, mode: str = "chunk"
-    ) -> tuple[Tensor, State]:
-        require_mode(mode)
-        if mode == "recurrent" and x_BTD.shape[1] > 1:
-            return self.token_by_token(x_BTD, state, reset)
-        state = self.init_state(x_BTD.shape[0]) if state is None else state
+    def piece(self, x_BTD: Tensor, state: State, reset: Tensor | None, mode: str) -> tuple[Tensor, State]:
         # routing in full precision: a bfloat16 softmax sends near ties elsewhere
         p_BTE = self.router(x_BTD).to(self.fresh(0).dtype).softmax(-1)
         weight_BTE, auxiliary = self._routed(p_BTE)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cl.backbones._heads import require_width
-from cl.backbones._mixer import Lifetime, Mixer, require_mode
+from cl.backbones._mixer import Lifetime, Mixer
 from cl.backbones._spec import Spec
 from cl.backbones._state import State
 from cl.backbones.mixers._memory_as_context import MemoryAsContext
@@ -112,13 +112,7 @@ class NeuralMemory(Mixer):
             state["attention"] = self.attention.init_state(num_rows)
         return state
 
-    def forward(
-        self, x_BTD: Tensor, state: State | None = None, *, reset: Tensor | None = None, mode: str = "chunk"
-    ) -> tuple[Tensor, State]:
-        require_mode(mode)
-        if mode == "recurrent" and x_BTD.shape[1] > 1:
-            return self.token_by_token(x_BTD, state, reset)
-        state = self.init_state(x_BTD.shape[0]) if state is None else state
+    def piece(self, x_BTD: Tensor, state: State, reset: Tensor | None, mode: str) -> tuple[Tensor, State]:
         if self.layout == "mac":
             y_BTD, left = self.context(x_BTD, self.memory, state, reset, mode)
             return self.out(y_BTD), left

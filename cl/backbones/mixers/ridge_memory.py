@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cl.backbones._mixer import Lifetime, Mixer, in_full_precision, require_mode
+from cl.backbones._mixer import Lifetime, Mixer, in_full_precision
 from cl.backbones._state import Packing, State, where_rows
 from cl.backbones.memory_rules._rule import Decay, Row, Strength, unit
 from cl.backbones.mixers._convolution import ShortConvolution
@@ -99,13 +99,7 @@ class RidgeMemory(Mixer):
         tail = self.fresh(num_rows, self.convolution.num_before, self.convolution.channels)
         return {"gram": square, "cross": square, "tail": tail}
 
-    def forward(
-        self, x_BTD: Tensor, state: State | None = None, *, reset: Tensor | None = None, mode: str = "chunk"
-    ) -> tuple[Tensor, State]:
-        require_mode(mode)
-        if mode == "recurrent" and x_BTD.shape[1] > 1:
-            return self.token_by_token(x_BTD, state, reset)
-        state = self.init_state(x_BTD.shape[0]) if state is None else state
+    def piece(self, x_BTD: Tensor, state: State, reset: Tensor | None, mode: str) -> tuple[Tensor, State]:
         qkv_BTC = torch.cat((self.query(x_BTD), self.key(x_BTD), self.value(x_BTD)), -1)
         qkv_BTC, tail = self.convolution(qkv_BTC, state["tail"], reset)
         q, k, v = (each.unflatten(-1, (self.num_heads, -1)) for each in qkv_BTC.chunk(3, -1))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from cl.backbones._cells import ages
 from cl.backbones._heads import require_width
-from cl.backbones._mixer import Lifetime, Mixer, in_full_precision, require_mode
+from cl.backbones._mixer import Lifetime, Mixer, in_full_precision
 from cl.backbones._state import State
 from cl.backbones.trc2_parts.convolution import convolved
 from cl.core import UserError
@@ -129,13 +129,7 @@ class Trc2V1(Mixer):
             "place": torch.zeros(num_rows, dtype=torch.int64, device=self.near_JD.device),
         }
 
-    def forward(
-        self, x_BTD: Tensor, state: State | None = None, *, reset: Tensor | None = None, mode: str = "chunk"
-    ) -> tuple[Tensor, State]:
-        require_mode(mode)
-        if mode == "recurrent" and x_BTD.shape[1] > 1:
-            return self.token_by_token(x_BTD, state, reset)
-        state = self.init_state(x_BTD.shape[0]) if state is None else state
+    def piece(self, x_BTD: Tensor, state: State, reset: Tensor | None, mode: str) -> tuple[Tensor, State]:
         before_BT = ages(x_BTD.shape[1], reset, state["place"]) - 1
         near_BTD, tail = convolved(x_BTD, state["tail"], self.near_JD, before_BT, nearest=1)
         p_BTD = self.predict(near_BTD.to(x_BTD.dtype))
