@@ -23,13 +23,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from _random_images import images, stream_of
 from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
 from cl.backbones.mlp import Mlp
 from cl.config import TrainerConfig
-from cl.core import EvalSet, Experience, Setting, Stream, StreamInfo, TensorData
 from cl.hooks import Strategy
 from cl.result import environment, write_text
 from cl.trainer import Trainer
@@ -50,36 +49,20 @@ SMALL = partial(Mlp, hidden=(100, 100))
 Step = Callable[[], Any]
 
 
-def in_unit_interval(raw: Tensor) -> Tensor:
-    """Bytes -> [0, 1]."""
-    return raw / 255
-
-
-def images(k: int) -> TensorData:
-    """One batch of random images."""
-    generator = torch.Generator().manual_seed(k)
-    raw = torch.randint(256, (BATCH_SIZE, 1, 28, 28), dtype=torch.uint8, generator=generator)
-    return TensorData(raw, torch.randint(10, (BATCH_SIZE,), generator=generator), k)
-
-
-def stream_of(num_experiences: int) -> Stream:
-    """Domains of random images."""
-    ids = range(num_experiences)
-    experiences = [Experience(k, f"{k}", f"{k}", partial(images, k), BATCH_SIZE, tuple(range(10))) for k in ids]
-    info = StreamInfo("random", Setting.DOMAIN_INCREMENTAL, (1, 28, 28), 10, num_experiences)
-    return Stream(info, experiences, [EvalSet(f"{k}", partial(images, k), BATCH_SIZE) for k in ids], in_unit_interval)
-
-
 def hypernet_step(strategy: Strategy, backbone: Any, num_experiences: int) -> tuple[Step, Trainer]:
     """A step of the last experience, when all others have been seen."""
     config = TrainerConfig(batch_size=BATCH_SIZE, device="cpu")
     trainer = Trainer(
-        stream_of(num_experiences), backbone, [strategy], optimizer=partial(torch.optim.Adam, lr=1e-4), config=config
+        stream_of(num_experiences, BATCH_SIZE),
+        backbone,
+        [strategy],
+        optimizer=partial(torch.optim.Adam, lr=1e-4),
+        config=config,
     )
     state = trainer.state
     strategy.on_run_start(state)
     state.model.seen[: num_experiences - 1] = True
-    state.experience, state.data = state.stream.experiences[-1], images(num_experiences - 1)
+    state.experience, state.data = state.stream.experiences[-1], images(num_experiences - 1, BATCH_SIZE)
     strategy.on_experience_start(state)
     state.model.train()
     batch = state.prepare(state.data.rows(torch.arange(BATCH_SIZE)))
@@ -88,10 +71,11 @@ def hypernet_step(strategy: Strategy, backbone: Any, num_experiences: int) -> tu
 
 def plain_step(backbone: Any) -> Step:
     """The same network on weights of its own, called by `functional_call`."""
-    model = backbone(stream_of(1).info)
+    stream = stream_of(1, BATCH_SIZE)
+    model = backbone(stream.info)
     weights = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
     optimizer = torch.optim.Adam(list(weights.values()), lr=1e-4)
-    batch = stream_of(1).prepare(images(0).rows(torch.arange(BATCH_SIZE)))
+    batch = stream.prepare(images(0, BATCH_SIZE).rows(torch.arange(BATCH_SIZE)))
 
     def step() -> None:
         optimizer.zero_grad()

@@ -18,10 +18,10 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from _random_images import images, stream_of
 
 from cl.backbones.mlp import Mlp
 from cl.config import TrainerConfig
-from cl.core import EvalSet, Experience, Setting, Stream, StreamInfo, TensorData
 from cl.hooks import Strategy
 from cl.result import write_text
 from cl.trainer import Trainer
@@ -43,19 +43,14 @@ class Stepper:
 
     def __init__(self, strategies: list[Strategy], options: dict[str, str]) -> None:
         batch = int(options["batch"])
-        rows = torch.randint(256, (2 * batch, 1, 28, 28), dtype=torch.uint8)
-        data = TensorData(rows, torch.arange(2 * batch) % 10)
-        experiences = [Experience(k, f"{k}", f"{k}", lambda: data, len(data), tuple(range(10))) for k in range(2)]
-        info = StreamInfo("noise", Setting.DOMAIN_INCREMENTAL, (1, 28, 28), 10, 2)
-        sets = [EvalSet(f"{k}", lambda: data, len(data)) for k in range(2)]
-        stream = Stream(info, experiences, sets, lambda raw: raw / 255.0)
+        stream, data = stream_of(2, 2 * batch), images(1, 2 * batch)
         config = TrainerConfig(
             max_steps=10**6, batch_size=batch, device="cpu" if not torch.cuda.is_available() else "cuda"
         )
         backbone = partial(Mlp, hidden=[int(width) for width in options["hidden"].split(",")])
         self.trainer = Trainer(stream, backbone, strategies, optimizer=OPTIMIZERS[options["optimizer"]], config=config)
         state = self.trainer.state
-        state.experience, state.data = experiences[1], data
+        state.experience, state.data = stream.experiences[1], data
         for strategy in strategies:
             strategy.on_run_start(state)
         self.rows = state.prepare(data.rows(torch.arange(batch)))

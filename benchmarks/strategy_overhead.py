@@ -22,11 +22,12 @@ from itertools import pairwise
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from _random_images import stream_of
+from torch import nn
 
 from cl.backbones.mlp import Mlp
 from cl.config import TrainerConfig
-from cl.core import Batch, EvalSet, Experience, Setting, Stream, StreamInfo, TensorData, UserError
+from cl.core import Batch, Setting, UserError
 from cl.hooks import Strategy
 from cl.result import environment, write_text
 from cl.state import Cost, TrainState
@@ -36,34 +37,6 @@ from cl.trainer import Trainer
 BATCH_SIZE = 64
 NUM_EXPERIENCES = 3
 ORDER = (Setting.CLASS_INCREMENTAL, Setting.DOMAIN_INCREMENTAL, Setting.TASK_INCREMENTAL)
-
-
-def in_unit_interval(raw: Tensor) -> Tensor:
-    """Bytes -> [0, 1]."""
-    return raw / 255
-
-
-def images(k: int, num_rows: int, setting: Setting) -> TensorData:
-    """Random images; labels are what the setting makes of experience k."""
-    generator = torch.Generator().manual_seed(k)
-    raw = torch.randint(256, (num_rows, 1, 28, 28), dtype=torch.uint8, generator=generator)
-    low, width = (3 * k, 3) if setting == Setting.CLASS_INCREMENTAL else (0, 10)
-    targets = low + torch.randint(width, (num_rows,), generator=generator)
-    return TensorData(raw, targets, k, k if setting == Setting.TASK_INCREMENTAL else None)
-
-
-def stream_of(setting: Setting, num_rows: int) -> Stream:
-    """Three experiences of random images."""
-    is_task, is_class = setting == Setting.TASK_INCREMENTAL, setting == Setting.CLASS_INCREMENTAL
-    experiences, eval_sets = [], []
-    for k in range(NUM_EXPERIENCES):
-        classes = tuple(range(3 * k, 3 * k + 3)) if is_class else tuple(range(10))
-        load, task_id = partial(images, k, num_rows, setting), k if is_task else None
-        experiences.append(Experience(k, f"{k}", f"{k}", load, num_rows, classes, task_id))
-        eval_sets.append(EvalSet(f"{k}", partial(images, k, 64, setting), 64))
-    heads = NUM_EXPERIENCES if is_task else 1
-    info = StreamInfo("random images", setting, (1, 28, 28), 10, NUM_EXPERIENCES, heads)
-    return Stream(info, experiences, eval_sets, in_unit_interval)
 
 
 @dataclass(eq=False)
@@ -141,7 +114,7 @@ def run(
     """Train three experiences of so many steps each, on as many rows or on `num_rows`."""
     watch, last = Stopwatch(strategies), Last()
     Trainer(
-        stream_of(setting, num_rows or steps * BATCH_SIZE),
+        stream_of(NUM_EXPERIENCES, num_rows or steps * BATCH_SIZE, setting),
         backbone,
         [watch, *strategies, last],
         optimizer=partial(torch.optim.SGD, lr=0.01),

@@ -18,7 +18,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from strategy_overhead import BATCH_SIZE, images, run
+from _random_images import images
+from strategy_overhead import BATCH_SIZE, run
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
