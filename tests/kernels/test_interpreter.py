@@ -104,7 +104,8 @@ def test_other_chunks(name, chunk):
     props.assert_agrees(KERNELS[name], props.draw(KERNELS[name], chunk + 6), "triton", torch.float32, chunk=chunk)
 
 
-EDGES = props.edges_of(KERNELS.values())
+# what is extreme in a memory of layers is in its coefficients, which torch computes for its kernels
+EDGES = props.edges_of(case for case in KERNELS.values() if case.name != "titans_mlp")
 
 
 @pytest.mark.slow
