@@ -115,6 +115,7 @@ def test_it_is_refused_in_one_sentence(
     words, said = REFUSED[case]
     asked: list[str] = []
     monkeypatch.chdir(folder)
+    monkeypatch.delenv("CL_DATA_ROOT", raising=False)
     monkeypatch.setenv("CL_CACHE", str(folder / "cache"))
     for module in ("streams._documents", "streams._tokenizers", "cl.backbones.hf", "cl.hub"):
         _no_network(monkeypatch, module, asked)
