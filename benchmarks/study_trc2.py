@@ -198,8 +198,9 @@ def page(study: Trc2) -> str:
         f"95 % Student intervals. {num_pairs} pairs allow a test of ranks no p below {2 / 2**num_pairs:.2g}: the first "
         "question is tested by itself, the others together, with Holm's adjustment, and "
         f"{seeds_needed(len(QUESTIONS) - 1)} pairs are the fewest with which one of {len(QUESTIONS) - 1} can be "
-        "significant. An interval without zero among the others is a hint, no finding. All pairs share three domains: "
-        "nothing is said of other ones.\n",
+        "significant. An interval without zero among the others is a hint, no finding. Who has learnt less has less to "
+        "forget: read forgetting beside the loss at boundaries, above all at equal time. All pairs share three "
+        "domains: nothing is said of other ones.\n",
     ]
     for budget in ("tokens", "time"):
         if any(study.every(budget, name, arm) for name in BACKBONES for arm in ARMS):
