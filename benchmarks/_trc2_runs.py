@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import permutations
 from pathlib import Path
-from statistics import median
 
 from _fit import active_weights, fitted, network
 from _study import Comparisons, finished
@@ -142,7 +141,9 @@ class Trc2(Comparisons):
         return {(order, run.seed): run for order in ORDERS for run in runs[order]}
 
     def seconds(self, name: str, arm: str) -> float:
-        """Of training in a run at equal tokens: the median, since machines are shared.
+        """Of training in a run at equal tokens: of the fastest, since what else a machine does can only slow it.
+
+        Take care that all were run on a machine as idle: budgets of time are as good as these rates.
 
         Raises:
             SystemExit: there is no such run yet.
@@ -150,4 +151,4 @@ class Trc2(Comparisons):
         runs = self.every("tokens", name, arm).values()
         if not runs:
             raise SystemExit(f"--time needs runs at equal tokens first: there is none of {name}, {arm}")
-        return median(run.cost["train_s"] for run in runs)
+        return min(run.cost["train_s"] for run in runs)
