@@ -12,6 +12,7 @@ from statistics import fmean, stdev
 from typing import Any, Self
 
 import torch
+from _records import keep, restore
 from rich.console import Console
 
 from cl.cli.compare import Plan, run_all
@@ -64,12 +65,20 @@ class Study:
 
     @classmethod
     def of(cls, given: Namespace) -> Self:
-        """The study that a command line asks for."""
-        return cls(**{each.name: getattr(given, each.name) for each in fields(cls)})
+        """The study that a command line asks for, with the runs that its page was made of."""
+        study = cls(**{each.name: getattr(given, each.name) for each in fields(cls)})
+        restore(study.out, study.page, study.places)
+        return study
+
+    @property
+    def places(self) -> dict[str, Path]:
+        """Folders of this machine that settings of runs name."""
+        return {"out": self.out}
 
     def write(self, text: str) -> None:
-        """The page."""
+        """The page, and beside it the runs that it is made of."""
         write_text(self.page / "README.md", text)
+        keep(self.out, self.page, self.places)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +92,10 @@ class Comparisons(Study):
 
     data: str
     jobs: int = 1
+
+    @property
+    def places(self) -> dict[str, Path]:
+        return super().places | {"data": Path(self.data)}
 
     def compare(self, folder: Path, strategies: Sequence[str], *words: str, may_fail: bool = False) -> None:
         """One `cl compare`, the first strategy as reference.

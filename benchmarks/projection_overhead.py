@@ -84,6 +84,7 @@ def main(words: list[str]) -> None:
         "gpm": [Gpm()],
         "owm": [Owm()],
         "hebbian": [Hebbian(growth=[70, 70, 70], inner_steps=5)],
+        "hebbian, every third batch": [Hebbian(growth=[70, 70, 70], inner_steps=5, learn_every=3)],
         "hebbian, 1 inner step": [Hebbian(growth=[70, 70, 70], inner_steps=1)],
     }
     steppers = {name: Stepper(strategies, options) for name, strategies in methods.items()}

@@ -25,7 +25,7 @@ from collections.abc import Iterator, Sequence
 
 from torch import Tensor
 
-from cl.core import Batch
+from cl.core import Batch, Output
 from cl.hooks import Contract
 from cl.state import TrainState
 from strategies._checks import require, require_count, require_number
@@ -47,7 +47,8 @@ class Hebbian(Projection):
         growth: the same for the neurons added in later experiences: one such value for all of them, or a list of lists,
             one for each experience from the second, the last serving all others.
         rates: step of the rule (paper's eta); a number, or one for each layer.
-        inner_steps: steps for each batch.
+        inner_steps: steps for each batch that is learnt from.
+        learn_every: learn from the batch of every so many steps; 1, the published rule, takes all.
         orthonormal: make old rows orthonormal when their experience ends.
         spiking_levels: activities of lateral neurons are rounded to so many levels between -20 and 20; None does not.
         others: what becomes of trained layers of other types: "refuse", "freeze" them after the first experience, or
@@ -72,6 +73,7 @@ class Hebbian(Projection):
         growth: Neurons | Sequence[Sequence[float]] = (0.08, 0.08),
         rates: float | Sequence[float] = (0.001, 0.01),
         inner_steps: int = 5,
+        learn_every: int = 1,
         orthonormal: bool = True,
         spiking_levels: int | None = None,
         others: str = "refuse",
@@ -84,9 +86,11 @@ class Hebbian(Projection):
                 is_count = value < 1 or float(value).is_integer()
                 require(name == "rates" or is_count, f"hebbian.{name}", value, "a whole number, or a share below 1")
         require_count("hebbian.inner_steps", inner_steps)
+        require_count("hebbian.learn_every", learn_every)
         require_count("hebbian.spiking_levels", spiking_levels, none_means="no rounding")
         require(isinstance(orthonormal, bool), "hebbian.orthonormal", orthonormal, "true or false")
-        self.neurons, self.growth, self.rates, self.inner_steps = neurons, growth, rates, inner_steps
+        self.neurons, self.growth, self.rates = neurons, growth, rates
+        self.inner_steps, self.learn_every = inner_steps, learn_every
         self.orthonormal, self.spiking_levels = orthonormal, spiking_levels
 
     @property
@@ -117,3 +121,6 @@ class Hebbian(Projection):
 
     def on_batch(self, state: TrainState, batch: Batch) -> Batch:
         return batch if self.is_off else super().on_batch(state, batch)
+
+    def penalty(self, state: TrainState, batch: Batch, output: Output) -> Tensor | None:
+        return super().penalty(state, batch, output) if state.step % self.learn_every == 0 else None

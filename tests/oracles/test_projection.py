@@ -18,6 +18,7 @@ from cl.hooks import Strategy
 from cl.testing import ToyNet, toy_stream
 from cl.trainer import Trainer
 from strategies._held_inputs import HeldInputs
+from strategies._lateral import Lateral
 from strategies._layer_inputs import input_rows, listening
 from strategies._subspace import Damped
 from strategies.gpm import Gpm
@@ -299,6 +300,7 @@ def test_what_is_held_is_written_down():
         (lambda: Hebbian(neurons=[3, 2.5]), r"hebbian.neurons is 2.5; it must be a whole number, or a share below 1"),
         (lambda: Hebbian(rates=[]), r"hebbian.rates is \[\]"),
         (lambda: Hebbian(growth=-1), r"hebbian.growth is -1"),
+        (lambda: Hebbian(learn_every=0), r"hebbian.learn_every is 0; it must be an integer of at least 1"),
     ],
 )
 def test_bad_arguments(make, message):
@@ -311,3 +313,21 @@ def test_neurons_by_layer_and_experience():
     assert [hebbian._num_new(0, layer, 100) for layer in range(3)] == [80, 50, 50]
     assert [hebbian._num_new(1, layer, 100) for layer in range(3)] == [70, 10, 10]
     assert [hebbian._num_new(5, layer, 100) for layer in range(2)] == [50, 4]
+
+
+def test_the_rule_can_learn_from_some_batches_only(monkeypatch):
+    """In the first experience nothing is held yet, so the first layer reads the same rows however often is learnt."""
+    heard, learn = {}, Lateral.update
+
+    def hear(subspace, rows, outside=None):
+        heard.setdefault(id(subspace), []).append(rows.clone())
+        learn(subspace, rows, outside)
+
+    monkeypatch.setattr(Lateral, "update", hear)
+    strategies = [Hebbian(neurons=4, growth=2, learn_every=every) for every in (1, 3)]
+    for strategy in strategies:
+        _trained(strategy, ToyNet)
+    every, third = (heard[id(strategy.subspaces["first"])] for strategy in strategies)
+    assert len(third) == math.ceil(len(every) / 3)
+    first_of_three = range(0, len(every) // 3, 3)
+    assert all(torch.equal(third[step // 3], every[step]) for step in first_of_three)
