@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import permutations
+from itertools import permutations, product
 from pathlib import Path
+from shutil import rmtree
+from statistics import median
 
 from _fit import active_weights, fitted, network
 from _study import Comparisons, finished
 
-from cl.cli.compare import Plan, make_plan, split_words
+from cl.cli.compare import Plan, is_done, make_plan, split_words
 from cl.cli.compose import composed, plain
+from cl.cli.execute import execute
 from cl.core import Setting, StreamInfo
 from cl.result import Result
 from streams._tokenizers import trained_bpe
@@ -40,6 +44,9 @@ ARMS: Mapping[str, Sequence[str]] = {
     "fixed": ("strategies=[consolidation]", "reference=consolidation", *STORE, "strategy.consolidation.is_fixed=true"),
     "consolidation": ("strategies=[consolidation]", "reference=consolidation", *STORE),
 }
+
+SHORTER, TURNS = 10, 3
+"""Speeds are measured on runs with a tenth of the steps, so many times."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,9 +104,12 @@ class Trc2(Comparisons):
     def folder(self, budget: str, order: str, name: str, arm: str) -> Path:
         return self.out / budget / order / f"{name}-{arm}"
 
-    def plan(self, budget: str, order: str, name: str, arm: str, words: Sequence[str], steps: int) -> Plan:
+    def plan(
+        self, budget: str, order: str, name: str, arm: str, words: Sequence[str], steps: int, seeds: Sequence[int] = ()
+    ) -> Plan:
         """The runs of one `cl compare`: `words` with or without replay, in one order, with seeds of its own."""
         place = list(ORDERS).index(order)
+        seeds = seeds or [place + len(ORDERS) * n for n in range(self.seeds)]
         own, others = split_words(
             (
                 *words,
@@ -109,7 +119,7 @@ class Trc2(Comparisons):
                 f"trainer.max_steps={steps}",
                 # only the controller looks at what is measured inside experiences
                 f"trainer.eval_every={max(1, steps // 4) if arm == 'consolidation' else 0}",
-                f"seeds=[{','.join(str(place + len(ORDERS) * n) for n in range(self.seeds))}]",
+                f"seeds=[{','.join(map(str, seeds))}]",
                 f"data.root={self.data}",
                 f"out={self.folder(budget, order, name, arm)}",
             )
@@ -128,27 +138,41 @@ class Trc2(Comparisons):
                 self.train("tokens", orders, name, arm, words, self.steps)
 
     def at_equal_time(self, orders: Sequence[str], names: Sequence[str], arms: Sequence[str]) -> None:
-        """As many steps as the seconds of the transformer alone allow, by what was measured at equal tokens."""
+        """As many steps as the seconds of the transformer alone allow."""
+        self.measure_speeds()
         for name in names:
             words = self.request(name)
             for arm in arms:
-                share = self.seconds("transformer", "alone") / self.seconds(name, arm)
-                self.train("time", orders, name, arm, words, max(1, round(self.steps * share)))
+                self.train("time", orders, name, arm, words, max(1, round(self.steps * self.speed(name, arm))))
+
+    def measure_speeds(self) -> None:
+        """Short runs of all, one after the other and all over again: what else a machine does meets all alike."""
+        order, steps = next(iter(ORDERS)), max(1, self.steps // SHORTER)
+        words = {name: self.request(name) for name in BACKBONES}
+        plans = [
+            self.plan("speed", order, name, arm, words[name], steps, range(TURNS))
+            for name, arm in product(BACKBONES, ARMS)
+        ]
+        for turn in zip(*(plan.runs.items() for plan in plans), strict=True):
+            for folder, config in turn:
+                if not is_done(folder, config):
+                    rmtree(folder, ignore_errors=True)
+                    if execute(config, folder).status != "done":
+                        raise SystemExit(f"{folder} was interrupted; the same command goes on")
+
+    def speed(self, name: str, arm: str) -> float:
+        """Of training, in that of the transformer alone: median over turns; nan where it was not measured."""
+        plain, others = self.every("speed", "transformer", "alone"), self.every("speed", name, arm)
+        ratios = [plain[turn].cost["train_s"] / others[turn].cost["train_s"] for turn in plain.keys() & others.keys()]
+        return median(ratios) if ratios else math.nan
 
     def every(self, budget: str, name: str, arm: str) -> dict[tuple[str, int], Result]:
         """Finished runs by order and seed: what is compared in pairs."""
         runs = {order: finished(self.folder(budget, order, name, arm)) for order in ORDERS}
         return {(order, run.seed): run for order in ORDERS for run in runs[order]}
 
-    def seconds(self, name: str, arm: str) -> float:
-        """Of training in a run at equal tokens: of the fastest, since what else a machine does can only slow it.
-
-        Take care that all were run on a machine as idle: budgets of time are as good as these rates.
-
-        Raises:
-            SystemExit: there is no such run yet.
-        """
-        runs = self.every("tokens", name, arm).values()
-        if not runs:
-            raise SystemExit(f"--time needs runs at equal tokens first: there is none of {name}, {arm}")
-        return min(run.cost["train_s"] for run in runs)
+    def tokens_per_second(self, name: str, arm: str) -> float:
+        """Of training: the transformer's, alone, times the speed in it; nan where it was not measured."""
+        plain = self.every("speed", "transformer", "alone").values()
+        rates = [run.cost["train_samples_per_s"] * self.context for run in plain]
+        return self.speed(name, arm) * median(rates) if rates else math.nan

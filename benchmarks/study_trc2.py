@@ -9,7 +9,8 @@ BPE of C4. Every order has seeds of its own, so that six orders with one seed ea
 - tokens: the same steps and batches for everybody, and hidden widths such that every backbone has as many active
   weights as the transformer (those that touch a token: all of them, but of experts the chosen ones). TRC2's ablation
   (hippocampus only, thalamus only, neither, and measured with an empty store) is trained like this as well.
-- time: as many steps as fit into the seconds of the transformer alone, by the rates measured in the first budget.
+- time: as many steps as fit into the seconds of the transformer alone. How fast everything is, is measured beforehand
+  on short runs that take turns in one process.
 
 Runs are those of `cl compare`, so the same command goes on where it was stopped, and pieces may be run in any order:
 `--only` (backbones and variants), `--arms` and `--orders` select them. `--words` adds overrides; `--page-only` writes
@@ -24,7 +25,7 @@ from statistics import fmean, median
 
 from _fit import active_weights, network
 from _study import spread, student, table
-from _trc2_runs import ARMS, BACKBONES, DOMAINS, ORDERS, VARIANTS, Trc2
+from _trc2_runs import ARMS, BACKBONES, DOMAINS, ORDERS, TURNS, VARIANTS, Trc2
 
 from cl.metrics.statistics import ALPHA, holm, seeds_needed, wilcoxon_signed_rank
 from cl.result import Result
@@ -95,7 +96,7 @@ def results_table(study: Trc2, budget: str) -> str:
                         spread([float(run.metrics["forgetting_max"] or 0.0) for run in runs]),
                         perplexity([boundary(run) for run in runs]),
                         *(perplexity([final(run, domain) for run in runs]) for domain in DOMAINS),
-                        f"{median(run.cost['train_samples_per_s'] for run in runs) * study.context:,.0f}",
+                        f"{study.tokens_per_second(name, arm):,.0f}",
                         f"{median(run.cost['peak_memory_bytes'] for run in runs) / 1e6:,.0f}",
                         str(len(runs)),
                     )
@@ -191,10 +192,11 @@ def page(study: Trc2) -> str:
         f"is done is in that file's docstring. {study.steps} steps of {study.rows} rows of {study.context} tokens for "
         f"each domain, {study.layers} layers of width {study.width}, a BPE of {study.vocabulary:,} tokens. Learning "
         "rate and schedule are those of `experiment=text_local` for all, tuned for none of them. Networks are small "
-        "and training is short; nothing is said of larger ones. Rates were measured while other work ran.\n",
+        "and training is short; nothing is said of larger ones.\n",
         sizes_table(study),
-        "Lower is better everywhere but for tokens/s. Tables of results have the mean and the standard deviation over "
-        "orders and seeds; orders differ much, so differences are taken between runs of the same order and seed, with "
+        f"Lower is better everywhere but for tokens/s (medians of {TURNS} short runs that took turns). Tables of "
+        "results have the mean and the standard deviation over orders and seeds; orders differ much, so differences "
+        "are taken between runs of the same order and seed, with "
         f"95 % Student intervals. {num_pairs} pairs allow a test of ranks no p below {2 / 2**num_pairs:.2g}: the first "
         "question is tested by itself, the others together, with Holm's adjustment, and "
         f"{seeds_needed(len(QUESTIONS) - 1)} pairs are the fewest with which one of {len(QUESTIONS) - 1} can be "
@@ -216,7 +218,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=every, default=every)
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--orders", nargs="+", choices=ORDERS, default=list(ORDERS))
-    parser.add_argument("--time", action="store_true", help="the second budget, once the first has been run")
+    parser.add_argument("--time", action="store_true", help="the second budget, after speeds")
     given = parser.parse_args()
     study = Trc2.of(given)
     if given.time and not given.page_only:
