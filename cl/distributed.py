@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map_only
 
-from cl.core import IGNORED, Batch, Part, UserError
+from cl.core import IGNORED, Batch, UserError
 
 KINDS = ("none", "ddp", "fsdp")
 
@@ -135,24 +135,53 @@ class World:
         own.parts = tuple(parts)
         return own
 
+    def shown(self, num_rows: int) -> slice:
+        """Which rows of a part of so many `split` shows here."""
+        low, high = self._bounds(num_rows)
+        low = min(low, num_rows - 1)
+        return slice(low, max(high, low + 1))
+
+    def joined(self, shown: Tensor, num_rows: int) -> Tensor:
+        """What each process knows of its own rows of a part, put together everywhere; no gradient. All must ask.
+
+        Args:
+            shown: (n, ...) of the rows that `split` shows here.
+            num_rows: N of the part in all processes.
+
+        Returns:
+            (N, ...), in the part's order.
+
+        Cost: N rows are sent to every process.
+        """
+        if self.size == 1:
+            return shown.detach()
+        counts = [high - low for low, high in (self._bounds(num_rows, rank) for rank in range(self.size))]
+        # pieces of one size, as gloo wants them
+        padded = shown.new_zeros(max(1, *counts), *shown.shape[1:])
+        padded[: counts[self.rank]] = shown.detach()[: counts[self.rank]]
+        pieces = [torch.empty_like(padded) for _ in counts]
+        dist.all_gather(pieces, padded)
+        return torch.cat([piece[:count] for piece, count in zip(pieces, counts, strict=True)])
+
+    def _bounds(self, num_rows: int, rank: int | None = None) -> tuple[int, int]:
+        """First row of a contiguous share, as even as can be, and the row behind its last one."""
+        rank = self.rank if rank is None else rank
+        return num_rows * rank // self.size, num_rows * (rank + 1) // self.size
+
     def _shares(self, batch: Batch) -> tuple[list[int], list[int], list[float]]:
         """First and last row of each part's share, and the factor of its weight."""
         lows, highs, weights = [], [], []
         learnt = None if batch.targets.dim() == 1 else (batch.targets != IGNORED).flatten(1).sum(1).tolist()
         for part in batch.parts:
-            low, high = self._rows(part)
+            low, high = self._bounds(len(part))
             count, whole = high - low, len(part)
             if learnt is not None:
-                count, whole = sum(learnt[low:high]), sum(learnt[part.rows])
+                count, whole = sum(learnt[part.start + low : part.start + high]), sum(learnt[part.rows])
             weights.append(self.size * count / max(1, whole))
-            lows.append(min(low, part.stop - 1))
-            highs.append(max(high, lows[-1] + 1))
+            shown = self.shown(len(part))
+            lows.append(part.start + shown.start)
+            highs.append(part.start + shown.stop)
         return lows, highs, weights
-
-    def _rows(self, part: Part) -> tuple[int, int]:
-        """A contiguous share, as even as can be."""
-        bounds = [part.start + len(part) * k // self.size for k in (self.rank, self.rank + 1)]
-        return bounds[0], bounds[1]
 
     # the model
 

@@ -48,8 +48,9 @@ class Strategy:
         contract: parameters of the shipped contract tests.
         parallel: wrappers ("ddp", "fsdp") under which it computes in several processes what it computes in one. Every
             process calls `on_batch` and `on_step_end` with the whole batch, and with the same generators; the model
-            sees a share of the rows, and `on_step_end` no logits. A `penalty` that is a mean over rows is multiplied by
-            their `Part.share`. Under "fsdp" parameters and gradients are shards. Not inherited.
+            sees a share of the rows, and `on_step_end` no logits: `World.joined` puts those of all shares together. A
+            `penalty` that is a mean over rows is multiplied by their `Part.share`. Under "fsdp" parameters and
+            gradients are shards. Not inherited.
     """
 
     settings: ClassVar[frozenset[Setting]] = ALL_SETTINGS

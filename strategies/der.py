@@ -9,10 +9,12 @@ of operations as in mammoth (aimagelab/mammoth models/der.py): draw, step, then 
 reservoir sampling, with the logits of the forward pass before the update.
 Differences: one forward pass over all rows instead of two, which is the same sum unless the backbone normalises over
 the batch. Avalanche's DER is another method: it computes the logits at the end of the experience.
+In several processes every buffer holds the logits of all rows, which the processes send each other after each step.
 """
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -34,6 +36,7 @@ class Der(Rehearsal):
     Cost: replay_batch_size more rows forward and backward per step.
     """
 
+    parallel = frozenset({"ddp", "fsdp"})
     contract = Contract(toy={"capacity": 100, "alpha": 1.0}, zero={"alpha": 0.0}, forgets_less_by=0.12)
 
     def __init__(self, capacity: int = 200, replay_batch_size: int | None = None, alpha: float = 0.5) -> None:
@@ -42,6 +45,8 @@ class Der(Rehearsal):
         require_number(f"{self.name}.alpha", alpha)
         self.alpha = alpha
         self._stored_logits: Tensor | None = None
+        # by micro-batch of the running step, of which this process sees a share: its rows' logits, and how many all are
+        self._shares: dict[int, tuple[Tensor, int]] = {}
 
     def on_batch(self, state: TrainState, batch: Batch) -> Batch:
         self._stored_logits = None
@@ -53,13 +58,21 @@ class Der(Rehearsal):
         return batch.extended(rows, Source.REPLAY, self.name, weight=0.0)
 
     def penalty(self, state: TrainState, batch: Batch, output: Output) -> Tensor | None:
+        if state.world.size > 1:
+            own = batch.parts[0]
+            self._shares[state.micro_step] = (output.logits.detach()[own.rows], len(own) + own.elsewhere)
         if self._stored_logits is None:
             return None
         part = next(part for part in batch.parts_of(self.name) if part.weight == 0)
-        return self.alpha * F.mse_loss(output.logits[part.rows].float(), self._stored_logits)
+        stored = self._stored_logits[state.world.shown(len(self._stored_logits))]
+        return self.alpha * part.share * F.mse_loss(output.logits[part.rows].float(), stored)
 
     def on_step_end(self, state: TrainState, batch: Batch, output: Output) -> None:
-        self.buffer.add(batch, self.generator(state), logits=output.logits.float())
+        logits = output.logits
+        if state.world.size > 1:
+            logits = torch.cat([state.world.joined(*share) for _, share in sorted(self._shares.items())])
+            self._shares = {}
+        self.buffer.add(batch, self.generator(state), logits=logits.float())
 
     def num_draws(self) -> int:
         """Draws per step, each of `num_drawn` rows."""

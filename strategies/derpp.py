@@ -28,6 +28,7 @@ class Derpp(Der):
     Cost: 2 * replay_batch_size more rows forward and backward per step.
     """
 
+    parallel = frozenset({"ddp", "fsdp"})
     contract = Contract(toy={"capacity": 100}, zero={"alpha": 0.0, "beta": 0.0}, forgets_less_by=0.25)
 
     def __init__(

@@ -33,7 +33,8 @@ class Lifetime:
     Args:
         fast: entries of its state: they change with every token, and a checkpoint in mid-document needs them.
         resets: those that a document start clears; None means all of them.
-        kept: buffers that outlive a batch: only `commit` writes them, and every checkpoint holds them.
+        kept: buffers that outlive a batch, or parts with all of theirs: only `commit` writes them, and every checkpoint
+            holds them.
     """
 
     fast: tuple[str, ...]

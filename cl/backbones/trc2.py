@@ -29,6 +29,7 @@ from torch.utils.checkpoint import checkpoint
 from cl.backbones._block import Auxiliary, add_terms
 from cl.backbones._cells import ages
 from cl.backbones._heads import require_width
+from cl.backbones._mixer import Lifetime
 from cl.backbones._reading import draw, num_steps
 from cl.backbones._state import State
 from cl.backbones.gpt import Gpt
@@ -77,6 +78,7 @@ class Trc2(Gpt):
         "discount": 0.999,
         "starts_closed": False,
     }
+    lifetime = Lifetime(fast=("decoder", "side"), resets=("side",), kept=("episodes.hippocampus", "episodes.critic"))
 
     def __init__(
         self,

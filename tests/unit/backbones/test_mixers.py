@@ -1,11 +1,14 @@
 """What every mixer in cl/backbones/mixers/ must keep, whatever it remembers; found by listing the folder."""
 
 import io
+import re
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+from cl import backbones
 from cl.backbones._mixer import Mixer
 from cl.backbones._spec import build_mixer, plugin, plugin_names
 from cl.backbones._state import detached, mapped, rows_of
@@ -297,6 +300,14 @@ def test_mixers_keep_the_interface(name):
     assert isinstance(mixer, Mixer)
     with pytest.raises(UserError, match="mode is 'fast'; it must be one of chunk, recurrent"):
         mixer(tokens(dtype=torch.float32), mode="fast")
+
+
+@pytest.mark.parametrize("folder", ["memory_rules", "neural_rules", "rnn_cells", "scan_cells"])
+def test_every_rule_and_cell_is_in_an_example(folder):
+    """So that a new file is under all tests of this one."""
+    words = " ".join(word for name in NAMES for word in plugin("mixers", name, "").examples or (name,))
+    names = [path.stem for path in (Path(backbones.__file__).parent / folder).glob("[!_]*.py")]
+    assert names and not [name for name in names if name not in re.findall(r"\w+", words)]
 
 
 @pytest.mark.slow

@@ -22,7 +22,7 @@ from cl.testing import ToyNet, toy_stream
 from cl.testing.plugins import discover
 from cl.trainer import Trainer
 
-TEXT = Setting.CONTINUAL_PRETRAINING
+TEXT, IMAGES = Setting.CONTINUAL_PRETRAINING, Setting.DOMAIN_INCREMENTAL
 STOP = 11
 """Runs have 18 steps, 6 in each experience."""
 
@@ -125,7 +125,7 @@ def cases():
     found = []
     for plugin in discover("strategies"):
         kind = plugin.load()
-        for setting in (TEXT, Setting.DOMAIN_INCREMENTAL):
+        for setting in (TEXT, IMAGES):
             if setting in kind.settings:
                 found += [(plugin.name, kind, setting, wrapper) for wrapper in sorted(kind.parallel)]
     return found
@@ -151,11 +151,14 @@ def made_gere(name):
 
 def main(folder):
     torch.set_num_threads(1)
+    from strategies.derpp import Derpp
     from strategies.replay import Replay
 
     found = {}
     for name, kind, setting, wrapper in cases():
         found[f"{name}-{setting}-{wrapper}"] = run(made(kind), setting, wrapper)
+    derpp = [Derpp(capacity=40)]
+    found["stopped-derpp"] = run(derpp, IMAGES, "ddp", folder / "two-derpp", stop_at=STOP, checkpoint_every=4)
     for wrapper in ("ddp", "fsdp"):
         found |= {f"gere-{name}-{wrapper}": run(made_gere(name), TEXT, wrapper) for name in GERE}
         found[f"stopped-{wrapper}"] = run(

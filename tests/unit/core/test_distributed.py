@@ -16,14 +16,16 @@ from cl.distributed import World
 from cl.setup import check_world
 from cl.state import Output, cross_entropy
 from cl.testing import equal
+from strategies.der import Der
 from strategies.derpp import Derpp
+from strategies.gdumb import Gdumb
 from strategies.naive import Naive
 from strategies.replay import Replay
 
 SCRIPT = Path(__file__).with_name("ranks.py")
 ROOT = Path(__file__).resolve().parents[3]
 ranks = runpy.run_path(str(SCRIPT))
-run, STOP, TEXT, made = (ranks[name] for name in ("run", "STOP", "TEXT", "made"))
+run, STOP, TEXT, IMAGES, made = (ranks[name] for name in ("run", "STOP", "TEXT", "IMAGES", "made"))
 CASES = {f"{name}-{setting}-{wrapper}": (kind, setting) for name, kind, setting, wrapper in ranks["cases"]()}
 
 
@@ -94,6 +96,25 @@ def test_buffers_are_the_same_everywhere(found):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("kind", [Der, Derpp])
+def test_stored_logits_are_those_of_all_rows(kind, found):
+    """Every process holds the whole buffer: the same rows as one process has, and their logits up to rounding."""
+    first, second = (one[f"{kind.__module__.split('.')[1]}-{IMAGES}-ddp"]["strategies"][0] for one in found)
+    assert equal(first, second)
+    alone = run(made(kind), IMAGES)["strategies"][0]
+    assert torch.equal(first["columns"]["sample_ids"], alone["columns"]["sample_ids"])
+    assert torch.allclose(first["columns"]["logits"], alone["columns"]["logits"], atol=1e-4)
+
+
+@pytest.mark.slow
+def test_stored_logits_go_on_in_one_process(folder, found, tmp_path):
+    stopped = found[0]["stopped-derpp"]
+    shutil.copytree(folder / "two-derpp", tmp_path / "two")
+    rest = run([Derpp(capacity=40)], IMAGES, "none", tmp_path / "two", resume=True)
+    assert_same_run(rest | {"losses": stopped["losses"] + rest["losses"]}, run([Derpp(capacity=40)], IMAGES))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("wrapper", ["ddp", "fsdp"])
 def test_a_run_of_two_goes_on_in_one(wrapper, folder, found, tmp_path):
     stopped = found[0][f"stopped-{wrapper}"]
@@ -150,18 +171,31 @@ def test_the_mean_over_shares_is_the_loss_of_the_batch(current, replayed):
     assert len(set(seen)) == len(seen) <= len(batch)
 
 
+@pytest.mark.parametrize("num_rows", [1, 2, 7])
+def test_what_is_shown_is_what_split_keeps(num_rows):
+    """Processes without a row of their own are shown one of another's; the rest is cut without gaps."""
+    batch, seen = rows(num_rows), []
+    for rank in range(3):
+        world = World("ddp", rank, 3)
+        own = world.split(batch)
+        assert torch.equal(own.inputs, batch.inputs[world.shown(num_rows)])
+        seen += own.sample_ids.tolist() if own.parts[0].share else []
+    assert seen == list(range(num_rows))
+
+
 def test_a_single_process_passes_everything_on():
     batch, world = rows(3), World()
     assert world.split(batch) is batch
     terms = {"cross_entropy": torch.ones(())}
     assert world.mean(terms) is terms
+    assert torch.equal(world.joined(batch.inputs, 3), batch.inputs)
     assert world.any(True) and not world.any(False)
 
 
 @pytest.mark.parametrize(
     ("strategies", "model", "options", "sentence"),
     [
-        ([Derpp()], torch.nn.Linear(2, 2), {}, "strategy derpp does not run under trainer.parallel=ddp"),
+        ([Gdumb()], torch.nn.Linear(2, 2), {}, "strategy gdumb does not run under trainer.parallel=ddp"),
         ([Naive()], torch.nn.BatchNorm1d(2), {}, "normalises over the batch"),
         ([Naive()], torch.nn.Linear(2, 2), {"masks_absent": True}, "trainer.logit_mask is 'batch'"),
     ],
