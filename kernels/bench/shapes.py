@@ -18,6 +18,7 @@ from kernels.linear_scan import linear_scan
 from kernels.memory_cache import memory_cache, routed_memory
 from kernels.neural_memory import neural_memory
 from kernels.newton_rnn import MOST_BLOCK, newton_rnn
+from kernels.recurrent_attention import recurrent_attention
 from kernels.ridge_memory import ridge_memory
 from kernels.sequential_rnn import m2rnn, sequential_rnn
 
@@ -190,6 +191,31 @@ def _cut_m2rnn(inputs: Inputs) -> Inputs:
     return {name: x[:2] if name == "w" else x[:1, :130, :2] for name, x in inputs.items()}
 
 
+# a block of the width of its heads together, its inner layer four times as wide
+def _block_of_attention(shape: Shape, dtype: torch.dtype, device: torch.device) -> Inputs:
+    batch, length, heads, width = shape
+    whole = heads * width
+    inputs = {"x": torch.randn(batch, length, whole, device=device)}
+    inputs |= {name: torch.randn(shape, device=device) for name in "qkv"}
+    sizes: dict[str, tuple[int, ...]] = {"w_out": (heads, width, whole)}
+    sizes |= {"w_k": (whole, heads, width), "w_v": (whole, heads, width)}
+    sizes |= {"w_up": (whole, 4 * whole), "w_down": (4 * whole, whole)}
+    for name, size in sizes.items():
+        into = whole if name == "w_out" else size[0]
+        inputs[name] = torch.randn(size, device=device) / into**0.5
+    return {name: x.to(dtype) for name, x in inputs.items()}
+
+
+def _cut_block(inputs: Inputs) -> Inputs:
+    return {name: x if name.startswith("w_") else x[:1, :130] for name, x in inputs.items()}
+
+
+def _block_of_attention_flops(width: int, chunk: int) -> tuple[int, int]:
+    # products with the weights for four heads; attention is less than a fifth up to T = 512
+    forward = 2 * 4 * (1 + 2 + 8) * width**2
+    return forward, 4 * forward
+
+
 def _newton_flops(width: int, chunk: int) -> tuple[int, int]:
     return 135 * width, 195 * width
 
@@ -265,6 +291,13 @@ PROBLEMS = {
             _attention_flops,
         ),
         Problem("routed_memory", partial(routed_memory, top_k=2), _memory("router"), _attention_flops),
+        Problem(
+            "recurrent_attention",
+            _first_tensor(recurrent_attention, lambda state: state.keys),
+            _block_of_attention,
+            _block_of_attention_flops,
+            _cut_block,
+        ),
         *NONLINEAR,
     )
 }
@@ -293,8 +326,13 @@ def shapes(problem: Problem, device: torch.device, smoke: bool) -> list[Shape]:
             return [(4, 1024, 4, 64), (4, 2048, 4, 64)] if newton else [(4, 2048, 4, 64)]
         narrow = [(1, 16384, 8, 64), (4, 4096, 16, 128)] if newton else [(8, 512, 4, 64)]
         return [(32, 2048, 4, 64), (64, 2048, 4, 64), *narrow]
+    if device.type == "cpu" and problem.name == "recurrent_attention":
+        return [(2, 256, 4, 64)]
     if device.type == "cpu":
         return [(2, 512, 4, 64)] if slow else [(4, 2048, 4, 64)]
+    if problem.name == "recurrent_attention":
+        # the batch fills a card, and nothing else does
+        return [(32, 512, 4, 64), (256, 512, 16, 64)]
     if problem.name in NEURAL:
         return [(8, 512, 4, 64), (8, 1024, 8, 64), (4, 2048, 16, 128)]
     if problem.name == "linear_scan":

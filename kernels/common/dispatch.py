@@ -65,7 +65,8 @@ def choose(
         raise ValueError(f"{op}: unknown backend {wish!r}; use one of {', '.join(BACKENDS)}")
     if chunk is not None and (chunk < 1 or chunk & (chunk - 1)):
         raise ValueError(f"{op}: chunk must be a power of two, got {chunk}")
-    obstacle = _triton_obstacle(tensor, chunk) or refusal
+    # what the op cannot do anywhere comes before what this machine cannot
+    obstacle = refusal or _triton_obstacle(tensor, chunk)
     if wish == "reference":
         return Decision(op, "reference", 0, "asked for: plain token loop")
     if wish == "triton" or (wish == "auto" and tensor.is_cuda and obstacle is None):

@@ -222,6 +222,13 @@ def tanh(x):
 
 
 @triton.jit
+def chunk_bounds(line, s, cu_ptr, first_ptr, C: tl.constexpr):
+    """First token of the chunk that has this row of the chunk table in sequence s, and the one after its last."""
+    t0 = tl.load(cu_ptr + s) + (line - tl.load(first_ptr + s)) * C
+    return t0, tl.minimum(t0 + C, tl.load(cu_ptr + s + 1))
+
+
+@triton.jit
 def load_tile(ptr, t0, end, h, H, D, d0, C: tl.constexpr, BD: tl.constexpr):
     """Tokens t0 .. t0+C of head h, columns d0 .. d0+BD; zeros outside."""
     t = t0 + tl.arange(0, C)

@@ -23,6 +23,7 @@ from kernels.common.triton import (
     Row,
     channel_scores,
     channel_scores_backward,
+    chunk_bounds,
     chunk_table,
     decay_mask,
     host,
@@ -72,8 +73,7 @@ def _chunk_outputs(
     s = tl.load(seq_ptr + line)
     if s >= S:
         return
-    t0 = tl.load(cu_ptr + s) + (line - tl.load(first_ptr + s)) * C
-    end = tl.minimum(t0 + C, tl.load(cu_ptr + s + 1))
+    t0, end = chunk_bounds(line, s, cu_ptr, first_ptr, C)
     rq = row_scale(q_ptr, t0, end, h, H, K, NORM, C, BK)
     rk = row_scale(k_ptr, t0, end, h, H, K, NORM, C, BK)
     p = tl.zeros([C, C], tl.float32)
@@ -139,8 +139,7 @@ def _chunk_key_gradients(
     s = tl.load(seq_ptr + line)
     if s >= S:
         return
-    t0 = tl.load(cu_ptr + s) + (line - tl.load(first_ptr + s)) * C
-    end = tl.minimum(t0 + C, tl.load(cu_ptr + s + 1))
+    t0, end = chunk_bounds(line, s, cu_ptr, first_ptr, C)
     i = tl.arange(0, C)
     dp = tl.zeros([C, C], tl.float32)
     dq_in = tl.zeros([C, BK], tl.float32)

@@ -14,6 +14,7 @@ from torch import Tensor
 from kernels.common.triton import (
     Kernel,
     channel_scores,
+    chunk_bounds,
     decay_mask,
     load_gate,
     load_state,
@@ -63,8 +64,7 @@ def _chunk_corrections(
     s = tl.load(seq_ptr + line)
     if s >= S:
         return
-    t0 = tl.load(cu_ptr + s) + (line - tl.load(first_ptr + s)) * C
-    end = tl.minimum(t0 + C, tl.load(cu_ptr + s + 1))
+    t0, end = chunk_bounds(line, s, cu_ptr, first_ptr, C)
     rq = row_scale(q_ptr, t0, end, h, H, K, NORM, C, BK)
     rk = row_scale(k_ptr, t0, end, h, H, K, NORM, C, BK)
     p = tl.zeros([C, C], tl.float32)

@@ -18,6 +18,7 @@ from kernels.common.triton import (
     Kernel,
     Row,
     channel_scores,
+    chunk_bounds,
     decay_mask,
     level_map,
     load_gate,
@@ -79,8 +80,7 @@ def _chunk_inverses(
     s = tl.load(seq_ptr + line)
     if s >= S:
         return
-    t0 = tl.load(cu_ptr + s) + (line - tl.load(first_ptr + s)) * C
-    end = tl.minimum(t0 + C, tl.load(cu_ptr + s + 1))
+    t0, end = chunk_bounds(line, s, cu_ptr, first_ptr, C)
     rk = row_scale(k_ptr, t0, end, h, H, K, NORM, C, BK)
     a = tl.zeros([C, C], tl.float32)
     for k0 in range(0, K, BK):

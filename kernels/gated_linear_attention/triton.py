@@ -21,6 +21,7 @@ from kernels.common.triton import (
     Kernel,
     Row,
     channel_scores,
+    chunk_bounds,
     decay_mask,
     load_gate,
     load_state,
@@ -197,8 +198,7 @@ def _chunk_value_gradients(
     s = tl.load(seq_ptr + line)
     if s >= S:
         return
-    t0 = tl.load(cu_ptr + s) + (line - tl.load(first_ptr + s)) * C
-    end = tl.minimum(t0 + C, tl.load(cu_ptr + s + 1))
+    t0, end = chunk_bounds(line, s, cu_ptr, first_ptr, C)
     p = tl.zeros([C, C], tl.float32)
     dv = tl.zeros([C, BV], tl.float32)
     for k0 in range(0, K, BK):

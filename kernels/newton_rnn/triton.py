@@ -22,7 +22,17 @@ from kernels.common.varlen import chunk_offsets, num_chunks
 from kernels.newton_rnn import triton_block_adjoint
 from kernels.newton_rnn.triton_adjoint import newton_adjoint
 from kernels.newton_rnn.triton_block import newton_block_walk
-from kernels.newton_rnn.triton_cells import combine, combine_pair, down, gates, inputs, weights
+from kernels.newton_rnn.triton_cells import (
+    combine,
+    combine_pair,
+    down,
+    gaps,
+    gates,
+    inputs,
+    load_state,
+    store_state,
+    weights,
+)
 
 
 @triton.jit
@@ -51,7 +61,6 @@ def _newton_walk(
     ROWS: tl.constexpr,
     BN: tl.constexpr,
 ):
-    P: tl.constexpr = 2 if LSTM else 1
     s = tl.program_id(0).to(tl.int64)
     tile = tl.program_id(1)
     n = tile * BN + tl.arange(0, BN)
@@ -64,9 +73,7 @@ def _newton_walk(
     carry_h = tl.zeros([BN], tl.float32)
     carry_c = tl.zeros([BN], tl.float32)
     if HAS_START:
-        carry_h = tl.load(h0_ptr + (s * P + P - 1) * N + n, mask=live, other=0.0)
-        if LSTM:
-            carry_c = tl.load(h0_ptr + s * P * N + n, mask=live, other=0.0)
+        carry_c, carry_h = load_state(h0_ptr, s, n, live, N, LSTM)
     for t0 in range(bos, eos, ROWS * C):
         residual = tl.full([], float("inf"), tl.float32)
         count = tl.full([], -1, tl.int32)
@@ -138,16 +145,7 @@ def _newton_walk(
                         hh = tl.where(token[:, None], d * hh, hh)
                     h = tl.where(token[:, None], h_new, h)
                     tl.store(h_ptr + t[:, None] * N + n[None, :], h, mask=inside)
-                gap_h = tl.where(inner, down(h, ROWS, BN) - start_h, 0.0)
-                # a maximum may step over NaN: count it as infinite
-                wide = tl.abs(tl.where(gap_h == gap_h, gap_h, float("inf")))
-                size = tl.abs(h)
-                gap_c = tl.zeros([ROWS, BN], tl.float32)
-                if LSTM:
-                    gap_c = tl.where(inner, down(c, ROWS, BN) - start_c, 0.0)
-                    wide = tl.maximum(wide, tl.abs(tl.where(gap_c == gap_c, gap_c, float("inf"))))
-                    size = tl.maximum(size, tl.abs(c))
-                residual = tl.max(tl.max(wide, 1), 0) / tl.maximum(tl.max(tl.max(size, 1), 0), 1e-30)
+                gap_c, gap_h, residual = gaps(c, h, start_c, start_h, inner, ROWS, BN, LSTM)
                 if residual <= tolerance:
                     solved = tl.full([], 1, tl.int32)
                 if (solved > 0) | (count >= MOST):
@@ -185,9 +183,7 @@ def _newton_walk(
         tl.store(count_ptr + line * TILES + tile, count)
         tl.store(residual_ptr + line * TILES + tile, residual)
         line += 1
-    tl.store(final_ptr + (s * P + P - 1) * N + n, carry_h, mask=live)
-    if LSTM:
-        tl.store(final_ptr + s * P * N + n, carry_c, mask=live)
+    store_state(final_ptr, carry_c, carry_h, s, n, live, N, LSTM)
 
 
 def _rows(args: dict[str, Any]) -> list[Row]:

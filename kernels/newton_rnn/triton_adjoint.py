@@ -12,7 +12,7 @@ Packed rows [T, 3, N]; states [S, P, N] with P = 1 (h) or 2 (c, h); everything i
 import triton
 import triton.language as tl
 
-from kernels.newton_rnn.triton_cells import combine, combine_pair, down, gates, inputs, weights
+from kernels.newton_rnn.triton_cells import combine, combine_pair, down, gates, inputs, load_state, store_state, weights
 
 
 @triton.jit
@@ -105,7 +105,6 @@ def newton_adjoint(
     Rows are chunks in reversed order: row 0 is the last chunk of the block. M is the transposed Jacobian of a step
     (cc: of c from c, ch: c from h, hc, hh); w the adjoint that leaves a step towards the past.
     """
-    P: tl.constexpr = 2 if LSTM else 1
     s = tl.program_id(0).to(tl.int64)
     n1 = tl.program_id(1) * BN + tl.arange(0, BN)
     live = n1 < N
@@ -116,10 +115,7 @@ def newton_adjoint(
     eos = tl.load(cu_ptr + s + 1)
     r0, r1, r2, p0, p1 = weights(r_ptr, p_ptr, n1, N, live, HAS_PEEPHOLE)
     r0, r1, r2, p0, p1 = r0[None, :], r1[None, :], r2[None, :], p0[None, :], p1[None, :]
-    carry_h = tl.load(dfinal_ptr + (s * P + P - 1) * N + n1, mask=live, other=0.0)
-    carry_c = tl.zeros([BN], tl.float32)
-    if LSTM:
-        carry_c = tl.load(dfinal_ptr + s * P * N + n1, mask=live, other=0.0)
+    carry_c, carry_h = load_state(dfinal_ptr, s, n1, live, N, LSTM)
     d0 = tl.zeros([ROWS, BN], tl.float32)
     d1 = tl.zeros([ROWS, BN], tl.float32)
     d2 = tl.zeros([ROWS, BN], tl.float32)
@@ -196,9 +192,7 @@ def newton_adjoint(
             tl.store(at, x0, mask=inside)
             tl.store(at + N, x1, mask=inside)
             tl.store(at + 2 * N, x2, mask=inside)
-    tl.store(dh0_ptr + (s * P + P - 1) * N + n1, carry_h, mask=live)
-    if LSTM:
-        tl.store(dh0_ptr + s * P * N + n1, carry_c, mask=live)
+    store_state(dh0_ptr, carry_c, carry_h, s, n1, live, N, LSTM)
     at = dr_ptr + s * 5 * N + n1
     tl.store(at, tl.sum(d0, 0), mask=live)
     tl.store(at + N, tl.sum(d1, 0), mask=live)

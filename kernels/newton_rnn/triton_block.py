@@ -12,7 +12,7 @@ Packed rows [T, 3, H * D]; states [S, P, H * D] with P = 1 (h) or 2 (c, h); ever
 import triton
 import triton.language as tl
 
-from kernels.newton_rnn.triton_cells import down, gates, inputs, only, peepholes
+from kernels.newton_rnn.triton_cells import down, gaps, gates, inputs, load_state, only, peepholes, store_state
 from kernels.sequential_rnn.triton_cells import matrix
 
 
@@ -120,7 +120,6 @@ def newton_block_walk(
     BD: tl.constexpr,
 ):
     """As `newton_walk`."""
-    P: tl.constexpr = 2 if LSTM else 1
     s, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     heads = tl.num_programs(1)
     d = tl.arange(0, BD)
@@ -137,9 +136,7 @@ def newton_block_walk(
     carry_h = tl.zeros([BD], tl.float32)
     carry_c = tl.zeros([BD], tl.float32)
     if HAS_START:
-        carry_h = tl.load(h0_ptr + (s * P + P - 1) * N + n, mask=live, other=0.0)
-        if LSTM:
-            carry_c = tl.load(h0_ptr + s * P * N + n, mask=live, other=0.0)
+        carry_c, carry_h = load_state(h0_ptr, s, n, live, N, LSTM)
     for t0 in range(bos, eos, ROWS * C):
         residual = tl.full([], float("inf"), tl.float32)
         count = tl.full([], -1, tl.int32)
@@ -188,16 +185,7 @@ def newton_block_walk(
                         cc, hc = tl.where(moves, cc_new, cc), tl.where(moves, hc_new, hc)
                     ch_new, hh_new = _push(ch, hh, a, b, e, f, g, r0, r1, r2, LSTM, PREC)
                     ch, hh = tl.where(moves, ch_new, ch), tl.where(moves, hh_new, hh)
-                gap_h = tl.where(inner, down(h, ROWS, BD) - start_h, 0.0)
-                # a maximum may step over NaN: count it as infinite
-                wide = tl.abs(tl.where(gap_h == gap_h, gap_h, float("inf")))
-                size = tl.abs(h)
-                gap_c = tl.zeros([ROWS, BD], tl.float32)
-                if LSTM:
-                    gap_c = tl.where(inner, down(c, ROWS, BD) - start_c, 0.0)
-                    wide = tl.maximum(wide, tl.abs(tl.where(gap_c == gap_c, gap_c, float("inf"))))
-                    size = tl.maximum(size, tl.abs(c))
-                residual = tl.max(tl.max(wide, 1), 0) / tl.maximum(tl.max(tl.max(size, 1), 0), 1e-30)
+                gap_c, gap_h, residual = gaps(c, h, start_c, start_h, inner, ROWS, BD, LSTM)
                 if residual <= tolerance:
                     solved = tl.full([], 1, tl.int32)
                 if (solved > 0) | (count >= MOST):
@@ -236,6 +224,4 @@ def newton_block_walk(
         tl.store(count_ptr + line * heads + head, count)
         tl.store(residual_ptr + line * heads + head, residual)
         line += 1
-    tl.store(final_ptr + (s * P + P - 1) * N + n, carry_h, mask=live)
-    if LSTM:
-        tl.store(final_ptr + s * P * N + n, carry_c, mask=live)
+    store_state(final_ptr, carry_c, carry_h, s, n, live, N, LSTM)

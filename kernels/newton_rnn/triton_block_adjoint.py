@@ -21,7 +21,7 @@ from kernels.common.triton import Kernel, Row, host, pow2, row
 from kernels.common.varlen import states_before
 from kernels.newton_rnn.cells import cell_of
 from kernels.newton_rnn.triton_block import along, spread, units
-from kernels.newton_rnn.triton_cells import only
+from kernels.newton_rnn.triton_cells import load_state, only, store_state
 from kernels.sequential_rnn.triton_cells import matrix
 
 
@@ -82,7 +82,6 @@ def newton_block_adjoint(
     BD: tl.constexpr,
 ):
     """dx [T, 3, N] and dh0 [S, P, N]. Rows are chunks in reversed order: row 0 is the last chunk of the block."""
-    P: tl.constexpr = 2 if LSTM else 1
     s, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     heads = tl.num_programs(1)
     n, live = head * D + tl.arange(0, BD), tl.arange(0, BD) < D
@@ -92,10 +91,7 @@ def newton_block_adjoint(
     r0 = tl.trans(matrix(r_ptr, 0, head, heads, D, BD))
     r1 = tl.trans(matrix(r_ptr, 1, head, heads, D, BD))
     r2 = tl.trans(matrix(r_ptr, 2, head, heads, D, BD))
-    carry_h = tl.load(dfinal_ptr + (s * P + P - 1) * N + n, mask=live, other=0.0)
-    carry_c = tl.zeros([BD], tl.float32)
-    if LSTM:
-        carry_c = tl.load(dfinal_ptr + s * P * N + n, mask=live, other=0.0)
+    carry_c, carry_h = load_state(dfinal_ptr, s, n, live, N, LSTM)
     blocks = (eos - bos + ROWS * C - 1) // (ROWS * C)
     for back in range(0, blocks):
         end = bos + (blocks - 1 - back) * ROWS * C + (ROWS - j) * C - 1
@@ -152,9 +148,7 @@ def newton_block_adjoint(
             tl.store(at, x0, mask=inside)
             tl.store(at + N, x1, mask=inside)
             tl.store(at + 2 * N, x2, mask=inside)
-    tl.store(dh0_ptr + (s * P + P - 1) * N + n, carry_h, mask=live)
-    if LSTM:
-        tl.store(dh0_ptr + s * P * N + n, carry_c, mask=live)
+    store_state(dh0_ptr, carry_c, carry_h, s, n, live, N, LSTM)
 
 
 def rows(args: dict[str, Any]) -> list[Row]:

@@ -39,6 +39,21 @@ def down(x, ROWS: tl.constexpr, BN: tl.constexpr):
 
 
 @triton.jit
+def gaps(c, h, start_c, start_h, inner, ROWS: tl.constexpr, BN: tl.constexpr, LSTM: tl.constexpr):
+    """What every chunk's start misses of the end before it (c, h), and the largest miss relative to the largest end."""
+    gap_h = tl.where(inner, down(h, ROWS, BN) - start_h, 0.0)
+    # a maximum may step over NaN: count it as infinite
+    wide = tl.abs(tl.where(gap_h == gap_h, gap_h, float("inf")))
+    size = tl.abs(h)
+    gap_c = tl.zeros([ROWS, BN], tl.float32)
+    if LSTM:
+        gap_c = tl.where(inner, down(c, ROWS, BN) - start_c, 0.0)
+        wide = tl.maximum(wide, tl.abs(tl.where(gap_c == gap_c, gap_c, float("inf"))))
+        size = tl.maximum(size, tl.abs(c))
+    return gap_c, gap_h, tl.max(tl.max(wide, 1), 0) / tl.maximum(tl.max(tl.max(size, 1), 0), 1e-30)
+
+
+@triton.jit
 def inputs(x_ptr, t, n, N, mask):
     """The three gate inputs of tokens t and units n."""
     at = t * 3 * N + n
@@ -46,6 +61,25 @@ def inputs(x_ptr, t, n, N, mask):
     x1 = tl.load(x_ptr + at + N, mask=mask, other=0.0).to(tl.float32)
     x2 = tl.load(x_ptr + at + 2 * N, mask=mask, other=0.0).to(tl.float32)
     return x0, x1, x2
+
+
+@triton.jit
+def load_state(ptr, s, n, live, N, LSTM: tl.constexpr):
+    """Units n of the state of a sequence: c (zeros for the GRU) and h."""
+    P: tl.constexpr = 2 if LSTM else 1
+    c = tl.zeros(n.shape, tl.float32)
+    if LSTM:
+        c = tl.load(ptr + s * P * N + n, mask=live, other=0.0)
+    return c, tl.load(ptr + (s * P + P - 1) * N + n, mask=live, other=0.0)
+
+
+@triton.jit
+def store_state(ptr, c, h, s, n, live, N, LSTM: tl.constexpr):
+    """Inverse of `load_state`."""
+    P: tl.constexpr = 2 if LSTM else 1
+    tl.store(ptr + (s * P + P - 1) * N + n, h, mask=live)
+    if LSTM:
+        tl.store(ptr + s * P * N + n, c, mask=live)
 
 
 @triton.jit

@@ -20,6 +20,7 @@ from kernels.common.triton import (
     INTERPRET,
     Kernel,
     Row,
+    chunk_bounds,
     decay_mask,
     host,
     load_gate,
@@ -66,8 +67,7 @@ def _chunk_solves(
     s = tl.load(seq_ptr + line)
     if s >= S:
         return
-    t0 = tl.load(cu_ptr + s) + (line - tl.load(first_ptr + s)) * C
-    end = tl.minimum(t0 + C, tl.load(cu_ptr + s + 1))
+    t0, end = chunk_bounds(line, s, cu_ptr, first_ptr, C)
     i = tl.arange(0, C)
     k = load_tile(k_ptr, t0, end, h, H, K, 0, C, BK).to(tl.float32)
     state = load_state(states_ptr, line, h, H, K, K, 0, 0, BK, BK)

@@ -22,7 +22,7 @@ from kernels.common.triton import Kernel, Row, host, offsets, pow2, precision, r
 from kernels.common.varlen import states_before
 from kernels.sequential_rnn.reference import GATES, PARTS
 from kernels.sequential_rnn.triton_adjoint import rnn_adjoint
-from kernels.sequential_rnn.triton_cells import gate_input, matrix, slstm_scale
+from kernels.sequential_rnn.triton_cells import gate_input, load_parts, matrix, slstm_scale
 
 
 @triton.jit
@@ -65,12 +65,7 @@ def _rnn_walk(
     n = tl.zeros([BB, BD], tl.float32)
     m = tl.zeros([BB, BD], tl.float32)
     if HAS_START:
-        h = tl.load(s0_ptr + at + (P - 1) * H * D, mask=own, other=0.0)
-        if not GRU:
-            c = tl.load(s0_ptr + at, mask=own, other=0.0)
-        if P == 4:
-            n = tl.load(s0_ptr + at + H * D, mask=own, other=0.0)
-            m = tl.load(s0_ptr + at + 2 * H * D, mask=own, other=0.0)
+        c, n, m, h = load_parts(s0_ptr, at, H * D, own, P)
     if KEEP:
         r0 = matrix(r_ptr, 0, head, H, D, BD)
         r1 = matrix(r_ptr, 1, head, H, D, BD)

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from kernels.common.triton import tanh
-from kernels.sequential_rnn.triton_cells import gate_input, matrix, slstm_scale
+from kernels.sequential_rnn.triton_cells import gate_input, load_parts, matrix, slstm_scale
 
 
 @triton.jit
@@ -63,15 +63,7 @@ def rnn_adjoint(
     wide = (d < D)[None, :]
     own = (s < S)[:, None] & wide
     at = (s[:, None] * P * H + head) * D + d[None, :]
-    uh = tl.load(dfinal_ptr + at + (P - 1) * H * D, mask=own, other=0.0)
-    uc = tl.zeros([BB, BD], tl.float32)
-    un = tl.zeros([BB, BD], tl.float32)
-    um = tl.zeros([BB, BD], tl.float32)
-    if not GRU:
-        uc = tl.load(dfinal_ptr + at, mask=own, other=0.0)
-    if P == 4:
-        un = tl.load(dfinal_ptr + at + H * D, mask=own, other=0.0)
-        um = tl.load(dfinal_ptr + at + 2 * H * D, mask=own, other=0.0)
+    uc, un, um, uh = load_parts(dfinal_ptr, at, H * D, own, P)
     if KEEP:
         r0 = tl.trans(matrix(r_ptr, 0, head, H, D, BD))
         r1 = tl.trans(matrix(r_ptr, 1, head, H, D, BD))

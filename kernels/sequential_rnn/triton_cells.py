@@ -16,6 +16,20 @@ def matrix(r_ptr, g, head, H, D, BD: tl.constexpr):
 
 
 @triton.jit
+def load_parts(ptr, at, size, mask, P: tl.constexpr):
+    """The parts c, n, m, h of a state of P parts that lie `size` numbers apart; zeros for those it has not."""
+    c = tl.zeros(at.shape, tl.float32)
+    n = tl.zeros(at.shape, tl.float32)
+    m = tl.zeros(at.shape, tl.float32)
+    if P > 1:
+        c = tl.load(ptr + at, mask=mask, other=0.0)
+    if P == 4:
+        n = tl.load(ptr + at + size, mask=mask, other=0.0)
+        m = tl.load(ptr + at + 2 * size, mask=mask, other=0.0)
+    return c, n, m, tl.load(ptr + at + (P - 1) * size, mask=mask, other=0.0)
+
+
+@triton.jit
 def gate_input(ptr, token, g, G: tl.constexpr, head, H, D, d, mask):
     """Inputs of gate g, [rows, BD]."""
     at = ((token[:, None] * G + g) * H + head) * D + d[None, :]

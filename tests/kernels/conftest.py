@@ -21,7 +21,7 @@ def _load(name: str) -> None:
     spec.loader.exec_module(module)
 
 
-for _name in ("kernel_properties", "memory_cases", "rnn_cases", "all_cases"):
+for _name in ("kernel_properties", "memory_cases", "rnn_cases", "attention_cases", "all_cases"):
     _load(_name)
 
 

@@ -27,7 +27,8 @@ TOLERANCE = {
 DISTRIBUTIONS = {"random": (0.0, 2.0), "cos 0.5": (0.5, 2.0), "cos 0.5 slow": (0.5, 6.0), "cos 0.9 slow": (0.9, 6.0)}
 
 
-EDGES = ("no decay", "wiped", "some wiped", "zero key", "repeated key", "large value", "beta")
+DECAYS, KEYS = ("no decay", "wiped", "some wiped"), ("zero key", "repeated key")
+EDGES = (*DECAYS, *KEYS, "large value", "beta")
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,9 @@ class OpCase:
     has_reset: bool = False
     # autograd goes through the op, so that second derivatives exist
     is_traced: bool = False
+    has_triton: bool = True
+    # with every token or segment: the states of packed sequences are padded, with two numbers behind
+    state_grows: bool = False
     edges: tuple[str, ...] = EDGES
 
     @property
@@ -125,8 +129,8 @@ def _draw_long(draw: Callable[..., tuple[Inputs, Tensor]]) -> Callable[..., tupl
 CASES = {
     case.name: case
     for case in (
-        OpCase("scan_real", linear_scan, _draw_scan(False), has_reset=True, edges=()),
-        OpCase("scan_complex", linear_scan, _draw_scan(True), has_reset=True, edges=()),
+        OpCase("scan_real", linear_scan, _draw_scan(False), has_reset=True, edges=(*DECAYS, "large value")),
+        OpCase("scan_complex", linear_scan, _draw_scan(True), has_reset=True, edges=(*DECAYS, "large value")),
         OpCase("linear_attention", gated_linear_attention, _draw_matrix("none", False)),
         OpCase("retention", gated_linear_attention, _draw_matrix("retention", False), timeless=("g",)),
         OpCase("gla_scalar", gated_linear_attention, _draw_matrix("scalar", False)),
@@ -232,23 +236,34 @@ def in_halo(x: Tensor) -> Tensor:
     return inner
 
 
+def _some(like: Tensor, seed: int = 1) -> Tensor:
+    """One in a tenth of the places."""
+    return (torch.rand(like.shape, generator=torch.Generator().manual_seed(seed)) < 0.1).double()
+
+
 def edge_inputs(case: OpCase, edge: str) -> Inputs | None:
     """Inputs at the edge of what the op allows; None where the op has no such input."""
     inputs = draw(case, 50)
-    gate = inputs.get("g")
+    gate, factor = inputs.get("g"), "a" if "a" in inputs else "f"
     if edge not in case.edges:
         return None
-    if edge in ("no decay", "wiped", "some wiped"):
+    if edge in DECAYS and factor in inputs:
+        # no logarithm here: exactly one (of any phase), exactly nothing
+        a = inputs[factor]
+        inputs[factor] = {"no decay": a / a.abs(), "wiped": a * 0, "some wiped": a * (_some(a) == 0)}[edge]
+    elif edge in DECAYS:
         if gate is None or gate.dim() == 1:
             return None
-        wiped = torch.rand(gate.shape, generator=torch.Generator().manual_seed(1)) < 0.1
-        inputs["g"] = {"no decay": gate * 0, "wiped": gate * 0 - 30, "some wiped": gate - 30.0 * wiped}[edge]
+        inputs["g"] = {"no decay": gate * 0, "wiped": gate * 0 - 30, "some wiped": gate - 30.0 * _some(gate)}[edge]
+    elif edge == "saturated":
+        # gates shut, open, and candidates at their bounds
+        inputs["x"] = inputs["x"] + 30 * _some(inputs["x"]) - 30 * _some(inputs["x"], 2)
     elif edge == "zero key":
         inputs["k"][:, 5:9] = 0
     elif edge == "repeated key":
         inputs["k"][:] = inputs["k"][:, :1]
     elif edge == "large value":
-        inputs["v"] *= 1e4
+        inputs["v" if "v" in inputs else "u"] *= 1e4
     elif "beta" not in inputs:
         return None
     else:

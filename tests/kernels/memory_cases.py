@@ -161,7 +161,7 @@ def _cache(name: str, names: str, **how: Any) -> OpCase:
         header = torch.tensor([1.0, 2.0], dtype=torch.float64).expand(sequences, 2)
         return {n: inputs[n] for n in names.split()}, torch.cat([state, header], dim=1)
 
-    return _case(name, op, draw)
+    return _case(name, op, draw, state_grows=True)
 
 
 def _routed(name: str, names: str, memories: int, *, per_memory: bool = False, shared: bool = False) -> OpCase:

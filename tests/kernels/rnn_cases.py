@@ -5,7 +5,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from kernel_properties import DISTRIBUTIONS, Inputs, OpCase
+from kernel_properties import DECAYS, DISTRIBUTIONS, KEYS, Inputs, OpCase
 from torch import Tensor
 
 from kernels.newton_rnn import newton_rnn
@@ -70,7 +70,7 @@ def _without_chunk(op: Any, **how: Any) -> Callable[..., tuple[Tensor, Tensor]]:
     return lambda *, chunk=None, **given: op(**how, **given)
 
 
-_case = partial(OpCase, timeless=TIMELESS, chunk=8, has_reset=True, edges=())
+_case = partial(OpCase, timeless=TIMELESS, chunk=8, has_reset=True, edges=("saturated",))
 RNN_CASES = {
     case.name: case
     for case in (
@@ -83,6 +83,6 @@ RNN_CASES = {
             _case(f"sequential_{c}", _without_chunk(sequential_rnn, cell=c), _sequential(c), free_chunk=False)
             for c in GATES
         ),
-        _case("m2rnn", m2rnn, _m2rnn),
+        _case("m2rnn", m2rnn, _m2rnn, edges=(*DECAYS, *KEYS)),
     )
 }

@@ -4,6 +4,7 @@ import kernel_properties as props
 import pytest
 import torch
 from all_cases import ALL, each
+from attention_cases import ATTENTION_CASES
 from kernel_properties import CASES, OFFSETS
 from memory_cases import MEMORY_CASES
 from rnn_cases import RNN_CASES
@@ -12,6 +13,7 @@ import kernels.delta_rule as delta_module
 import kernels.gated_linear_attention as gla_module
 import kernels.linear_scan as scan_module
 import kernels.newton_rnn as newton_module
+import kernels.recurrent_attention as attention_module
 import kernels.ridge_memory as ridge_module
 import kernels.sequential_rnn as sequential_module
 import kernels.sequential_rnn.matrix as m2rnn_module
@@ -105,16 +107,28 @@ def nonlinear_schemas():
     yield "m2rnn_reset", m2rnn_module._forward, (q, k, v, f, w, None, reset, None, 2, 0.5, "chunked", True)
 
 
-SCHEMAS = [*schemas(), *memory_schemas(), *nonlinear_schemas()]
+def attention_schemas():
+    given = props.draw(ATTENTION_CASES["recurrent_attention"], 5)
+    *tensors, state = given.values()
+    kept = state[:, :-2].reshape(2, 2, -1, 7).clone()
+    first, slopes = torch.tensor([[0], [3]]), torch.tensor([0.5, 0.1], dtype=torch.float64)
+    yield "recurrent_attention", attention_module._forward, (tensors[:4], tensors[4:], kept, None, None, 0.5, 2)
+    # constants: not to be differentiated
+    hidden = (kept[:, :, :0], first + torch.arange(5) // 4, slopes, 0.5, 2)
+    yield "recurrent_attention_alibi", attention_module._forward, (tensors[:4], tensors[4:7], *hidden)
+
+
+SCHEMAS = [*schemas(), *memory_schemas(), *nonlinear_schemas(), *attention_schemas()]
 
 
 @pytest.mark.parametrize(("_name", "op", "args"), SCHEMAS, ids=[s[0] for s in SCHEMAS])
 def test_opcheck(_name, op, args):
-    given = tuple(
-        x.detach().clone().requires_grad_() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
-        for x in args
-    )
-    torch.library.opcheck(op, given)
+    def leaf(x):
+        if isinstance(x, list):
+            return [leaf(one) for one in x]
+        return x.detach().clone().requires_grad_() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
+
+    torch.library.opcheck(op, tuple(leaf(x) for x in args))
 
 
 @each([case for case in ALL.values() if not case.is_traced])

@@ -17,7 +17,8 @@ import kernels.newton_rnn as newton_module
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="real compiler in this process")
 # the other memories are composed of these: that they are handed the right things is shown twice, in float32
-KERNELS = {name: case for name, case in ALL.items() if name not in MEMORY_CASES or name in ("ridge", "titans_mlp")}
+TRITON = {name: case for name, case in ALL.items() if case.has_triton}
+KERNELS = {name: case for name, case in TRITON.items() if name not in MEMORY_CASES or name in ("ridge", "titans_mlp")}
 every = each(KERNELS)
 # one of each kind of kernel in every run, the rest of the table where slow tests run
 EVERYDAY = ("scan_real", "gla_scalar", "gated_deltanet", "newton_gru", "sequential_lstm", "m2rnn")
@@ -25,8 +26,8 @@ EVERYDAY = ("scan_real", "gla_scalar", "gated_deltanet", "newton_gru", "sequenti
 
 def rest_is_slow(*quick):
     """Parametrise by every case, all but the quick ones slow."""
-    marks = {name: [] if name in quick else pytest.mark.slow for name in ALL}
-    return pytest.mark.parametrize("case", [pytest.param(c, marks=marks[n], id=n) for n, c in ALL.items()])
+    marks = {name: [] if name in quick else pytest.mark.slow for name in TRITON}
+    return pytest.mark.parametrize("case", [pytest.param(c, marks=marks[n], id=n) for n, c in TRITON.items()])
 
 
 @pytest.fixture(autouse=True)
@@ -114,7 +115,7 @@ def test_extremes(case, edge):
     # two chunks of the 50 tokens say as much
     inputs = {n: x[:, :21] if case.is_tokens(n) else x for n, x in props.edge_inputs(case, edge).items()}
     given = props.cast(inputs, torch.float32)
-    found = props.tensors_of(case, given, backend="triton", chunk=16)
+    found = props.tensors_of(case, given, backend="triton", **case.tiles)
     # of one token's ridge memory beta cancels out, and its gradient with it: what is left is rounding of its parts
     tolerance = 1e-4 if edge == "wiped" and "ridge" in case.name else 1e-5
     props.assert_close(case, given, found, props.truth_of(case, given), tolerance)

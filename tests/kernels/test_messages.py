@@ -15,6 +15,7 @@ from kernels.linear_scan import linear_scan
 from kernels.memory_cache import memory_cache, routed_memory
 from kernels.neural_memory import neural_memory, tnt_memory
 from kernels.newton_rnn import newton_rnn
+from kernels.recurrent_attention import RecurrentAttentionState, recurrent_attention
 from kernels.ridge_memory import ridge_memory
 from kernels.sequential_rnn import m2rnn, sequential_rnn
 
@@ -121,6 +122,29 @@ BAD += [
     (m2rnn, (X, X, X, B, torch.ones(3, 3)), {"clip": 0.0}, "clip must be positive"),
     (m2rnn, (X, X, X, B, torch.ones(3, 3)), {"clip": 1.0, "backend": "reference"}, "use another backend"),
     (m2rnn, (X, X, torch.ones(1, 4, 2, 70), B, torch.ones(70, 70)), {"backend": "triton"}, "V <= 64, got 70"),
+]
+# recurrent attention: x, q, k, v, w_out, w_k, w_v
+OUT, IN = torch.ones(2, 3, 5), torch.ones(5, 2, 3)
+BLOCK_INPUTS = (torch.ones(1, 4, 5), X, X, X, OUT, IN, IN)
+UP, KEPT = torch.ones(5, 7), torch.ones(1, 6, 2, 3)
+BAD += [
+    (recurrent_attention, (X, *BLOCK_INPUTS[1:]), {}, "x must be [B, T, D]"),
+    (recurrent_attention, (*BLOCK_INPUTS[:2], X[:, :2], *BLOCK_INPUTS[3:]), {}, "k must be the shape of q"),
+    (recurrent_attention, (*BLOCK_INPUTS[:4], IN, IN, IN), {}, "w_out must be [H, V, D]"),
+    (recurrent_attention, (*BLOCK_INPUTS[:5], OUT, IN), {}, "w_k must be [D, H, K]"),
+    (recurrent_attention, (*BLOCK_INPUTS, UP), {}, "go together, got only w_up"),
+    (recurrent_attention, (*BLOCK_INPUTS, UP, UP), {}, "w_down must be [M, D]"),
+    (recurrent_attention, BLOCK_INPUTS, {"slopes": torch.ones(3)}, "slopes must be [H]"),
+    (recurrent_attention, BLOCK_INPUTS, {"slopes": torch.ones(2, requires_grad=True)}, "constants without a gradient"),
+    (recurrent_attention, BLOCK_INPUTS, {"initial_state": X}, "must be a RecurrentAttentionState, got Tensor"),
+    (
+        recurrent_attention,
+        BLOCK_INPUTS,
+        {"initial_state": RecurrentAttentionState(KEPT, KEPT[:, :5], torch.zeros(1))},
+        "initial_state.values must be",
+    ),
+    (recurrent_attention, BLOCK_INPUTS, {"reset": torch.zeros(1, 3)}, "reset must be"),
+    (recurrent_attention, BLOCK_INPUTS, {"backend": "triton"}, "has no kernel for it"),
 ]
 
 

@@ -17,7 +17,7 @@ import kernels
 
 ROOT = Path(next(iter(kernels.__path__)))
 HERE = Path(__file__).parent
-NEWTON, SEQUENTIAL = "newton_rnn", "sequential_rnn"
+NEWTON, SEQUENTIAL, ATTENTION = "newton_rnn", "sequential_rnn", "recurrent_attention"
 # file, text, replacement, case whose agreement must break (None: harmless), backend
 MUTATIONS = [
     ("common/chunks.py", "factors = (run_MC,", "factors = (run_MC * 0,", "gla_scalar", "chunked"),
@@ -85,6 +85,11 @@ MUTATIONS = [
         "chunked",
     ),
     (f"{SEQUENTIAL}/m2rnn_chunked.py", "leaving.index_fill_(1, order.forgets[t], 0)", "pass", "m2rnn", "chunked"),
+    (f"{ATTENTION}/tiles.py", "(number & -number) * chunk", "chunk", ATTENTION, "chunked"),
+    (f"{ATTENTION}/tiles.py", ".sub_(along[:, now])", "", ATTENTION, "chunked"),
+    (f"{ATTENTION}/tiles.py", "at < own[..., None]", "at <= own[..., None]", ATTENTION, "chunked"),
+    (f"{ATTENTION}/call.py", "(dz * z).mean(-1, keepdim=True), value=-1", "z, value=0", ATTENTION, "chunked"),
+    (f"{ATTENTION}/call.py", "dv[:, one] += ", "dv[:, one] -= ", f"{ATTENTION}_alibi", "chunked"),
     (f"{SEQUENTIAL}/triton.py", "active = (t < length)", "active = (t <= length)", "sequential_lstm", "triton"),
     (f"{SEQUENTIAL}/triton_adjoint.py", "g1 = u * (h - value)", "g1 = u * (value - h)", "sequential_gru", "triton"),
     (f"{SEQUENTIAL}/triton_m2rnn.py", "* (1 - z * z)", "* (1 - z)", "m2rnn", "triton"),
@@ -96,7 +101,7 @@ def attempt(place: Path, case: str, backend: str) -> bool:
     """Whether the case still agrees with its token loop, by the package in `place`."""
     for name in [name for name in sys.modules if name.split(".")[0] == "kernels"]:
         del sys.modules[name]
-    for name in ("kernel_properties", "memory_cases", "rnn_cases", "all_cases"):
+    for name in ("kernel_properties", "memory_cases", "rnn_cases", "attention_cases", "all_cases"):
         del sys.modules[name]
     sys.path[:0] = [str(place), str(HERE)]
     importlib.invalidate_caches()
