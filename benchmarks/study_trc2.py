@@ -96,13 +96,14 @@ def results_table(study: Trc2, budget: str) -> str:
                         spread([float(run.metrics["forgetting_max"] or 0.0) for run in runs]),
                         perplexity([boundary(run) for run in runs]),
                         *(perplexity([final(run, domain) for run in runs]) for domain in DOMAINS),
+                        f"{runs[0].cost['updates'] / len(runs[0].R):,.0f}",
                         f"{study.tokens_per_second(name, arm):,.0f}",
                         f"{median(run.cost['peak_memory_bytes'] for run in runs) / 1e6:,.0f}",
                         str(len(runs)),
                     )
                 )
     head = ("run", "AUFC (nats)", "forgetting (nats)", "boundary ppl", *(f"final {domain}" for domain in DOMAINS))
-    return table((*head, "tokens/s", "MB", "runs"), rows)
+    return table((*head, "steps a domain", "tokens/s", "MB", "runs"), rows)
 
 
 def answers(study: Trc2, budget: str) -> str:
@@ -169,7 +170,7 @@ def ablation_table(study: Trc2) -> str:
                         str(len(runs)),
                     )
                 )
-    return table(("run", "AUFC (nats)", "saved by all of TRC2", "boundary ppl", "runs"), rows) if rows else "Not run.\n"
+    return table(("run", "AUFC (nats)", "saved by all of TRC2", "boundary ppl", "runs"), rows)
 
 
 def sizes_table(study: Trc2) -> str:
@@ -208,7 +209,8 @@ def page(study: Trc2) -> str:
         if any(study.every(budget, name, arm) for name in BACKBONES for arm in ARMS):
             parts += [f"## Equal {budget}\n", results_table(study, budget), "### Where the gain comes from\n"]
             parts += ["Positive is less.\n", answers(study, budget), reach(study, budget)]
-    parts += ["## Ablation at equal tokens\n", ablation_table(study)]
+    if any(study.every("tokens", name, arm) for name in VARIANTS for arm in ARMS):
+        parts += ["## Ablation at equal tokens\n", ablation_table(study)]
     return "\n".join(parts)
 
 
