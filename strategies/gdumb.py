@@ -23,8 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cl.buffers._grouped import Grouped
 from cl.buffers.base import Buffer, stored_rows
-from cl.buffers.class_balanced import Grouped
 from cl.core import Batch, Data, Experience, Stream, shuffled
 from cl.hooks import Contract, Strategy
 from cl.seeding import Seeds

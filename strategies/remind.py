@@ -29,8 +29,8 @@ import torch
 from torch import Tensor, nn
 
 from cl.backbones import Backbone
+from cl.buffers._grouped import Grouped
 from cl.buffers.base import draw_without_replacement
-from cl.buffers.class_balanced import Grouped
 from cl.core import Batch, Output, Setting, StreamInfo, UserError
 from cl.hooks import Contract
 from cl.seeding import derive_seed

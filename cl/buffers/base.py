@@ -137,7 +137,8 @@ def make_buffer(policy: str, capacity: int) -> Buffer:
         >>> make_buffer("reservoir", 10).capacity
         10
     """
-    policies = sorted(module.name for module in pkgutil.iter_modules(cl.buffers.__path__) if module.name != "base")
+    files = {module.name for module in pkgutil.iter_modules(cl.buffers.__path__)}
+    policies = sorted(name for name in files - {"base"} if not name.startswith("_"))
     if policy not in policies:
         raise UserError(f"buffer policy is {policy!r}; the policies are {', '.join(policies)}")
     module = import_module(f"cl.buffers.{policy}")

@@ -2,74 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 
-from cl.buffers.base import Buffer
-from cl.core import Batch, UserError
-
-
-class Grouped(Buffer):
-    """Rows in groups, each of which knows its slots and how many rows it has seen; `slot` is the policy.
-
-    Classes of different heads are different groups.
-    """
-
-    def __init__(self, capacity: int) -> None:
-        super().__init__(capacity)
-        self.members: dict[int, list[int]] = {}
-        self.group_seen: dict[int, int] = {}
-
-    def groups(self, batch: Batch) -> list[int]:
-        """The group of each row."""
-        if batch.targets.dim() > 1:
-            raise UserError(
-                f"buffer policy class_balanced needs one class per row, and the targets have shape "
-                f"{tuple(batch.targets.shape)}; use reservoir or experience_balanced"
-            )
-        if batch.task_id is None:
-            return batch.targets.tolist()
-        return (batch.task_id * (1 << 32) + batch.targets).tolist()
-
-    def slots(self, batch: Batch, generator: torch.Generator) -> Sequence[tuple[int, int]]:
-        uniforms = torch.rand(len(batch), generator=generator, dtype=torch.float64).tolist()
-        pairs = []
-        for row, (group, uniform) in enumerate(zip(self.groups(batch), uniforms, strict=True)):
-            members = self.members.setdefault(group, [])
-            self.group_seen[group] = self.group_seen.get(group, 0) + 1
-            slot = self.slot(group, members, uniform)
-            if slot is not None:
-                pairs.append((slot, row))
-        self.seen += len(batch)
-        return pairs
-
-    def slot(self, group: int, members: list[int], uniform: float) -> int | None:
-        """Where the next row of a group goes, None for nowhere; a slot that the group gains is added to `members`."""
-        raise NotImplementedError
-
-    def _new_slot(self, members: list[int], uniform: float) -> int:
-        """The group gains an unused slot, or one of the largest group's when there is none."""
-        if self.filled < self.capacity:
-            self.filled += 1
-            members.append(self.filled - 1)
-        else:
-            largest = max(self.members.values(), key=len)
-            members.append(largest.pop(self._evicted(len(largest), uniform)))
-        return members[-1]
-
-    def _evicted(self, num_members: int, uniform: float) -> int:
-        """Which member a shrinking group gives up."""
-        return int(uniform * num_members)
-
-    def state_dict(self) -> dict[str, Any]:
-        return super().state_dict() | {"members": self.members, "group_seen": self.group_seen}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        super().load_state_dict(state)
-        self.members = {group: list(slots) for group, slots in state["members"].items()}
-        self.group_seen = dict(state["group_seen"])
+from cl.buffers._grouped import Grouped
+from cl.core import Batch
 
 
 class ClassBalanced(Grouped):
