@@ -126,24 +126,20 @@ class Trc2(Comparisons):
         )
         return make_plan(plain(composed("compare", own)), others)
 
-    def train(self, budget: str, orders: Sequence[str], name: str, arm: str, words: Sequence[str], steps: int) -> None:
-        """The runs of all orders."""
-        plans = [self.plan(budget, order, name, arm, words, steps) for order in orders]
+    def train(self, plans: Sequence[Plan]) -> None:
+        """The runs of all of them."""
         self.run({folder: config for plan in plans for folder, config in plan.runs.items()}, plans[0].suite)
 
     def at_equal_tokens(self, orders: Sequence[str], names: Sequence[str], arms: Sequence[str]) -> None:
-        for name in names:
-            words = self.request(name)
-            for arm in arms:
-                self.train("tokens", orders, name, arm, words, self.steps)
+        words, every = {name: self.request(name) for name in names}, product(orders, names, arms)
+        self.train([self.plan("tokens", order, name, arm, words[name], self.steps) for order, name, arm in every])
 
     def at_equal_time(self, orders: Sequence[str], names: Sequence[str], arms: Sequence[str]) -> None:
         """As many steps as the seconds of the transformer alone allow."""
         self.measure_speeds()
-        for name in names:
-            words = self.request(name)
-            for arm in arms:
-                self.train("time", orders, name, arm, words, max(1, round(self.steps * self.speed(name, arm))))
+        words, every = {name: self.request(name) for name in names}, [*product(orders, names, arms)]
+        steps = {(name, arm): max(1, round(self.steps * self.speed(name, arm))) for _, name, arm in every}
+        self.train([self.plan("time", order, name, arm, words[name], steps[name, arm]) for order, name, arm in every])
 
     def measure_speeds(self) -> None:
         """Short runs of all, one after the other and all over again: what else a machine does meets all alike."""
