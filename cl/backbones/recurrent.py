@@ -5,6 +5,7 @@ Shape legend: B rows of a batch, T steps, D width of a step's input, F units.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from cl.backbones._heads import Backbone, require_width
@@ -43,6 +44,8 @@ class Recurrent(Backbone):
 
     def features(self, inputs: Tensor) -> Tensor:
         steps_BTD = inputs.transpose(1, 2).flatten(2) if inputs.dim() == 4 else inputs
-        outputs_BTF, _ = self.layers(steps_BTD)
+        # on a CPU without instructions for bfloat16 torch's LSTM fails under autocast, so on CPUs it is left out
+        with torch.autocast("cpu", enabled=False):
+            outputs_BTF, _ = self.layers(steps_BTD.to(self.layers.weight_ih_l0.dtype))
         last_BF: Tensor = outputs_BTF[:, -1]
         return last_BF
