@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ def keep(out: Path, page: Path, places: Mapping[str, Path]) -> None:
     if lines:
         text = "".join(f"{line}\n" for line in lines)
         for name, place in places.items():
-            text = text.replace(str(place.absolute()), f"<{name}>")
+            text = text.replace(os.path.abspath(place), f"<{name}>")
         with replacing(page / RECORDS) as file:
             # without the time of writing: the same runs are the same file
             file.write(gzip.compress(text.encode(), mtime=0))
@@ -47,7 +48,7 @@ def restore(out: Path, page: Path, places: Mapping[str, Path]) -> None:
         return
     text = gzip.decompress((page / RECORDS).read_bytes()).decode()
     for name, place in places.items():
-        text = text.replace(f"<{name}>", str(place.absolute()))
+        text = text.replace(f"<{name}>", os.path.abspath(place))
     for line in text.splitlines():
         record = json.loads(line)
         folder = out / record["folder"]
