@@ -1,5 +1,6 @@
 """Pages of studies: made again from the runs kept beside them, and runs put back are those that were done."""
 
+import gzip
 import json
 import subprocess
 import sys
@@ -67,7 +68,7 @@ def test_a_run_put_back_elsewhere_is_the_same_run(records, tmp_path):
 def test_places_of_the_machine_stay_out(records, tmp_path):
     run_in(tmp_path / "here")
     records.keep(tmp_path / "here", tmp_path, {"out": tmp_path / "here"})
-    assert str(tmp_path).encode() not in records.gzip.decompress((tmp_path / records.RECORDS).read_bytes())
+    assert str(tmp_path).encode() not in gzip.decompress((tmp_path / records.RECORDS).read_bytes())
     once = (tmp_path / records.RECORDS).read_bytes()
     records.keep(tmp_path / "here", tmp_path, {"out": tmp_path / "here"})
     assert (tmp_path / records.RECORDS).read_bytes() == once
@@ -100,4 +101,6 @@ def test_a_page_is_what_its_runs_say(kept, tmp_path):
     made = subprocess.run([sys.executable, *words, *places], cwd=ROOT, capture_output=True, text=True)
     assert made.returncode == 0, made.stderr
     assert (tmp_path / "page" / "README.md").read_text() == before
-    assert (tmp_path / "page" / kept.name).read_bytes() == kept.read_bytes()
+    # compressed by another zlib they may be other bytes
+    again = tmp_path / "page" / kept.name
+    assert gzip.decompress(again.read_bytes()) == gzip.decompress(kept.read_bytes())
