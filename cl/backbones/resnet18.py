@@ -45,6 +45,7 @@ class Resnet18(Backbone):
 
     Args:
         width: channels of the first stage (`nf` in mammoth and GEM): 20 for the slim network, 64 for the full one.
+            Below 8 torch 2.14.1 ends the process in the backward pass on some CPUs (seen on one with AVX2 alone).
         head: "linear", or "weight_norm" for weights of length 1 without biases.
 
     Raises:
