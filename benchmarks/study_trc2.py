@@ -60,6 +60,11 @@ def final(run: Result, domain: str) -> float:
     return run.R[-1][run.domains.index(domain)] or 0.0
 
 
+def at_the_end(run: Result) -> float:
+    """Mean loss of all domains at the end, in nats: what learning and forgetting together have left."""
+    return fmean(final(run, domain) for domain in DOMAINS)
+
+
 def perplexity(losses: Sequence[float]) -> str:
     """Of the mean loss, so that one bad run does not hide the others."""
     return f"{math.exp(fmean(losses)):.1f}"
@@ -109,7 +114,10 @@ def results_table(study: Trc2, budget: str) -> str:
 def answers(study: Trc2, budget: str) -> str:
     """How much less is forgotten, taken apart into replay and architecture."""
     saved = [paired(study, budget, before, after, forgetting) for _, before, after in QUESTIONS]
-    learned = [paired(study, budget, before, after, boundary) for _, before, after in QUESTIONS]
+    learned, left = (
+        [paired(study, budget, before, after, value) for _, before, after in QUESTIONS]
+        for value in (boundary, at_the_end)
+    )
     p = [wilcoxon_signed_rank(each) for each in saved]
     # the first question was chosen beforehand and is tested alone; the others share their risk
     adjusted = [p[0], *holm(p[1:])]
@@ -126,8 +134,10 @@ def answers(study: Trc2, budget: str) -> str:
             else:
                 verdict = f"not significant, {found}"
             runs = f"{', '.join(before)} → {', '.join(after)}"
-            rows.append((name, runs, interval(each), verdict, interval(learned[number]), str(len(each))))
-    head = ("what", "runs", "AUFC saved", "ranks (Wilcoxon, Holm)", "boundary loss saved", "pairs")
+            losses = (interval(learned[number]), interval(left[number]))
+            rows.append((name, runs, interval(each), verdict, *losses, str(len(each))))
+    losses = ("boundary loss saved", "final loss saved")
+    head = ("what", "runs", "AUFC saved", "ranks (Wilcoxon, Holm)", *losses, "pairs")
     return table(head, rows) if rows else "No pairs yet.\n"
 
 
@@ -202,8 +212,8 @@ def page(study: Trc2) -> str:
         "question is tested by itself, the others together, with Holm's adjustment, and "
         f"{seeds_needed(len(QUESTIONS) - 1)} pairs are the fewest with which one of {len(QUESTIONS) - 1} can be "
         "significant. An interval without zero among the others is a hint, no finding. Who has learnt less has less to "
-        "forget: read forgetting beside the loss at boundaries, above all at equal time. All pairs share three "
-        "domains: nothing is said of other ones.\n",
+        "forget: read forgetting beside the loss at boundaries and at the end, above all at equal time. All pairs share "
+        "three domains: nothing is said of other ones.\n",
     ]
     for budget in ("tokens", "time"):
         if any(study.every(budget, name, arm) for name in BACKBONES for arm in ARMS):
