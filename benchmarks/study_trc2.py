@@ -212,8 +212,8 @@ def page(study: Trc2) -> str:
         "question is tested by itself, the others together, with Holm's adjustment, and "
         f"{seeds_needed(len(QUESTIONS) - 1)} pairs are the fewest with which one of {len(QUESTIONS) - 1} can be "
         "significant. An interval without zero among the others is a hint, no finding. Who has learnt less has less to "
-        "forget: read forgetting beside the loss at boundaries and at the end, above all at equal time. All pairs share "
-        "three domains: nothing is said of other ones.\n",
+        "forget: read forgetting beside the loss at boundaries and at the end, above all at equal time. All pairs "
+        "share three domains: nothing is said of other ones.\n",
     ]
     for budget in ("tokens", "time"):
         if any(study.every(budget, name, arm) for name in BACKBONES for arm in ARMS):
