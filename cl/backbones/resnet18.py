@@ -18,6 +18,9 @@ from cl.core import StreamInfo
 STRIDES = (1, 2, 2, 2)
 """Of the four stages of two blocks each; every stage has twice the channels of the one before."""
 
+NARROWEST_LAST = 8
+"""Channels of the first stage from which on the channels of a pixel lie side by side."""
+
 
 class BasicBlock(nn.Module):
     """Two 3x3 convolutions with batch norm, added to the input (through a 1x1 convolution where shapes differ)."""
@@ -45,7 +48,6 @@ class Resnet18(Backbone):
 
     Args:
         width: channels of the first stage (`nf` in mammoth and GEM): 20 for the slim network, 64 for the full one.
-            Below 8 torch 2.14.1 ends the process in the backward pass on some CPUs (seen on one with AVX2 alone).
         head: "linear", or "weight_norm" for weights of length 1 without biases.
 
     Raises:
@@ -74,7 +76,9 @@ class Resnet18(Backbone):
         return [Stage(self._stem, (self.conv, self.bn)), *blocks, Stage(_average, ())]
 
     def _stem(self, inputs: Tensor) -> Tensor:
-        return F.relu(self.bn(self.conv(channels_last(inputs))))
+        # stages of fewer channels ended the process in this layout, in the backward pass on a CPU with AVX2 alone
+        inputs = channels_last(inputs) if self.conv.out_channels >= NARROWEST_LAST else inputs
+        return F.relu(self.bn(self.conv(inputs)))
 
 
 def _average(maps: Tensor) -> Tensor:

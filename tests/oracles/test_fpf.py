@@ -204,7 +204,7 @@ def test_running_statistics_are_an_option(lab):
 
 def test_patterns_name_modules_containers_and_classes():
     info = toy_stream(CLASS).info
-    trainer = train(CLASS, [], backbone=partial(Resnet18, width=8), epochs=None, max_steps=1).trainer
+    trainer = train(CLASS, [], backbone=partial(Resnet18, width=2), epochs=None, max_steps=1).trainer
 
     def names(*patterns):
         return set(matching(trainer.state.model, patterns, "fpf.modules"))

@@ -43,7 +43,7 @@ def rows(num=4, task=0, seed=0):
     return Batch(torch.randn(num, 1, 8, 8, generator=generator).double(), zeros, zeros, zeros, zeros + task)
 
 
-NETWORKS = [Mlp, partial(Convnet, channels=(3, 4), hidden=9), partial(Resnet18, width=8)]
+NETWORKS = [Mlp, partial(Convnet, channels=(3, 4), hidden=9), partial(Resnet18, width=2)]
 
 
 @pytest.mark.parametrize("nested", [True, False])

@@ -24,7 +24,7 @@ TASK = Setting.TASK_INCREMENTAL
 BACKBONES = [
     Mlp,
     partial(Convnet, channels=(3, 4), hidden=9),
-    partial(Resnet18, width=8),
+    partial(Resnet18, width=2),
     partial(Recurrent, hidden=7),
     partial(Recurrent, kind="gru", hidden=7, num_layers=2),
 ]
@@ -93,7 +93,7 @@ def test_generated_weights_start_at_the_scale_of_the_backbone(backbone):
 
 
 def test_every_task_has_its_own_running_statistics():
-    _, _, net = wrapped(partial(Resnet18, width=8))
+    _, _, net = wrapped(partial(Resnet18, width=2))
     net.train()
     for task in (0, 2, 2):
         rows = image_rows(seed=task)

@@ -21,7 +21,7 @@ BUILDERS = {
     "mlp_xavier": partial(Mlp, hidden=[100, 100], init="xavier"),
     "convnet": Convnet,
     "convnet_weight_norm": partial(Convnet, head="weight_norm"),
-    "resnet18": partial(Resnet18, width=8),
+    "resnet18": partial(Resnet18, width=4),
     "lstm": Recurrent,
     "gru": partial(Recurrent, kind="gru", hidden=32, num_layers=2),
 }
@@ -124,7 +124,7 @@ def test_parameter_counts_equal_formulas_and_published_numbers():
 
 def test_resnet_reaches_the_last_block_as_4x4():
     seen = []
-    backbone = Resnet18(info((3, 32, 32)), width=8)
+    backbone = Resnet18(info((3, 32, 32)), width=4)
     backbone.blocks[-1].register_forward_hook(lambda *args: seen.append(args[2].shape[2:]))
     backbone(batch((3, 32, 32)))
     assert seen == [(4, 4)]

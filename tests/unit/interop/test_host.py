@@ -184,7 +184,7 @@ def test_batch_statistics_and_convolutions(tmp_path):
         strategy_class("Replay")(),
         "class_incremental",
         tmp_path,
-        backbone=partial(Resnet18, width=8),
+        backbone=partial(Resnet18, width=4),
         epochs=None,
         max_steps=2,
     )
