@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,19 @@ from _study import table
 
 TOTAL = 4096
 """Tokens of a training step."""
+FAMILIES: Mapping[str, tuple[str, Sequence[str]]] = {
+    "attention": ("black", ("attention",)),
+    "memory_cache": ("tab:red", ("memory_cache",)),
+    "segments: rmt, armt, block_recurrent, memformer": ("tab:orange", ("rmt", "armt", "block_recurrent", "memformer")),
+    "neural and mixed: titans, ttt_linear, mixture_of_memories": (
+        "tab:purple",
+        ("titans", "titans, a matrix", "ttt_linear", "mixture_of_memories"),
+    ),
+    "window": ("tab:gray", ("window",)),
+    "recurrent: min_gru, lru, gru, lstm, slstm": ("tab:green", ("min_gru", "lru", "gru", "lstm", "slstm")),
+}
+"""What lines of the plot have in common, and their colour; all others are memories that are linear in what is read."""
+REST = ("linear memories, ridge, hippocampus", "tab:blue")
 
 
 def page(found: Mapping[str, Any], folder: Path) -> str:
@@ -36,11 +49,16 @@ def page(found: Mapping[str, Any], folder: Path) -> str:
         places = sorted({row["at"] for line in generated.values() for row in line})
         head = ("block", *(f"µs after {at:,}" for at in places), "bytes of state, first", "last")
         rows = []
-        for name, line in generated.items():
+        for name, line in sorted(generated.items(), key=lambda item: item[1][-1]["seconds"]):
             times = {row["at"]: f"{1e6 * row['seconds']:,.0f}" for row in line}
             ends = (f"{line[end]['bytes']:,}" for end in (0, -1))
             rows.append((name, *(times.get(at, "") for at in places), *ends))
-        parts += ["## One step of generation\n", "Two blocks of width 32, one row.\n", table(head, rows)]
+        text = (
+            "Two blocks of width 32, one row. Memories of whole segments (rmt, armt, block_recurrent, memformer) read "
+            "the open segment again with every token: a step takes as long as that is, at most 32 tokens, whatever "
+            "came before. memory_cache keeps a state for every segment, by design.\n"
+        )
+        parts += ["## One step of generation\n", text, table(head, rows)]
         plot(generated, folder)
     if tiny := found.get("forward"):
         rows = [(name, f"{1e3 * seconds:.1f}") for name, seconds in sorted(tiny.items(), key=lambda item: item[1])]
@@ -57,23 +75,23 @@ def machine() -> str:
 
 
 def plot(generated: Mapping[str, Any], folder: Path) -> None:
-    """Time and bytes of a step over the tokens read before."""
+    """Time and bytes of a step over the tokens read before, one colour for a family."""
     import matplotlib.pyplot as plt
 
-    figure, both = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
-    for axes, key, scale, label in (
+    family = {name: (label, color) for label, (color, names) in FAMILIES.items() for name in names}
+    figure, both = plt.subplots(1, 2, figsize=(11, 5), layout="constrained")
+    lines = {}
+    for axes, key, scale, what in (
         (both[0], "seconds", 1e6, "µs for one token"),
         (both[1], "bytes", 1.0, "bytes of state"),
     ):
-        for number, (name, rows) in enumerate(generated.items()):
-            style = (
-                {"color": "black", "lw": 2.2}
-                if name == "attention"
-                else {"color": plt.cm.turbo(number / len(generated)), "lw": 1.0}
-            )
-            axes.plot([row["at"] for row in rows], [row[key] * scale for row in rows], marker=".", label=name, **style)
-        axes.set(xscale="log", yscale="log", xlabel="tokens read before", ylabel=label)
+        for name, rows in generated.items():
+            label, color = family.get(name, REST)
+            values = [row[key] * scale for row in rows]
+            width = 2.5 if name == "attention" else 1.0
+            (lines[label],) = axes.plot([row["at"] for row in rows], values, marker=".", color=color, lw=width)
+        axes.set(xscale="log", yscale="log", xlabel="tokens read before", ylabel=what)
         axes.spines[["top", "right"]].set_visible(False)
-    both[1].legend(fontsize=7, ncols=1, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+    figure.legend(lines.values(), lines, fontsize=8, ncols=2, loc="outside lower center", frameon=False)
     folder.mkdir(parents=True, exist_ok=True)
     figure.savefig(folder / "generation.png", dpi=130)

@@ -17,25 +17,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.common.triton import (
-    INTERPRET,
-    Kernel,
-    Row,
+from kernels.common.triton import INTERPRET, Kernel, Row, chunk_table, host, offsets, pow2, precision, row
+from kernels.common.triton_device import (
     channel_scores,
     channel_scores_backward,
     chunk_bounds,
-    chunk_table,
     decay_mask,
-    host,
     load_gate,
     load_state,
     load_tile,
     load_unit,
     mask_gradient,
-    offsets,
-    pow2,
-    precision,
-    row,
     row_scale,
     running,
     store_tile,

@@ -187,19 +187,7 @@ def _backward(
 
 @_backward.register_fake
 def _(
-    do: Tensor,
-    dfinal: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    beta: Tensor,
-    g: Tensor | None,
-    states: Tensor,
-    cu_seqlens: Tensor | None,
-    scale: float,
-    chunk: int,
-    backend: str,
-    normalize: bool,
+    do: Tensor, dfinal: Tensor, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, states: Tensor, *_: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     dg = q.new_empty(0) if g is None else g.new_empty(g.shape)
     dh0 = dfinal.new_empty(dfinal.shape, dtype=states.dtype)

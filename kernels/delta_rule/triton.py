@@ -20,22 +20,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.common.triton import (
-    Kernel,
-    Row,
+from kernels.common.triton import Kernel, Row, pow2, row
+from kernels.common.triton_chunks import FUSED_KEY, KEY, OUTPUTS, Packed
+from kernels.common.triton_device import (
     decay_mask,
     load_gate,
     load_state,
     load_tile,
     load_unit,
-    pow2,
-    row,
     row_scale,
     running,
     store_state,
     store_tile,
 )
-from kernels.common.triton_chunks import FUSED_KEY, KEY, OUTPUTS, Packed
 from kernels.delta_rule.triton_backward import backward
 from kernels.delta_rule.triton_inverse import inverses, invert, load_square, walk_rows
 

@@ -11,8 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.common.triton import (
-    Kernel,
+from kernels.common.triton import Kernel
+from kernels.common.triton_chunks import KEY, Packed, key_gradients, tiles
+from kernels.common.triton_device import (
     channel_scores,
     chunk_bounds,
     decay_mask,
@@ -25,7 +26,6 @@ from kernels.common.triton import (
     store_state,
     store_tile,
 )
-from kernels.common.triton_chunks import KEY, Packed, key_gradients, tiles
 from kernels.delta_rule.triton_inverse import inverses, load_square, walk_rows
 
 

@@ -14,9 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.common.triton import (
-    Kernel,
-    Row,
+from kernels.common.triton import Kernel, Row, pow2, row
+from kernels.common.triton_chunks import KEY, Packed, tiles
+from kernels.common.triton_device import (
     channel_scores,
     chunk_bounds,
     decay_mask,
@@ -24,11 +24,8 @@ from kernels.common.triton import (
     load_gate,
     load_tile,
     load_unit,
-    pow2,
-    row,
     row_scale,
 )
-from kernels.common.triton_chunks import KEY, Packed, tiles
 
 
 @triton.jit

@@ -17,22 +17,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.common.triton import (
-    Kernel,
-    Row,
+from kernels.common.triton import Kernel, Row, pow2, row
+from kernels.common.triton_chunks import FUSED_KEY, KEY, OUTPUTS, Packed, key_gradients, tiles
+from kernels.common.triton_device import (
     channel_scores,
     chunk_bounds,
     decay_mask,
     load_gate,
     load_state,
     load_tile,
-    pow2,
-    row,
     running,
     store_state,
     store_tile,
 )
-from kernels.common.triton_chunks import FUSED_KEY, KEY, OUTPUTS, Packed, key_gradients, tiles
 
 
 @triton.jit

@@ -110,9 +110,7 @@ def _forward(
 
 
 @_forward.register_fake
-def _(
-    a: Tensor, u: Tensor, h0: Tensor | None, cu_seqlens: Tensor | None, chunk: int, backend: str
-) -> tuple[Tensor, Tensor]:
+def _(a: Tensor, u: Tensor, h0: Tensor | None, cu_seqlens: Tensor | None, *_: Any) -> tuple[Tensor, Tensor]:
     sequences = u.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     return u.new_empty(u.shape), u.new_empty(sequences, u.shape[2], dtype=state_dtype(u.dtype))
 
@@ -133,16 +131,7 @@ def _backward(
 
 
 @_backward.register_fake
-def _(
-    dh: Tensor,
-    dfinal: Tensor,
-    a: Tensor,
-    h: Tensor,
-    h0: Tensor | None,
-    cu_seqlens: Tensor | None,
-    chunk: int,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(dh: Tensor, dfinal: Tensor, a: Tensor, h: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     return a.new_empty(a.shape), h.new_empty(h.shape), dfinal.new_empty(dfinal.shape)
 
 

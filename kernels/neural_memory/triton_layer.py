@@ -19,18 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.common.triton import (
-    Kernel,
-    Row,
-    host,
-    load_state,
-    load_tile,
-    pow2,
-    precision,
-    row,
-    store_state,
-    store_tile,
-)
+from kernels.common.triton import Kernel, Row, host, pow2, precision, row
+from kernels.common.triton_device import load_state, load_tile, store_state, store_tile
 from kernels.neural_memory.chunked import Coefficients
 from kernels.neural_memory.triton_layer_adjoint import (
     column,

@@ -9,7 +9,7 @@ Legend: as in `triton_layer`.
 import triton
 import triton.language as tl
 
-from kernels.common.triton import load_state, load_tile, store_state, store_tile
+from kernels.common.triton_device import load_state, load_tile, store_state, store_tile
 
 
 @triton.jit

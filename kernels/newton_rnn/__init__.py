@@ -329,21 +329,7 @@ def _backward(
 
 @_backward.register_fake
 def _(
-    dh: Tensor,
-    dfinal: Tensor,
-    x: Tensor,
-    r: Tensor,
-    peephole: Tensor | None,
-    h0: Tensor | None,
-    h: Tensor,
-    c: Tensor,
-    candidate: Tensor,
-    reset: Tensor | None,
-    cu_seqlens: Tensor | None,
-    cell: str,
-    chunk: int,
-    block: int,
-    backend: str,
+    dh: Tensor, dfinal: Tensor, x: Tensor, r: Tensor, peephole: Tensor | None, *_: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dpeephole = r.new_empty(0) if peephole is None else peephole.new_empty(peephole.shape)
     return x.new_empty(x.shape), r.new_empty(r.shape), dpeephole, dfinal.new_empty(dfinal.shape)

@@ -9,7 +9,7 @@ Packed rows [T, 3, N]; everything in float32 on the chip.
 import triton
 import triton.language as tl
 
-from kernels.common.triton import tanh
+from kernels.common.triton_device import tanh
 
 
 @triton.jit

@@ -220,15 +220,7 @@ def _forward(
 
 
 @_forward.register_fake
-def _(
-    tokens: list[Tensor],
-    weights: list[Tensor],
-    kept: Tensor,
-    first: Tensor | None,
-    slopes: Tensor | None,
-    scale: float,
-    chunk: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _(tokens: list[Tensor], weights: list[Tensor], kept: Tensor, *_rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     x, _, _, v = tokens
     (batch, length, heads, width), empty = v.shape, kept.new_empty
     rows = (batch * heads, length)
@@ -254,18 +246,7 @@ def _backward(
 
 
 @_backward.register_fake
-def _(
-    dy: Tensor,
-    dleft: Tensor,
-    tokens: list[Tensor],
-    weights: list[Tensor],
-    kept: Tensor,
-    first: Tensor | None,
-    slopes: Tensor | None,
-    saved: list[Tensor],
-    scale: float,
-    chunk: int,
-) -> list[Tensor]:
+def _(dy: Tensor, dleft: Tensor, tokens: list[Tensor], weights: list[Tensor], kept: Tensor, *_: Any) -> list[Tensor]:
     return [t.new_empty(t.shape) for t in (*tokens, *weights, kept)]
 
 

@@ -252,23 +252,7 @@ def _backward(
 
 @_backward.register_fake
 def _(
-    dx: Tensor,
-    dfinal: Tensor,
-    x: Tensor,
-    k: Tensor,
-    beta: Tensor | None,
-    g: Tensor | None,
-    h0: Tensor,
-    n: Tensor,
-    y: Tensor,
-    states: Tensor,
-    cu_seqlens: Tensor | None,
-    ratio: float,
-    floor: float,
-    steps: int,
-    chunk: int,
-    backend: str,
-    fast: bool,
+    dx: Tensor, dfinal: Tensor, x: Tensor, k: Tensor, beta: Tensor | None, g: Tensor | None, h0: Tensor, *_: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     dbeta = x.new_empty(0) if beta is None else beta.new_empty(beta.shape)
     dg = x.new_empty(0) if g is None else g.new_empty(g.shape)

@@ -182,17 +182,7 @@ def _backward(
 
 @_backward.register_fake
 def _(
-    dh: Tensor,
-    dfinal: Tensor,
-    x: Tensor,
-    r: Tensor,
-    bias: Tensor | None,
-    s0: Tensor | None,
-    kept: Tensor,
-    reset: Tensor | None,
-    cu_seqlens: Tensor | None,
-    cell: str,
-    backend: str,
+    dh: Tensor, dfinal: Tensor, x: Tensor, r: Tensor, bias: Tensor | None, *_: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dbias = r.new_empty(r.shape[:3]) if bias is None else bias.new_empty(bias.shape)
     return x.new_empty(x.shape), r.new_empty(r.shape), dbias, dfinal.new_empty(dfinal.shape)

@@ -204,22 +204,8 @@ def _backward(
 
 
 @_backward.register_fake
-def _(
-    do: Tensor,
-    dfinal: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    f: Tensor,
-    w: Tensor,
-    kept: Tensor,
-    reset: Tensor | None,
-    cu_seqlens: Tensor | None,
-    chunk: int,
-    clip: float,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    dq, dk, dv, df, dw = (x.new_empty(x.shape) for x in (q, k, v, f, w))
+def _(do: Tensor, dfinal: Tensor, *inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    dq, dk, dv, df, dw = (x.new_empty(x.shape) for x in inputs[:5])
     return dq, dk, dv, df, dw, dfinal.new_empty(dfinal.shape)
 
 

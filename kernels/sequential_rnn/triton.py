@@ -18,7 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.common.triton import Kernel, Row, host, offsets, pow2, precision, row, tanh
+from kernels.common.triton import Kernel, Row, host, offsets, pow2, precision, row
+from kernels.common.triton_device import tanh
 from kernels.common.varlen import states_before
 from kernels.sequential_rnn.reference import GATES, PARTS
 from kernels.sequential_rnn.triton_adjoint import rnn_adjoint

@@ -9,7 +9,7 @@ Recurrent products come from outside, computed for all tokens at once; what leav
 import triton
 import triton.language as tl
 
-from kernels.common.triton import tanh
+from kernels.common.triton_device import tanh
 from kernels.sequential_rnn.triton_cells import gate_input, load_parts, matrix, slstm_scale
 
 

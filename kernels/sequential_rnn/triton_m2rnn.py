@@ -17,7 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.common.triton import Kernel, Row, host, load_state, offsets, pow2, precision, row, store_state, tanh
+from kernels.common.triton import Kernel, Row, host, offsets, pow2, precision, row
+from kernels.common.triton_device import load_state, store_state, tanh
 from kernels.common.varlen import chunk_offsets, num_chunks
 
 
