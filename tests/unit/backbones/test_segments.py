@@ -9,7 +9,7 @@ import torch
 
 import cl.backbones
 from cl.backbones._mixer import Lifetime
-from cl.backbones._state import mapped, rows_of
+from cl.backbones._state import detached, mapped, rows_of
 from cl.backbones.armt import Armt
 from cl.backbones.block_recurrent import BlockRecurrent
 from cl.backbones.gated_fifo import GatedFifo
@@ -189,6 +189,19 @@ def test_truncation_of_hmt_cuts_its_queue():
         assert early
 
 
+@pytest.mark.parametrize("kind", [Landmark, Trc2])
+@pytest.mark.parametrize("is_cut", [False, True])
+def test_gradient_flows_from_piece_to_piece_until_it_is_cut(kind, is_cut):
+    """Without an option of their own these two are truncated by `detached`."""
+    net, inputs = model(kind, separator=None), tokens()[2:] % 5
+    inputs[:, :12] += 5
+    state = net.step(batch(inputs[:, :12])).state
+    net.step(batch(inputs[:, 12:]), detached(state) if is_cut else state).logits.square().sum().backward()
+    early, late = (net.embedding.weight.grad[part.unique()].abs() for part in (inputs[:, :12], inputs[:, 12:]))
+    assert late.min() > 0
+    assert early.max() == 0 if is_cut else early.min() > 0
+
+
 def test_memoria_is_outside_of_back_propagation():
     """Only the abstractor's reading of the last segment is trained; engrams carry no gradient."""
     net = model(Memoria, segment=4, separator=None)
@@ -221,14 +234,15 @@ def test_replayed_gradients_are_those_without_replay(kind):
     assert kept_bytes[1] < kept_bytes[0] / 5, "activations inside segments are not kept"
 
 
-@each_segmented
+@each
 def test_states_stay_float32_under_autocast(kind):
+    """Of memories around blocks and of the blocks themselves."""
     net = model(kind).float()
     with torch.autocast("cpu", torch.bfloat16):
         state = net.step(batch(tokens())).state
-    dtypes = []
-    mapped(lambda value: dtypes.append(value.dtype) or value, state["memory"])
-    assert torch.bfloat16 not in dtypes
+    dtypes = set()
+    mapped(lambda value: dtypes.add(value.dtype) or value, state)
+    assert {dtype for dtype in dtypes if dtype.is_floating_point} == {torch.float32}
 
 
 @each_segmented
