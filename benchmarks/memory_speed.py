@@ -67,14 +67,23 @@ BLOCKS: Mapping[str, str] = {
     "hippocampus": "hippocampus",
     "memory_cache": "memory_cache(linear_memory)",
     "mixture_of_memories": "mixture_of_memories(linear_memory)",
+    # longer pieces than the defaults, which are those of short texts
+    "ttt_linear, chunks of 64": "neural_memory(rule=ttt_linear(chunk=64))",
+    "titans, chunks of 256": "neural_memory(rule=titans(chunk=256))",
+    "titans, a matrix, chunks of 256": "neural_memory(rule=titans(depth=1, chunk=256))",
+    "memory_cache, segments of 512": "memory_cache(linear_memory, segment=512)",
 }
-SEGMENTED = ("rmt", "armt", "block_recurrent", "memformer")
+SEGMENTED: Mapping[str, Sequence[str]] = {
+    name + end: (f"backbone={name}", *words)
+    for end, words in (("", ()), (", segments of 512", ("backbone.segment=512",)))
+    for name in ("rmt", "armt", "block_recurrent", "memformer")
+}
 NAMES = (*BLOCKS, *SEGMENTED)
 
 
 def request(name: str, width: int, layers: int) -> list[str]:
     """The words of a decoder with blocks of one kind."""
-    kind = ["backbone=gpt", f"backbone.blocks='{BLOCKS[name]}'"] if name in BLOCKS else [f"backbone={name}"]
+    kind = SEGMENTED.get(name) or ("backbone=gpt", f"backbone.blocks='{BLOCKS[name]}'")
     return [*kind, f"backbone.width={width}", f"backbone.num_layers={layers}", "backbone.num_heads=4"]
 
 

@@ -9,6 +9,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from kernels.common.checks import state_dtype
+
 
 def cu_seqlens_from_reset(reset_BT: Tensor) -> Tensor:
     """Turn "a new document starts here" flags into the offsets of the packed form of the batch.
@@ -53,6 +55,16 @@ def num_chunks(batch: int, length: int, chunk: int, cu_seqlens: Tensor | None) -
     if cu_seqlens is None:
         return batch * -(-length // chunk)
     return length // chunk + cu_seqlens.shape[0] - 1
+
+
+def empty_outputs(
+    q: Tensor, v: Tensor, cu_seqlens: Tensor | None, chunk: int, save: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What an op with a K x V state per head returns, without its values: outputs, last states, states of chunks."""
+    shape, dtype = (q.shape[2], q.shape[3], v.shape[3]), state_dtype(v.dtype)
+    sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    rows = (num_chunks(q.shape[0], q.shape[1], chunk, cu_seqlens), *shape) if save else (0,)
+    return v.new_empty(v.shape), v.new_empty(sequences, *shape, dtype=dtype), v.new_empty(rows, dtype=dtype)
 
 
 def chunk_offsets(cu_seqlens: Tensor, chunk: int) -> Tensor:

@@ -5,9 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.common.checks import cotangents, matrix_state_plan, state_dtype
+from kernels.common.checks import cotangents, matrix_state_plan
 from kernels.common.dispatch import Decision, choose, explained_by, matrix_chunk
-from kernels.common.varlen import num_chunks
+from kernels.common.varlen import empty_outputs
 from kernels.gated_linear_attention import chunked
 from kernels.gated_linear_attention.reference import gated_linear_attention_reference
 
@@ -117,22 +117,9 @@ def _forward(
 
 
 @_forward.register_fake
-def _(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor | None,
-    h0: Tensor | None,
-    cu_seqlens: Tensor | None,
-    scale: float,
-    chunk: int,
-    backend: str,
-    save: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    shape, dtype = (q.shape[2], q.shape[3], v.shape[3]), state_dtype(v.dtype)
-    sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    rows = (num_chunks(q.shape[0], q.shape[1], chunk, cu_seqlens), *shape) if save else (0,)
-    return v.new_empty(v.shape), v.new_empty(sequences, *shape, dtype=dtype), v.new_empty(rows, dtype=dtype)
+def _(q: Tensor, _k: Tensor, v: Tensor, *given: Any) -> tuple[Tensor, Tensor, Tensor]:
+    _, _, cu_seqlens, _, chunk, _, save = given
+    return empty_outputs(q, v, cu_seqlens, chunk, save)
 
 
 @torch.library.custom_op("cl_kernels::gated_linear_attention_backward", mutates_args=())
