@@ -48,6 +48,8 @@ KINDS = {
 }
 
 
+OTHERS = ("seed", "limit_experiences", "data", "claim")
+"""Nodes of a run that make nothing."""
 FREE = ("trainer.parallel", "trainer.compile")
 """Settings that a run may be resumed without: they say how it is computed, not what."""
 
@@ -178,6 +180,9 @@ def make_trainer(config: Mapping[str, Any], names: Mapping[str, Any], run_dir: P
     """The trainer of a run, everything checked, nothing trained."""
     from cl.trainer import Trainer
 
+    # `+name=value` makes a node of anything, a misspelt group too
+    if unknown := [name for name in config if name not in (*KINDS, *OTHERS)]:
+        raise UserError(f"a run has no setting {unknown[0]!r}; there are {', '.join((*KINDS, *OTHERS))}")
     if not isinstance(config["seed"], int) or config["seed"] < 0:
         raise UserError(f"seed is {config['seed']!r}; it must be an integer of at least 0")
     flat = settings(config)

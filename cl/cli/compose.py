@@ -11,14 +11,16 @@ import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from difflib import get_close_matches
+from importlib.resources import files
 from typing import Any
 
 from hydra import compose, initialize_config_module
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
-from hydra.errors import HydraException
+from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from cl.core import UserError
 from cl.interop import catalog
@@ -96,6 +98,13 @@ def one_sentence() -> Iterator[None]:
 
 
 def _sentence(error: Exception) -> str:
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file:
+        group, _, name = error.missing_cfg_file.rpartition("/")
+        return f"there is no {group} {name!r}{_beside(name, _names(group))}"
+    cause = error.__cause__
+    if isinstance(cause, ConfigAttributeError | ConfigKeyError):
+        names = [str(name) for name in cause.parent_node or () if name != "hydra"]
+        return f"there is no setting {cause.full_key!r}{_beside(str(cause.key), names)}"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     kept: list[str] = []
     for line in lines:
@@ -103,6 +112,20 @@ def _sentence(error: Exception) -> str:
             continue
         kept.append(line)
     return re.sub(r"\s+", " ", " ".join(kept)).replace("\t", " ")
+
+
+def _names(group: str) -> list[str]:
+    """What can be chosen; Hydra's errors know it only sometimes."""
+    folder = files("configs").joinpath(*group.split("/"))
+    ours = [file.name for file in folder.iterdir()] if folder.is_dir() else []
+    others = [name for owner, name in catalog.configs() if owner == group]
+    return sorted([name.removesuffix(".yaml") for name in ours if name.endswith(".yaml")] + others)
+
+
+def _beside(name: str, names: Sequence[str]) -> str:
+    """The name that was probably meant, and all that there are."""
+    nearest = "".join(f" (did you mean {near}?)" for near in get_close_matches(name, names, 1))
+    return f"{nearest}; there are {', '.join(names)}" if names else ""
 
 
 def composed(name: str, overrides: Sequence[str]) -> DictConfig:

@@ -17,12 +17,29 @@ COMPARE = ("compare", "tracking=none", "debug=tiny")
 CASES = {
     "no such command": (("rum",), "'rum' is no command; the commands are run, compare"),
     "a word that is no setting": ((*COMPARE, "replay"), "'replay' is no setting; settings are written name=value"),
-    "unknown stream": ((*RUN, "stream=permuted_mnits"), "permuted_mnits"),
-    "unknown strategy": ((*RUN, "strategy=reply"), "reply"),
-    "unknown backbone": ((*RUN, "backbone=transformer9"), "transformer9"),
-    "unknown schedule": ((*RUN, "schedule=square"), "square"),
-    "unknown experiment": ((*RUN, "+experiment=nothing"), "nothing"),
-    "unknown top-level key": ((*RUN, "sed=1"), "sed"),
+    "unknown stream": (
+        (*RUN, "stream=permuted_mnits"),
+        "no stream 'permuted_mnits' (did you mean permuted_mnist?); there are blurry",
+    ),
+    "unknown strategy": ((*RUN, "strategy=reply"), "no strategy 'reply' (did you mean replay?); there are agem"),
+    "unknown strategy in a list": ((*RUN, "strategy=[replay,derp]"), "no strategy 'derp' (did you mean derpp?)"),
+    "unknown backbone": (
+        (*RUN, "backbone=transformer9"),
+        "no backbone 'transformer9' (did you mean transformer?); there are armt",
+    ),
+    "unknown schedule": ((*RUN, "schedule=square"), "no schedule 'square'; there are autoregressive"),
+    "unknown experiment": ((*RUN, "+experiment=nothing"), "no experiment 'nothing'; there are builtin_text"),
+    "unknown top-level key": (
+        (*RUN, "sed=1"),
+        "no setting 'sed' (did you mean seed?); there are seed, limit_experiences",
+    ),
+    "unknown key of data": (
+        (*RUN, "data.rot=x"),
+        "no setting 'data.rot' (did you mean root?); there are root, download",
+    ),
+    "a setting below a number": ((*RUN, "seed.x=1"), "no setting 'seed.x'"),
+    "misspelt group": ((*RUN, "+experimnt=demo"), "no setting 'experimnt'; there are stream, strategy"),
+    "misspelt group of a comparison": ((*COMPARE, "+experimnt=demo"), "no setting 'experimnt'"),
     "unknown option of a strategy": (
         (*RUN, "strategy=replay", "strategy.replay.capasity=5"),
         "strategy.replay has no option 'capasity'; its options are capacity",
