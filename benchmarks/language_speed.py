@@ -193,7 +193,7 @@ def memory(options: argparse.Namespace) -> Rows:
         order = ",".join(["docs", "code"] * (count // 2))
         words = [
             "run", "tracking=none", "+experiment=builtin_text", f"stream.order=[{order}]", "trainer.max_steps=8",
-            "stream.train_tokens=null", "stream.eval_tokens=4000", "hydra.run.dir=run",
+            "stream.train_tokens=null", "stream.eval_tokens=4000", "out=run",
         ]  # fmt: skip
         with tempfile.TemporaryDirectory() as folder:
             subprocess.run([sys.executable, "-m", "cl", *words], cwd=folder, check=True, stdout=subprocess.DEVNULL)

@@ -167,7 +167,7 @@ class Probes(Study):
             ),
             *([] if memory.backbone == "gpt" else [f"backbone.segment={SEGMENT}"]),
             *("optimizer=adamw", "optimizer.lr=0.003", "trainer.clip_norm=1.0", f"trainer.batch_size={BATCH}"),
-            *(f"trainer.max_steps={self.steps}", "tracking=none", f"seed={seed}", f"hydra.run.dir={folder}"),
+            *(f"trainer.max_steps={self.steps}", "tracking=none", f"seed={seed}", f"out={folder}"),
         ]
         carry_out(["run", *words])
 

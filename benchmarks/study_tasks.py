@@ -86,7 +86,7 @@ class Tasks(Comparisons):
         run, cache = self.out / "pretrained", self.out / "cache"
         budget = "trainer.max_steps=8" if self.is_quick else "trainer.max_tokens=2000000"
         if not (run / "result.json").is_file():
-            here = (f"data.root={self.data}", f"stream.cache={cache.resolve()}", f"hydra.run.dir={run}", "seed=0")
+            here = (f"data.root={self.data}", f"stream.cache={cache.resolve()}", f"out={run}", "seed=0")
             carry_out(["run", *COMMON, *PRETRAIN, budget, *here])
         elif Result.load(run / "result.json").status != "done":
             carry_out(["resume", str(run)])

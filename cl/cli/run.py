@@ -6,6 +6,7 @@ Usage: cl run [name=value ...] [Hydra's flags]
   cl run 'strategy=[derpp,ewc]' strategy.derpp.alpha=0.2      two strategies, in this order
   cl run +experiment=NAME                                     a ready experiment
   cl run debug=tiny                                           the same, in seconds
+  cl run out=FOLDER                                           the folder of the run, or of all runs of a sweep
   cl run -m strategy=naive,replay seed=0,1,2                  Hydra's sweep
   cl run --cfg job                                            the composed config
   torchrun --nproc_per_node=2 -m cl run trainer.parallel=ddp  one run in several processes
@@ -61,7 +62,8 @@ def main(words: list[str]) -> int:
     os.environ["HYDRA_FULL_ERROR"] = "1"
     # argparse wants flags and overrides unmixed
     settings = [word for word in words if "=" in word and not word.startswith("-")]
-    sys.argv = ["cl run", *(word for word in words if word not in settings), *open_signatures(settings)]
+    named = [text for word in settings for text in _in_hydras_words(word)]
+    sys.argv = ["cl run", *(word for word in words if word not in settings), *open_signatures(named)]
     if distributed.rank():
         sys.argv.append("hydra/job_logging=disabled")
     _outcomes.clear()
@@ -74,6 +76,12 @@ def main(words: list[str]) -> int:
         if isinstance(outcome, Exception):
             raise outcome
     return int(any(outcome.status != "done" for outcome in _outcomes if isinstance(outcome, Result)))
+
+
+def _in_hydras_words(word: str) -> list[str]:
+    """A run's folder is called `out` as everywhere else, and by Hydra by two names."""
+    name, _, folder = word.partition("=")
+    return [f"hydra.run.dir={folder}", f"hydra.sweep.dir={folder}"] if name == "out" else [word]
 
 
 def run_with_progress(config: dict[str, Any], run_dir: Path, resume: bool = False) -> Result:

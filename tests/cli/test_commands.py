@@ -54,7 +54,7 @@ def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixtu
 
 
 def test_run_leaves_the_documented_folder(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(("run", *TINY, "strategy=replay", "strategy.replay.capacity=50", "hydra.run.dir=out", "seed=3")) == 0
+    assert main(("run", *TINY, "strategy=replay", "strategy.replay.capacity=50", "out=out", "seed=3")) == 0
     assert sorted(path.name for path in Path("out").iterdir()) == [
         "checkpoints",
         "config.yaml",
@@ -95,7 +95,7 @@ def test_hydra_flags_work(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_hydra_sweep(capsys: pytest.CaptureFixture[str]) -> None:
-    words = ("run", "-m", *TINY, "limit_experiences=1", "strategy=naive,replay", "seed=0,1", "hydra.sweep.dir=sweep")
+    words = ("run", "-m", *TINY, "limit_experiences=1", "strategy=naive,replay", "seed=0,1", "out=sweep")
     assert main(words) == 0
     results = [Result.load(path) for path in sorted(Path("sweep").glob("*/result.json"))]
     assert sorted((result.label, result.seed) for result in results) == [
