@@ -150,25 +150,15 @@ class Probes(Study):
             return
         memory, (size, hidden, _) = MEMORIES[name], chosen(probe, name, target)
         option, _, value = memory.option.format(n=size).partition("=")
-        words = [
-            *(
-                f"stream=probes/{probe}",
-                f"backbone={memory.backbone}",
-                *PROBES[probe],
-                *(QUICK if self.is_quick else ()),
-            ),
-            *(f"backbone.width={WIDTH}", f"backbone.num_layers={LAYERS}", f"backbone.mlp_width={hidden}"),
-            *(
-                [f"backbone.{option}='{value}'"]
-                if option == "blocks"
-                else [f"backbone.{option}={value}"]
-                if option
-                else []
-            ),
-            *([] if memory.backbone == "gpt" else [f"backbone.segment={SEGMENT}"]),
-            *("optimizer=adamw", "optimizer.lr=0.003", "trainer.clip_norm=1.0", f"trainer.batch_size={BATCH}"),
-            *(f"trainer.max_steps={self.steps}", "tracking=none", f"seed={seed}", f"out={folder}"),
-        ]
+        options = [f"backbone.width={WIDTH}", f"backbone.num_layers={LAYERS}", f"backbone.mlp_width={hidden}"]
+        if option:
+            options.append(f"backbone.{option}='{value}'" if option == "blocks" else f"backbone.{option}={value}")
+        if memory.backbone != "gpt":
+            options.append(f"backbone.segment={SEGMENT}")
+        words = [f"stream=probes/{probe}", f"backbone={memory.backbone}", *PROBES[probe], *options]
+        words += ["optimizer=adamw", "optimizer.lr=0.003", "trainer.clip_norm=1.0", f"trainer.batch_size={BATCH}"]
+        words += [f"trainer.max_steps={self.steps}", *(QUICK if self.is_quick else ())]
+        words += ["tracking=none", f"seed={seed}", f"out={folder}"]
         carry_out(["run", *words])
 
     def results(self, probe: str, name: str, target: int) -> list[Result]:
