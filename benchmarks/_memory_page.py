@@ -9,8 +9,6 @@ from typing import Any
 import torch
 from _study import table
 
-TOTAL = 4096
-"""Tokens of a training step."""
 FAMILIES: Mapping[str, tuple[str, Sequence[str]]] = {
     "attention": ("black", ("attention",)),
     "memory_cache": ("tab:red", ("memory_cache",)),
@@ -26,6 +24,11 @@ FAMILIES: Mapping[str, tuple[str, Sequence[str]]] = {
 REST = ("linear memories, ridge, hippocampus", "tab:blue")
 
 
+def num_rows(tokens: int) -> int:
+    """Of so many tokens in a training step: 4,096 tokens in all, or one longer row."""
+    return max(1, 4096 // tokens)
+
+
 def page(found: Mapping[str, Any], folder: Path) -> str:
     """Tables, and the plot beside them."""
     parts = [
@@ -34,11 +37,12 @@ def page(found: Mapping[str, Any], folder: Path) -> str:
     ]
     for title, group in found.items():
         if title.startswith("train, "):
+            tokens = int(title.rpartition(" ")[2])
             rows = [
                 (
                     name,
                     f"{row['weights']:,.0f}",
-                    f"{TOTAL / row['seconds']:,.0f}",
+                    f"{num_rows(tokens) * tokens / row['seconds']:,.0f}",
                     f"{row['ratio']:.2f}x",
                     f"{row['bytes'] / 1e6:,.0f}",
                 )

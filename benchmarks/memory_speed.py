@@ -1,14 +1,15 @@
 """What memory costs: training at equal weights beside the transformer, and a step of generation late in a text.
 
-    python benchmarks/memory_speed.py train --tokens 512 4096 [--width 128 --layers 4] [--blocks attention mamba2 ...]
+    python benchmarks/memory_speed.py train --tokens 512 4096 16384 [--width 128 --layers 4] [--blocks mamba2 ...]
     python benchmarks/memory_speed.py generate [--until 100000]
     python benchmarks/memory_speed.py forward
     python benchmarks/memory_speed.py page
 
 Training: decoders of as many weights as the transformer (hidden widths fitted, within 3 %) read as many rows of random
-bytes as make 4,096 tokens; forward, backward and AdamW. Every backbone is measured in a process of its own, on one
-thread, in processor seconds, which neighbours disturb less than a clock; the transformer is measured again with every
-call, so that ratios are of one stretch of time. Memory is what the process takes beyond what it held before.
+bytes as make 4,096 tokens, or one longer row; forward, backward and AdamW. Every backbone is measured in a process of
+its own, on one thread, in processor seconds, which neighbours disturb less than a clock; the transformer is measured
+again with every call, so that ratios are of one stretch of time. Memory is what the process takes beyond what it held
+before.
 
 Generation: one token at a time after N tokens. The N tokens are read in pieces, but for attention, whose cache is
 filled with noise: its state, not its content, is what counts.
@@ -33,7 +34,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from _fit import active_weights, fitted, network
-from _memory_page import TOTAL, page
+from _memory_page import num_rows, page
 
 from cl.cli.build import make  # noqa: F401  (loaded before measurements are forked)
 from cl.core import Batch, Setting, StreamInfo
@@ -100,7 +101,7 @@ def trained(words: Sequence[str], tokens: int, repeats: int) -> dict[str, float]
     torch.manual_seed(0)
     model = network(words, text(tokens))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    shape = (TOTAL // tokens, tokens)
+    shape = (num_rows(tokens), tokens)
     zero = torch.zeros(shape[0], dtype=torch.int64)
     found, before = [], resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     # the first step makes what later ones use again
@@ -130,10 +131,8 @@ def train(given: argparse.Namespace, found: dict[str, Any]) -> None:
             beside = row["seconds"] if name == "attention" else beside
             group[name] = row | {"ratio": beside / row["seconds"]}
             keep(given, found)
-            print(
-                f"{tokens:5d} {name:20s} {TOTAL / row['seconds']:9,.0f} tokens/s {group[name]['ratio']:.2f}x",
-                flush=True,
-            )
+            rate = num_rows(tokens) * tokens / row["seconds"]
+            print(f"{tokens:5d} {name:32s} {rate:9,.0f} tokens/s {group[name]['ratio']:.2f}x", flush=True)
 
 
 def keep(given: argparse.Namespace, found: Mapping[str, Any]) -> None:
