@@ -2,26 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from _families import family
 from _study import table
-
-FAMILIES: Mapping[str, tuple[str, Sequence[str]]] = {
-    "attention": ("black", ("attention",)),
-    "memory_cache": ("tab:red", ("memory_cache",)),
-    "segments: rmt, armt, block_recurrent, memformer": ("tab:orange", ("rmt", "armt", "block_recurrent", "memformer")),
-    "neural and mixed: titans, ttt_linear, mixture_of_memories": (
-        "tab:purple",
-        ("titans", "titans, a matrix", "ttt_linear", "mixture_of_memories"),
-    ),
-    "window": ("tab:gray", ("window",)),
-    "recurrent: min_gru, lru, gru, lstm, slstm": ("tab:green", ("min_gru", "lru", "gru", "lstm", "slstm")),
-}
-"""What lines of the plot have in common, and their colour; all others are memories that are linear in what is read."""
-REST = ("linear memories, ridge, hippocampus", "tab:blue")
 
 
 def num_rows(tokens: int) -> int:
@@ -82,7 +69,6 @@ def plot(generated: Mapping[str, Any], folder: Path) -> None:
     """Time and bytes of a step over the tokens read before, one colour for a family."""
     import matplotlib.pyplot as plt
 
-    family = {name: (label, color) for label, (color, names) in FAMILIES.items() for name in names}
     figure, both = plt.subplots(1, 2, figsize=(11, 5), layout="constrained")
     lines = {}
     for axes, key, scale, what in (
@@ -90,7 +76,7 @@ def plot(generated: Mapping[str, Any], folder: Path) -> None:
         (both[1], "bytes", 1.0, "bytes of state"),
     ):
         for name, rows in generated.items():
-            label, color = family.get(name, REST)
+            label, color = family(name)
             values = [row[key] * scale for row in rows]
             width = 2.5 if name == "attention" else 1.0
             (lines[label],) = axes.plot([row["at"] for row in rows], values, marker=".", color=color, lw=width)

@@ -18,6 +18,7 @@ from pathlib import Path
 from statistics import fmean, median
 
 import torch
+from _families import family
 from _fit import active_weights, fitted_width
 from _study import Study, carry_out, table
 from torch import nn
@@ -82,6 +83,7 @@ PROBES: Mapping[str, Sequence[str]] = {
 }
 OUTPUTS = {"mqar": 64, "selective_copying": 10, "parity": 2, "s5": 120}
 LENGTH = {"mqar": 32, "selective_copying": 30, "parity": 16, "s5": 16}
+FIGURE = "accuracy_by_state.png"
 QUICK = ("trainer.eval_rows=16",)
 
 
@@ -186,6 +188,35 @@ def probe_table(study: Probes, probe: str) -> str:
     return table(("backbone", "state, bytes", "weights", *domains, "tokens/s"), ordered) if rows else "Not run yet.\n"
 
 
+def plot(study: Probes) -> None:
+    """Accuracy over bytes of state where two sizes are asked, on the domain after the one that was trained."""
+    import matplotlib.pyplot as plt
+
+    asked = [probe for probe in PROBES if probe not in TRACKING]
+    figure, panels = plt.subplots(1, len(asked), figsize=(11, 5), layout="constrained", squeeze=False)
+    points = {}
+    for axes, probe in zip(panels[0], asked, strict=True):
+        for name in MEMORIES:
+            targets = [target for _, _, target in study.plan([probe], [name])]
+            found = {target: study.results(probe, name, target) for target in targets}
+            label, color = family(name)
+            line = [
+                (chosen(probe, name, target)[2], 100 * fmean(run.R[-1][1] or 0.0 for run in runs), runs[0].domains[1])
+                for target, runs in found.items()
+                if runs
+            ]
+            if line:
+                sizes, accuracies, domains = zip(*line, strict=True)
+                (points[label],) = axes.plot(sizes, accuracies, marker="o", color=color, lw=1)
+                axes.annotate(name, (sizes[-1], accuracies[-1]), fontsize=7, xytext=(4, 2), textcoords="offset points")
+                axes.set(xscale="log", title=f"{probe}, {domains[0]}", xlabel="bytes of state", ylabel="accuracy, %")
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(points.values(), points, fontsize=8, ncols=2, loc="outside lower center", frameon=False)
+    study.page.mkdir(parents=True, exist_ok=True)
+    figure.savefig(study.page / FIGURE, dpi=110)
+    plt.close(figure)
+
+
 def page(study: Probes) -> str:
     """Everything from the results on disk."""
     parts = [
@@ -196,6 +227,7 @@ def page(study: Probes) -> str:
         "is what was trained. The state of attention grows with the row; the others' does not. Training is short: a "
         "low number may mean slow to learn as well as unable.\n",
     ]
+    parts.append(f"![Accuracy over bytes of state, a line for a memory at two sizes]({FIGURE})\n")
     for probe in PROBES:
         parts += [f"## {probe}\n", probe_table(study, probe)]
     return "\n".join(parts)
@@ -214,6 +246,7 @@ def main() -> None:
     for probe, name, target in () if given.page_only else study.plan(given.probes, given.backbones):
         for seed in range(study.seeds):
             study.run(probe, name, target, seed)
+    plot(study)
     study.write(page(study))
 
 
