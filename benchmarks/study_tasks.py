@@ -24,8 +24,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
-from _study import Comparisons, carry_out, chosen, finished, spread
+from _study import Comparisons, carry_out, chosen, finished, spread, student, table
 
+from cl.metrics.statistics import ALPHA, holm
 from cl.result import Result, write_text
 
 LLAMA = (
@@ -124,23 +125,60 @@ def export(run: Path, folder: Path) -> None:
 
 
 def results_table(study: Tasks) -> str:
-    """Accuracy on the twelve tasks: at the end, just after each was learnt, and the difference."""
-    names = ("average performance", "just after each task", "forgetting", "rows trained on, against naive's", "seeds")
-    lines = [f"| condition | {' | '.join(names)} |", "|---" * 6 + "|"]
-    plain = study.results("naive")
+    """Accuracy on the twelve tasks: at the end, beside naive's, just after each was learnt, and the difference."""
+    head = (
+        *("condition", "average performance", "less naive's", "just after each task", "forgetting"),
+        *("rows trained on, against naive's", "seeds"),
+    )
+    rows, plain = [], study.results("naive")
     for name in CONDITIONS:
         runs = study.results(name)
-        if not runs:
-            lines.append(f"| {name} | not run | | | | 0 |")
-            continue
         words = ", ".join(chosen(study.folder(name)))
-        ends = [fmean(run.R[-1]) for run in runs]
         learnt = [fmean(run.R[i][j] for i, j in enumerate(run.trained)) for run in runs] if name != "joint" else []
-        lost = [a - b for a, b in zip(learnt, ends, strict=True)] if learnt else []
-        rows = fmean(run.cost["backwards"] for run in runs) / plain[0].cost["backwards"] if plain else 1.0
-        cells = [f"{name} ({words})" if words else name, *map(percent, (ends, learnt, lost))]
-        lines.append(f"| {' | '.join(cells)} | {rows - 1:+.1%} | {len(runs)} |")
-    return "\n".join(lines) + "\n"
+        lost = [a - b for a, b in zip(learnt, ends(runs), strict=bool(learnt))]
+        apart = differences(study, name) if name != "naive" else []
+        work = fmean(run.cost["backwards"] for run in runs) / plain[0].cost["backwards"] - 1 if runs and plain else 0.0
+        accuracies = (percent(ends(runs)), interval(apart), percent(learnt), percent(lost))
+        rows.append((f"{name} ({words})" if words else name, *accuracies, f"{work:+.1%}", str(len(runs))))
+    return table(head, rows)
+
+
+def ends(runs: Sequence[Result]) -> list[float]:
+    """Mean accuracy over the tasks after the last one."""
+    return [fmean(run.R[-1]) for run in runs]
+
+
+def differences(study: Tasks, name: str) -> list[float]:
+    """Average performance less that of naive with the same seed."""
+    plain = {run.seed: end for run, end in zip(study.results("naive"), ends(study.results("naive")), strict=True)}
+    runs = study.results(name)
+    return [end - plain[run.seed] for run, end in zip(runs, ends(runs), strict=True) if run.seed in plain]
+
+
+def interval(values: Sequence[float]) -> str:
+    """Mean and 95 % Student interval, in points."""
+    if len(values) < 2:
+        return ""
+    low, high, _ = student(values)
+    return f"{100 * fmean(values):+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
+
+
+def answer(study: Tasks) -> str:
+    """Which conditions end elsewhere than naive, with Holm's adjustment over them."""
+    asked = {name: differences(study, name) for name in CONDITIONS if name != "naive"}
+    asked = {name: apart for name, apart in asked.items() if len(apart) > 1}
+    if not asked:
+        return ""
+    ps = holm([student(apart)[2] for apart in asked.values()])
+    found = [
+        f"{name} ({'higher' if fmean(apart) > 0 else 'lower'}, p = {p:.3f})"
+        for (name, apart), p in zip(asked.items(), ps, strict=True)
+        if p < ALPHA
+    ]
+    return (
+        f"Elsewhere than naive at the end (Student's t on pairs of seeds, Holm over {len(asked)}, below {ALPHA:g}): "
+        f"{', '.join(found) or 'none'}. Three seeds find large differences only.\n"
+    )
 
 
 def by_task(study: Tasks) -> str:
@@ -174,6 +212,7 @@ def page(study: Tasks) -> str:
             "error of about 1.8 points on the average comes from the number of test rows alone, but the rows are the "
             "same for all.\n",
             results_table(study),
+            answer(study),
             "## At the end, task by task\n",
             by_task(study),
         ]

@@ -79,7 +79,6 @@ def _walk(
     p1,
     LSTM: tl.constexpr,
     HAS_RESET: tl.constexpr,
-    PREC: tl.constexpr,
 ):
     """One step of every row: whether there is a token, the state before it, and the cell."""
     token = (t < end)[:, None]
@@ -88,7 +87,7 @@ def _walk(
         keep = (tl.load(reset_ptr + t, mask=t < end, other=0) == 0)[:, None]
         h = tl.where(keep, h, 0.0)
         c = tl.where(keep, c, 0.0)
-    c_new, h_new, g0, g1, k, th = gates(x0, x1, x2, c, h, r0, r1, r2, p0, p1, LSTM, True, "ieee")
+    c_new, h_new, g0, g1, k, th = gates(x0, x1, x2, c, h, r0, r1, r2, p0, p1, LSTM, True)
     return token, c, h, tl.where(token, c_new, c), tl.where(token, h_new, h), g0, g1, k, th
 
 
@@ -149,7 +148,7 @@ def newton_block_walk(
             c = tl.where(first, carry_c[None, :], 0.0)
             for i in range(0, C):
                 _t, _c, _h, c, h, _0, _1, _2, _3 = _walk(
-                    x_ptr, reset_ptr, t0 + j * C + i, eos, n, live, N, c, h, r0, r1, r2, p0, p1, LSTM, HAS_RESET, PREC
+                    x_ptr, reset_ptr, t0 + j * C + i, eos, n, live, N, c, h, r0, r1, r2, p0, p1, LSTM, HAS_RESET
                 )
             start_h = tl.where(first, carry_h[None, :], down(h, ROWS, BD))
             start_c = tl.where(first, carry_c[None, :], down(c, ROWS, BD))
@@ -165,7 +164,7 @@ def newton_block_walk(
                 for i in range(0, C):
                     t = t0 + j * C + i
                     token, c0, h0, c, h, g0, g1, k, th = _walk(
-                        x_ptr, reset_ptr, t, eos, n, live, N, c, h, r0, r1, r2, p0, p1, LSTM, HAS_RESET, PREC
+                        x_ptr, reset_ptr, t, eos, n, live, N, c, h, r0, r1, r2, p0, p1, LSTM, HAS_RESET
                     )
                     inside = token & live[None, :]
                     tl.store(h_ptr + t[:, None] * N + n[None, :], h, mask=inside)
@@ -214,7 +213,7 @@ def newton_block_walk(
             for t1 in range(t0, tl.minimum(t0 + ROWS * C, eos)):
                 t = t1 + 0 * j
                 _t, _c, _h, c, h, _0, _1, _2, _3 = _walk(
-                    x_ptr, reset_ptr, t, eos, n, live, N, c, h, r0, r1, r2, p0, p1, LSTM, HAS_RESET, PREC
+                    x_ptr, reset_ptr, t, eos, n, live, N, c, h, r0, r1, r2, p0, p1, LSTM, HAS_RESET
                 )
                 tl.store(h_ptr + t[:, None] * N + n[None, :], h, mask=first & live[None, :])
                 if LSTM:

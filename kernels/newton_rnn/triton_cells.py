@@ -89,30 +89,28 @@ def only(x, row, ROWS: tl.constexpr):
 
 
 @triton.jit
-def _times(v, r, BLOCK: tl.constexpr, PREC: tl.constexpr):
+def _times(v, r, BLOCK: tl.constexpr):
     """v R, with a weight per unit or (BLOCK) a matrix."""
     if BLOCK:
-        return tl.dot(v, r, input_precision=PREC)
+        return tl.dot(v, r, input_precision="ieee")
     else:
         return r * v
 
 
 @triton.jit
-def gates(
-    x0, x1, x2, c, h, r0, r1, r2, p0, p1, LSTM: tl.constexpr, BLOCK: tl.constexpr = False, PREC: tl.constexpr = "ieee"
-):
+def gates(x0, x1, x2, c, h, r0, r1, r2, p0, p1, LSTM: tl.constexpr, BLOCK: tl.constexpr = False):
     """The cell: next c and h, and its inner values (gru: z, s, candidate; lstm: f, o, candidate, tanh c')."""
     if LSTM:
-        f = tl.sigmoid(x0 + _times(h, r0, BLOCK, PREC) + p0 * c)
-        z = tanh(x2 + _times(h, r2, BLOCK, PREC))
+        f = tl.sigmoid(x0 + _times(h, r0, BLOCK) + p0 * c)
+        z = tanh(x2 + _times(h, r2, BLOCK))
         c_new = z + f * (c - z)
-        o = tl.sigmoid(x1 + _times(h, r1, BLOCK, PREC) + p1 * c_new)
+        o = tl.sigmoid(x1 + _times(h, r1, BLOCK) + p1 * c_new)
         th = tanh(c_new)
         return c_new, o * th, f, o, z, th
     else:
-        z = tl.sigmoid(x0 + _times(h, r0, BLOCK, PREC))
-        s = tl.sigmoid(x1 + _times(h, r1, BLOCK, PREC))
-        k = tanh(x2 + _times(s * h, r2, BLOCK, PREC))
+        z = tl.sigmoid(x0 + _times(h, r0, BLOCK))
+        s = tl.sigmoid(x1 + _times(h, r1, BLOCK))
+        k = tanh(x2 + _times(s * h, r2, BLOCK))
         return c, h + z * (k - h), z, s, k, h
 
 
