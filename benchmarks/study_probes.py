@@ -226,8 +226,8 @@ def page(study: Probes) -> str:
         f"at 0.003 for all; mean over {study.seeds} seed{'s' * (study.seeds > 1)}. The first column of accuracies "
         "is what was trained. The state of attention grows with the row; the others' does not. Training is short: a "
         "low number may mean slow to learn as well as unable. The memories that are matrices, ridge and titans see "
-        "neighbours through a short convolution; attention, the recurrences and rmt do not, and must learn first that "
-        "a value stands beside its key. In mqar a guess among the values of a row is one in as many as it has "
+        "neighbours through a short convolution; attention, recurrences, rmt and armt do not, and must learn first "
+        "that a value stands beside its key. In mqar a guess among the values of a row is one in as many as it has "
         "pairs.\n",
     ]
     parts.append(f"![Accuracy over bytes of state, a line for a memory at two sizes]({FIGURE})\n")
