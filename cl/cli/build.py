@@ -48,8 +48,9 @@ KINDS = {
 }
 
 
-OTHERS = ("seed", "limit_experiences", "data", "claim")
-"""Nodes of a run that make nothing."""
+OTHERS = ("seed", "limit_experiences", "data")
+WRITTEN = ("claim", "origin")
+"""Nodes that experiments and branches bring along."""
 FREE = ("trainer.parallel", "trainer.compile")
 """Settings that a run may be resumed without: they say how it is computed, not what."""
 
@@ -181,7 +182,7 @@ def make_trainer(config: Mapping[str, Any], names: Mapping[str, Any], run_dir: P
     from cl.trainer import Trainer
 
     # `+name=value` makes a node of anything, a misspelt group too
-    if unknown := [name for name in config if name not in (*KINDS, *OTHERS)]:
+    if unknown := [name for name in config if name not in (*KINDS, *OTHERS, *WRITTEN)]:
         raise UserError(f"a run has no setting {unknown[0]!r}; there are {', '.join((*KINDS, *OTHERS))}")
     if not isinstance(config["seed"], int) or config["seed"] < 0:
         raise UserError(f"seed is {config['seed']!r}; it must be an integer of at least 0")
