@@ -38,8 +38,8 @@ CASES = {
         "no setting 'data.rot' (did you mean root?); there are root, download",
     ),
     "a setting below a number": ((*RUN, "seed.x=1"), "no setting 'seed.x'"),
-    "misspelt group": ((*RUN, "+experimnt=demo"), "no setting 'experimnt'; there are stream, strategy"),
-    "misspelt group of a comparison": ((*COMPARE, "+experimnt=demo"), "no setting 'experimnt'"),
+    "misspelt group": ((*RUN, "+experiments=demo"), "no setting 'experiments'; there are stream, strategy"),
+    "misspelt group of a comparison": ((*COMPARE, "+experiments=demo"), "no setting 'experiments'"),
     "unknown option of a strategy": (
         (*RUN, "strategy=replay", "strategy.replay.capasity=5"),
         "strategy.replay has no option 'capasity'; its options are capacity",
