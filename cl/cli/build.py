@@ -49,8 +49,8 @@ KINDS = {
 
 
 OTHERS = ("seed", "limit_experiences", "data")
-WRITTEN = ("claim", "origin")
-"""Nodes that experiments and branches bring along."""
+WRITTEN = ("claim", "origin", "suite")
+"""Nodes that experiments, branches and launchers bring along."""
 FREE = ("trainer.parallel", "trainer.compile")
 """Settings that a run may be resumed without: they say how it is computed, not what."""
 

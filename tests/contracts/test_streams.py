@@ -36,7 +36,8 @@ def contract_of(config: Config) -> type[StreamContract]:
     seeded_by = {"train_rows": 400} if "train_rows" in inspect.signature(make).parameters else {}
     members = {"make": staticmethod(make), "seeded_by": seeded_by, "arguments": property(lambda self: given(config))}
     if "root" in config.node:
-        members["pytestmark"] = pytest.mark.slow
+        is_absent = pytest.mark.skipif(not Path(DATA_ROOT).is_dir(), reason=f"no data in {DATA_ROOT}")
+        members["pytestmark"] = [pytest.mark.slow, is_absent]
     return type(f"Test{camel_case(config.name.replace('/', '_'))}", (StreamContract,), members)
 
 
