@@ -184,3 +184,16 @@ def student(differences: Sequence[float]) -> tuple[float, float, float]:
         return mean, mean, 1.0 if mean == 0 else 0.0
     half = float(t.ppf(1 - ALPHA / 2, len(values) - 1)) * error
     return mean - half, mean + half, float(ttest_1samp(differences, 0.0).pvalue)
+
+
+def interval(differences: Sequence[float], form: str = ".3f") -> str:
+    """Mean of differences with its 95 % Student interval; from one there is none.
+
+    Example:
+        >>> interval([1.0, 2.0, 3.0], ".1f"), interval([2.0], ".1f"), interval([])
+        ('+2.0 [-0.5, +4.5]', '+2.0', '')
+    """
+    if len(differences) < 2:
+        return "".join(f"{each:+{form}}" for each in differences)
+    low, high, _ = student(differences)
+    return f"{fmean(differences):+{form}} [{low:+{form}}, {high:+{form}}]"

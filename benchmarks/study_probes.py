@@ -1,12 +1,13 @@
 """The probe study: what each memory holds, at equal weights and, where it has a choice, at equal bytes of state.
 
-    python benchmarks/study_probes.py [--out runs/probes] [--page FOLDER] [--seeds 1] [--steps 250] [--quick]
+    python benchmarks/study_probes.py [--out runs/probes] [--page FOLDER] [--seeds 1] [--steps 1500] [--quick]
 
 Every backbone has two blocks, the same width and, by its hidden width, as many weights as the transformer (within 3 %).
 Recall (`mqar`) and selective copying are asked at two sizes of state: an option of each memory is chosen so that a row
 leaves about so many bytes behind, or as near as its weights allow. State tracking (`parity`, `s5`) depends on what the
 state can do and not on its size, and is asked at the smaller one. Rows are trained at one length and measured at longer
-ones and with more to hold. Every run is a `cl run`, and the same command goes on where it was stopped.
+ones and with more to hold. 250 steps were tried first, and no memory had learnt mqar by then. Every run is a `cl run`,
+and the same command goes on where it was stopped.
 """
 
 from __future__ import annotations
@@ -130,7 +131,7 @@ class Probes(Study):
     out: Path = Path("runs/probes")
     page: Path = Path("docs/comparisons/probes")
     seeds: int = 1
-    steps: int = 250
+    steps: int = 1500
     is_quick: bool = False
 
     def plan(self, probes: Sequence[str], names: Sequence[str]) -> list[tuple[str, str, int]]:

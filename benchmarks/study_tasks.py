@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
-from _study import Comparisons, carry_out, chosen, finished, spread, student, table
+from _study import Comparisons, carry_out, chosen, finished, interval, spread, student, table
 
 from cl.metrics.statistics import ALPHA, holm
 from cl.result import Result, write_text
@@ -138,7 +138,8 @@ def results_table(study: Tasks) -> str:
         lost = [a - b for a, b in zip(learnt, ends(runs), strict=bool(learnt))]
         apart = differences(study, name) if name != "naive" else []
         work = fmean(run.cost["backwards"] for run in runs) / plain[0].cost["backwards"] - 1 if runs and plain else 0.0
-        accuracies = (percent(ends(runs)), interval(apart), percent(learnt), percent(lost))
+        beside = interval([100 * each for each in apart], ".1f")
+        accuracies = (percent(ends(runs)), beside, percent(learnt), percent(lost))
         rows.append((f"{name} ({words})" if words else name, *accuracies, f"{work:+.1%}", str(len(runs))))
     return table(head, rows)
 
@@ -153,14 +154,6 @@ def differences(study: Tasks, name: str) -> list[float]:
     plain = {run.seed: end for run, end in zip(study.results("naive"), ends(study.results("naive")), strict=True)}
     runs = study.results(name)
     return [end - plain[run.seed] for run, end in zip(runs, ends(runs), strict=True) if run.seed in plain]
-
-
-def interval(values: Sequence[float]) -> str:
-    """Mean and 95 % Student interval, in points."""
-    if len(values) < 2:
-        return ""
-    low, high, _ = student(values)
-    return f"{100 * fmean(values):+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
 
 
 def answer(study: Tasks) -> str:

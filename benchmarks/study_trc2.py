@@ -24,7 +24,7 @@ from collections.abc import Callable, Sequence
 from statistics import fmean, median
 
 from _fit import active_weights, network
-from _study import spread, student, table
+from _study import interval, spread, table
 from _trc2_runs import ARMS, BACKBONES, DOMAINS, ORDERS, TURNS, VARIANTS, Trc2
 
 from cl.metrics.statistics import ALPHA, holm, seeds_needed, wilcoxon_signed_rank
@@ -74,14 +74,6 @@ def paired(study: Trc2, budget: str, before: Run, after: Run, value: Callable[[R
     """What `after` saves in runs of the same order and seed."""
     left, right = study.every(budget, *before), study.every(budget, *after)
     return [value(left[key]) - value(right[key]) for key in sorted(left.keys() & right.keys())]
-
-
-def interval(differences: Sequence[float]) -> str:
-    """Mean of differences with its 95 % Student interval; from one there is none."""
-    if len(differences) < 2:
-        return "".join(f"{each:+.3f}" for each in differences)
-    low, high, _ = student(differences)
-    return f"{fmean(differences):+.3f} [{low:+.3f}, {high:+.3f}]"
 
 
 # the page
@@ -205,7 +197,8 @@ def page(study: Trc2) -> str:
         "rate and schedule are those of `experiment=text_local` for all, tuned for none of them. Networks are small "
         "and training is short; nothing is said of larger ones.\n",
         sizes_table(study),
-        f"Lower is better everywhere but for tokens/s (medians of {TURNS} short runs that took turns). Tables of "
+        f"Lower is better everywhere but for tokens/s (medians of {TURNS} short runs that took turns, on the machine "
+        "of the runs in equal time; those at equal tokens may be of another). Tables of "
         "results have the mean and the standard deviation over orders and seeds; orders differ much, so differences "
         "are taken between runs of the same order and seed, with "
         f"95 % Student intervals. {num_pairs} pairs allow a test of ranks no p below {2 / 2**num_pairs:.2g}: the first "

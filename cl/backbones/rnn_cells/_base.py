@@ -20,7 +20,7 @@ class RnnCell(nn.Module):
 
     def drive(self, x: Tensor) -> Tensor:
         """What a token contributes whatever the state is; of one token (B, ...) or of all (B, T, ...)."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must define drive")
 
     def advance(self, driven_B: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
         """The features (B, F) and the state after one token, as the source writes it."""
