@@ -232,11 +232,12 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(1)
     found = json.loads(given.out.read_text()) if given.out.is_file() else {}
+    if given.note:
+        found["note"] = f" {given.note}"
+        keep(given, found)
     if given.what == "page":
         write_text(given.out.with_suffix(".md"), page(found, given.img))
         return
-    if given.note:
-        found["note"] = f" {given.note}"
     {"train": train, "generate": generate, "forward": forward}[given.what](given, found)
 
 
