@@ -26,6 +26,7 @@ from _random_images import stream_of
 from torch import nn
 
 from cl.backbones.mlp import Mlp
+from cl.cli.allocation import keep_freed_memory
 from cl.config import TrainerConfig
 from cl.core import Batch, Setting, UserError
 from cl.hooks import Strategy
@@ -191,6 +192,7 @@ def main() -> None:
     parser.add_argument("--tables", default="strategies,buffers,fisher,start", help="which of these, by commas")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/strategy_overhead.md"))
     options = parser.parse_args()
+    keep_freed_memory()  # as every command of `cl` does
     torch.set_num_threads(1)  # so that processor time is what it takes, whoever else is at work
     names = [name for name in options.only.split(",") if name]
     tables: dict[str, Callable[[], list[str]]] = {

@@ -38,10 +38,10 @@ CAPACITY = 10_000
 POLICIES = ("reservoir", "class_balanced", "experience_balanced", "ring")
 NUM_EXPERIENCES = 1000
 NETWORKS: dict[str, tuple[Callable[..., nn.Module], int, int]] = {
-    "MLP 784-100-100-10": (partial(Mlp, hidden=(100, 100)), 1024, 256),
-    "MLP 784-256-256-10": (Mlp, 1024, 256),
-    "convnet": (Convnet, 1024, 256),
-    "convnet, 16 and 16 channels, 500 units": (partial(Convnet, channels=(16, 16), hidden=500), 1024, 256),
+    "MLP 784-100-100-10": (partial(Mlp, hidden=(100, 100)), 4096, 512),
+    "MLP 784-256-256-10": (Mlp, 4096, 512),
+    "convnet": (Convnet, 4096, 512),
+    "convnet, 16 and 16 channels, 500 units": (partial(Convnet, channels=(16, 16), hidden=500), 4096, 512),
     "ResNet-18, width 20": (Resnet18, 128, 32),
 }
 """By name: network, rows in one pass, rows one by one."""

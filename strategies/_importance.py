@@ -94,15 +94,14 @@ def mean_over_rows(
 
 def _labels(
     state: TrainState, batch: Batch, labels: str, generator: torch.Generator | None
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Labels (B,) to take gradients for, and factors (B,) of the rows' losses.
+) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """Labels (B,) to take gradients for, and factors (B,) of the rows' losses, None for ones.
 
     "true": the data's. "sampled": one drawn from the model's own probabilities. "all": every class in turn, with the
     square root of its probability as factor, so that squared gradients add up to their exact expectation.
     """
-    ones = torch.ones(len(batch), device=state.device)
     if labels == "true":
-        yield batch.targets, ones
+        yield batch.targets, None
         return
     with torch.no_grad():
         state.count(forwards=len(batch))
@@ -111,7 +110,7 @@ def _labels(
         # on the CPU, where the named generators live; tokens of text are drawn like rows
         flat = probabilities_BC.flatten(0, -2).cpu()
         drawn = torch.multinomial(flat, 1, generator=generator).view_as(batch.targets).to(state.device)
-        yield torch.where(batch.targets == IGNORED, batch.targets, drawn), ones
+        yield torch.where(batch.targets == IGNORED, batch.targets, drawn), None
         return
     for label, probability_B in enumerate(probabilities_BC.unbind(1)):
         yield torch.full_like(batch.targets, label), probability_B.sqrt()

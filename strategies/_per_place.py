@@ -30,7 +30,7 @@ IN_PLACE: dict[Function, Function] = {torch.square: torch.square_, torch.abs: to
 """Functions with f(uv) = f(u) f(v), and what does the same to a tensor that is no longer needed."""
 FEW_PLACES = 4
 """At most so many, pairs of places cost less than rows: P (P + 1) / 2 products, against P and three walks."""
-MAX_NUMBERS = {"cpu": 1 << 17, "cuda": 1 << 24}
+MAX_NUMBERS = {"cpu": 1 << 19, "cuda": 1 << 24}
 """Held at once, of rows' gradients or of patches: half of a core's cache; elsewhere what keeps the device busy."""
 
 

@@ -48,14 +48,25 @@ class Rows:
 
     Args:
         targets: (B,) labels that the loss is told.
-        factors: (B,) of the rows' losses.
+        factors: (B,) of the rows' losses; None for ones.
     """
 
     batch: Batch
     targets: Tensor
-    factors: Tensor
+    factors: Tensor | None
     loss: Loss
     function: Function
+
+    def __getitem__(self, some: Tensor | slice) -> Rows:
+        factors = None if self.factors is None else self.factors[some]
+        return Rows(self.batch[some], self.targets[some], factors, self.loss, self.function)
+
+    def summed_loss(self, logits_BC: Tensor) -> Tensor:
+        """Sum of the rows' losses, each times its factor."""
+        if self.factors is None:
+            return len(logits_BC) * self.loss(logits_BC, self.targets)
+        losses_B = vmap(lambda z, y: self.loss(z[None], y[None]))(logits_BC, self.targets)
+        return (self.factors * losses_B).sum()
 
 
 class VectorisedSum:
@@ -98,7 +109,7 @@ class VectorisedSum:
         }
         if not layers:
             return {}
-        some = Rows(rows.batch[:8], rows.targets[:8], rows.factors[:8], rows.loss, rows.function)
+        some = rows[:8]
         wanted = _gradients(self.state, some, parameters)
         factors = self._factors(some, layers)
         found = {name: _summed(layers[name], *pair, lambda g: g) for name, pair in factors.items()}
@@ -115,7 +126,7 @@ class VectorisedSum:
         """Input and gradient by the output of each layer that was called once, in the way it can be taken apart."""
         self.state.count(len(rows.batch), len(rows.batch))
         with _recorded(layers) as calls:
-            total = _row_losses(rows, self.state.model(rows.batch).logits).sum()
+            total = rows.summed_loss(self.state.model(rows.batch).logits)
         once = {
             name: found[0]
             for name, found in calls.items()
@@ -143,8 +154,9 @@ class VectorisedSum:
                 return factor * rows.loss(logits, y[None])
 
             gradients = vmap(grad(row_loss), in_dims=(None, 0, 0, 0))
+            factors = torch.ones_like(rows.targets, dtype=torch.float32) if rows.factors is None else rows.factors
             for some in index.split(size):
-                found = gradients(parameters, batch.inputs[some], rows.targets[some], rows.factors[some])
+                found = gradients(parameters, batch.inputs[some], rows.targets[some], factors[some])
                 for name, g in found.items():
                     # weights outside `parameters` are live, and must not come along
                     self.total[name] += rows.function(g.detach()).sum(0)
@@ -157,23 +169,19 @@ def add_by_loop(state: TrainState, total: Vectors, rows: Rows, group: int) -> No
     # cuDNN has no backward pass of recurrent layers in evaluation mode
     with torch.backends.cudnn.flags(enabled=False):
         for some in torch.arange(len(batch), device=batch.inputs.device).split(group):
-            value = (rows.factors[some] * rows.loss(state.model(batch[some]).logits, rows.targets[some])).mean()
+            value = rows.loss(state.model(batch[some]).logits, rows.targets[some])
+            if rows.factors is not None:
+                value = value * rows.factors[some].mean()
             gradients = torch.autograd.grad(value, list(parameters.values()), allow_unused=True)
             for name, g in zip(parameters, gradients, strict=True):
                 if g is not None:
                     total[name] += rows.function(g)
 
 
-def _row_losses(rows: Rows, logits_BC: Tensor) -> Tensor:
-    """(B,) loss of each row, times its factor."""
-    losses: Tensor = vmap(lambda z, y: rows.loss(z[None], y[None]))(logits_BC, rows.targets)
-    return rows.factors * losses
-
-
 def _gradients(state: TrainState, rows: Rows, parameters: dict[str, nn.Parameter]) -> Vectors:
     """Gradient of the sum of the rows' losses."""
     state.count(len(rows.batch), len(rows.batch))
-    total = _row_losses(rows, state.model(rows.batch).logits).sum()
+    total = rows.summed_loss(state.model(rows.batch).logits)
     found = torch.autograd.grad(total, list(parameters.values()), allow_unused=True)
     pairs = zip(parameters.items(), found, strict=True)
     return {name: torch.zeros_like(p) if g is None else g for (name, p), g in pairs}

@@ -77,9 +77,10 @@ class Buffer:
         pairs = dict(self.slots(batch, generator))
         if not pairs:
             return
-        slots = list(pairs)
-        is_run = len(slots) == len(batch) and slots == list(range(slots[0], slots[0] + len(slots)))
-        where, which = index_tensor(slots), index_tensor(pairs.values())
+        slots, rows = list(pairs), list(pairs.values())
+        are_all = rows == list(range(len(batch)))
+        is_run = are_all and slots == list(range(slots[0], slots[0] + len(slots)))
+        where, which = index_tensor(slots), index_tensor(rows)
         for name, values in ({name: getattr(batch, name) for name in COLUMNS} | extra).items():
             if values is None:
                 continue
@@ -87,8 +88,8 @@ class Buffer:
             if is_run:
                 column[slots[0] : slots[0] + len(slots)].copy_(values.detach())
             else:
-                taken = _beside(column, values.detach().index_select(0, _beside(values, which)))
-                _as_words(column).index_copy_(0, _beside(column, where), _as_words(taken))
+                taken = values.detach() if are_all else values.detach().index_select(0, _beside(values, which))
+                _as_words(column).index_copy_(0, _beside(column, where), _as_words(_beside(column, taken)))
 
     def _column(self, name: str, like: Tensor) -> Tensor:
         if name not in self.columns:
