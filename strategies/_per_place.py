@@ -5,13 +5,14 @@ The gradient of one row is a sum over places of outer products, one matrix produ
     G = sum over places p of delta_p a_p^T = delta @ patches,    patches_p: what the kernel reads at p
 
 What limits this is memory, so patches are copied out of the map in long runs, and as many rows are written down at
-once as stay in the cache, over those before. Maps of few places are not written down at all: squares are again one
+once as stay in a cache, over those before. Maps of few places are not written down at all: squares are again one
 matrix product, over pairs of places,
 
     sum over rows of (sum_p delta_p a_p^T)^2 = sum over rows and p, q of (delta_p delta_q) (a_p a_q)^T
 
-Measured on one thread of a busy Xeon, us a row: 20 to 20 channels, 3x3, 32x32 places 240 to 380 (with
-`F.unfold` 1200); 160 to 160 at 4x4 300 (930 with rows in new memory); at 2x2 160 by pairs, 300 written down.
+Measured on one thread, us a row: 20 to 20 channels, 3x3, 32x32 places 165 on an EPYC, 240 to 380 on a busy Xeon (with
+`F.unfold` 1200); 160 to 160 at 4x4 140 and 300 (930 with rows in new memory); at 2x2, on the Xeon, 160 by pairs, 300
+written down.
 
 Shape legend: B rows, n of them at once, P places, I numbers under a kernel, O channels of the output.
 """
@@ -31,8 +32,8 @@ IN_PLACE: dict[Function, Function] = {torch.square: torch.square_, torch.abs: to
 FEW_PLACES = 4
 """At most so many, pairs of places cost less than rows: P (P + 1) / 2 products, against P and three walks."""
 MAX_NUMBERS = {"cpu": 1 << 19, "cuda": 1 << 24}
-"""Held at once, of rows' gradients or of patches: 2 MB in the shared cache (a core's own holds less, and on an EPYC
-with 1 MB rows of 16,000 numbers took a tenth longer for more calls); elsewhere what keeps the device busy."""
+"""Held at once, of rows' gradients or of patches: on a CPU 2 MB, in its shared cache; a quarter of that, which a core's
+own holds, costs up to a sixth more time for its calls. Elsewhere what keeps the device busy."""
 
 
 def summed_over_places(layer: nn.Conv2d, a: Tensor, delta: Tensor, function: Function) -> Tensor:
