@@ -72,8 +72,8 @@ def _newton(cell: str, dtype: torch.dtype, *, is_block: bool) -> None:
     parts = 2 if cell == "lstm" else 1
     h0, peephole = torch.ones(1, parts, *units), torch.ones(2, *units) if cell == "lstm" else None
     how = (None, None, cell, 32, 32 * (BLOCK_TANGENTS // parts if is_block else TRITON_ROWS))
-    h, c, candidate, final, _, _ = triton.forward(x, r, peephole, h0, *how, 1e-6, 8)
-    triton.backward(h, final, x, r, peephole, h0, h, c, candidate, *how)
+    h, c, final, _, _ = triton.forward(x, r, peephole, h0, *how, 1e-6, 8)
+    triton.backward(h, final, x, r, peephole, h0, h, c, *how)
 
 
 def _sequential(cell: str, dtype: torch.dtype, width: int) -> None:

@@ -63,15 +63,15 @@ def state_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32
 
 
-def cotangents(
-    do: Tensor | None, dfinal: Tensor | None, v: Tensor, states: Tensor, cu_seqlens: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Gradients of the output and of the last state of a matrix-state op, zeros where autograd has none."""
-    sequences = v.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    return (
-        v.new_zeros(v.shape) if do is None else do,
-        states.new_zeros(sequences, *states.shape[1:]) if dfinal is None else dfinal,
-    )
+def cotangents(*given: tuple[Tensor | None, Tensor]) -> list[Tensor]:
+    """Gradients of outputs, zeros where autograd has none; each with a tensor like the output."""
+    return [torch.zeros_like(like) if gradient is None else gradient for gradient, like in given]
+
+
+def last_like(states: Tensor, batch: int, cu_seqlens: Tensor | None) -> Tensor:
+    """Like the last states [S, ...] that belong to the kept ones [chunks, ...], without memory of its own."""
+    sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    return states.new_empty(()).expand(sequences, *states.shape[1:])
 
 
 def matrix_state_plan(

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.common.checks import cotangents, matrix_state_plan
+from kernels.common.checks import cotangents, last_like, matrix_state_plan
 from kernels.common.dispatch import Decision, choose, explained_by, matrix_chunk
 from kernels.common.varlen import empty_outputs
 from kernels.delta_rule import chunked
@@ -182,14 +182,14 @@ def _(
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     q, k, v, beta, g, h0, cu_seqlens, ctx.scale, ctx.chunk, ctx.backend, ctx.normalize, _ = inputs
     ctx.h0_dtype = None if h0 is None else h0.dtype
-    # the kept states have no gradient, and zeros of their size would be made for it at every backward
+    # what is kept has no gradient, and zeros of its size would be made for it at every backward
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(q, k, v, beta, g, output[2], cu_seqlens)
 
 
 def _differentiate(ctx: Any, do: Tensor | None, dfinal: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
     q, k, v, beta, g, states, cu_seqlens = ctx.saved_tensors
-    do, dfinal = cotangents(do, dfinal, v, states, cu_seqlens)
+    do, dfinal = cotangents((do, v), (dfinal, last_like(states, len(v), cu_seqlens)))
     dq, dk, dv, dbeta, dg, dh0 = _backward(
         do, dfinal, q, k, v, beta, g, states, cu_seqlens, ctx.scale, ctx.chunk, ctx.backend, ctx.normalize
     )

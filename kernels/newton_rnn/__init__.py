@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kernels.common.checks import require_alike, require_cu_seqlens, require_shape, state_dtype
+from kernels.common.checks import cotangents, require_alike, require_cu_seqlens, require_shape, state_dtype
 from kernels.common.dispatch import Decision, choose, explained_by
 from kernels.common.varlen import num_chunks
 from kernels.newton_rnn import chunked
@@ -143,8 +143,8 @@ def newton_rnn(
     Raises:
         ValueError: shapes, kinds or devices disagree, or the backend asked for cannot run.
 
-    Cost: two to four walks over T / C chunks at once, about 10 to 25 operations per unit and walk; keeps x, h and c.
-        On CPU a batch of 16384 units or more is walked token by token, which is faster there.
+    Cost: two to four walks over T / C chunks at once, about 10 to 25 operations per unit and walk; keeps x, h, and c
+        or the candidates. On CPU a batch of 16384 units or more is walked token by token, which is faster there.
     Source: ParaRNN. Differences: Newton over chunk starts instead of every token (fewer iterations, converges on larger
         weights), state in and out, the residual checked, blocks that fail walked token by token, both reported.
 
@@ -225,7 +225,7 @@ def newton_rnn_with_report(
             block = chunked.own_block(x.shape[0] * units.numel(), decision.chunk, wide=chunk is None)
         else:
             block = min(TRITON_ROWS, BLOCK_TANGENTS // parts if is_block else TRITON_ROWS) * decision.chunk
-        h, _, _, final, counts, residual = _forward(
+        h, _, final, counts, residual = _forward(
             flat_x,
             flat_r,
             flat_peephole,
@@ -267,11 +267,11 @@ def _forward(
     tolerance: float,
     most: int,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    h, c, candidate, final, counts, residual = _engine(backend).forward(
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    h, aside, final, counts, residual = _engine(backend).forward(
         x, r, peephole, h0, reset, cu_seqlens, cell, chunk, block, tolerance, most
     )
-    return h, c, candidate, final, counts, residual
+    return h, aside, final, counts, residual
 
 
 @_forward.register_fake
@@ -288,7 +288,7 @@ def _(
     tolerance: float,
     most: int,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     dtype = state_dtype(x.dtype)
     sequences = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     # the chunked backend solves the whole batch together, Triton every sequence by itself
@@ -296,11 +296,10 @@ def _(
     if backend == "triton" and cu_seqlens is not None:
         rows = num_chunks(1, x.shape[1], block, cu_seqlens)
     h = x.new_empty(*x.shape[:2], *x.shape[3:], dtype=dtype)
-    c = x.new_empty(h.shape if cell == "lstm" else (0,), dtype=dtype)
+    # c, or the candidates of the GRU: on a CPU the backward is spared a tanh, a card computes them again
+    aside = x.new_empty(h.shape if cell == "lstm" or backend == "chunked" else (0,), dtype=dtype)
     final = x.new_empty(sequences, 2 if cell == "lstm" else 1, *x.shape[3:], dtype=dtype)
-    # a card computes the candidates again, a CPU would spend a third of its backward on that
-    candidate = x.new_empty(h.shape if backend == "chunked" else (0,), dtype=dtype)
-    return h, c, candidate, final, x.new_empty(rows, dtype=torch.int32), x.new_empty(rows, dtype=torch.float32)
+    return h, aside, final, x.new_empty(rows, dtype=torch.int32), x.new_empty(rows, dtype=torch.float32)
 
 
 @torch.library.custom_op("cl_kernels::newton_rnn_backward", mutates_args=())
@@ -312,8 +311,7 @@ def _backward(
     peephole: Tensor | None,
     h0: Tensor | None,
     h: Tensor,
-    c: Tensor,
-    candidate: Tensor,
+    aside: Tensor,
     reset: Tensor | None,
     cu_seqlens: Tensor | None,
     cell: str,
@@ -322,7 +320,7 @@ def _backward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dx, dr, dpeephole, dh0 = _engine(backend).backward(
-        dh, dfinal, x, r, peephole, h0, h, c, candidate, reset, cu_seqlens, cell, chunk, block
+        dh, dfinal, x, r, peephole, h0, h, aside, reset, cu_seqlens, cell, chunk, block
     )
     return dx, dr, r.new_empty(0) if dpeephole is None else dpeephole, dh0
 
@@ -337,13 +335,16 @@ def _(
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, r, peephole, h0, reset, cu_seqlens, ctx.cell, ctx.chunk, ctx.block, _, _, ctx.backend = inputs
-    ctx.save_for_backward(x, r, peephole, h0, output[0], output[1], output[2], reset, cu_seqlens)
+    # what is kept has no gradient, and zeros of its size would be made for it at every backward
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, r, peephole, h0, reset, cu_seqlens, *output[:3])
 
 
-def _differentiate(ctx: Any, dh: Tensor, _c: Tensor, _k: Tensor, dfinal: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-    x, r, peephole, h0, h, c, candidate, reset, cu_seqlens = ctx.saved_tensors
+def _differentiate(ctx: Any, *given: Tensor | None) -> tuple[Tensor | None, ...]:
+    x, r, peephole, h0, reset, cu_seqlens, h, aside, final = ctx.saved_tensors
+    dh, dfinal = cotangents((given[0], h), (given[2], final))
     dx, dr, dpeephole, dh0 = _backward(
-        dh, dfinal, x, r, peephole, h0, h, c, candidate, reset, cu_seqlens, ctx.cell, ctx.chunk, ctx.block, ctx.backend
+        dh, dfinal, x, r, peephole, h0, h, aside, reset, cu_seqlens, ctx.cell, ctx.chunk, ctx.block, ctx.backend
     )
     start = None if h0 is None else dh0.to(h0.dtype)
     return dx, dr, None if peephole is None else dpeephole, start, *[None] * 8

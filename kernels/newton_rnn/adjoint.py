@@ -1,8 +1,8 @@
 """The backward of the ParaRNN cells on any device: one linear solve, no iteration.
 
 The adjoint is a linear recurrence with the transposed Jacobians, for diagonal weights by the passes of `linear_scan`
-(2x2 for the LSTM), for a matrix per head token by token. Gates are computed again for a piece of time at once;
-candidates were kept, a tanh costs more than reading one.
+(2x2 for the LSTM), for a matrix per head token by token. Gates are computed again for a piece of time at once, and so
+are the candidates of the LSTM; the GRU's were kept: it has one state less, and a tanh costs more than reading one.
 
 Legend: B batch, T time, G gates, U units ([N] or [H, D]), P parts of the state, n chunks, C chunk, S sequences.
 """
@@ -22,69 +22,75 @@ from kernels.newton_rnn.layout import Layout, Mark, initial, initial_parts
 # elements of one wide tensor of a piece of time, and the chunk of the linear recurrence
 BACK_SPAN = 131072
 BACK_CHUNK = 8
+# units of a batch from which on two parts go token by token: three walks of a chunk cost more than they spare
+BACK_WIDE = 4096
 
-
-# the transposed Jacobian of an LSTM step in four planes (f, i, x, o): M v = (f t, x t + o v_h), t = v_c + i v_h
+# the transposed Jacobian of an LSTM step in four planes (f, i, x, o): M (c, h) = (f t, x t + o h), t = c + i h. What
+# reaches the new c is t, by itself and through the output, and an adjoint is kept as (t, h)
 Planes = Sequence[Tensor]
 IDENTITY = (1.0, 0.0, 0.0, 1.0)
 
 
-def _step(m: Planes, add: Planes, v: Planes, out: Planes | tuple[None, None] = (None, None)) -> Planes:
-    """add + M v."""
-    f, i, x, o = m
-    total = torch.addcmul(v[0], i, v[1])
-    return torch.addcmul(add[0], f, total, out=out[0]), torch.addcmul(add[1], o, v[1], out=out[1]).addcmul_(x, total)
-
-
 def move(m: Planes, v: Planes) -> Parts:
-    """M v, for one part M = (m)."""
+    """M v, for one part M = (m); of two parts v is (t, h)."""
     if len(m) == 1:
         return [m[0] * v[0]]
-    f, i, x, o = m
-    total = torch.addcmul(v[0], i, v[1])
-    return [f * total, (x * total).addcmul_(o, v[1])]
+    f, _, x, o = m
+    return [f * v[0], (x * v[0]).addcmul_(o, v[1])]
 
 
-def _walk_pair(m: Parts, u: Parts, state: Planes, out: Parts, chunk: int) -> None:
-    """Reversed 2x2 linear recurrence, out_t = u_t + M_{t+1} out_{t+1}, in the three passes of `linear_scan`.
+def _token_by_token(steps: Sequence[Planes], t: Tensor, h: Tensor) -> None:
+    """Write (t, h) of every step, given what stands behind the first one."""
+    for f, i, x, o, add_c, add_h, into_t, into_h in steps:
+        h = torch.addcmul(add_h, o, h, out=into_h).addcmul_(x, t)
+        t = torch.addcmul(add_c, f, t, out=into_t).addcmul_(i, h)
 
-    `state` stands behind the last token, whose M is the identity.
+
+def _walk_pair(m: Planes, given: Planes, state: Planes, out: Planes, chunk: int) -> None:
+    """Reversed 2x2 linear recurrence, out_t = given_t + M_{t+1} out_{t+1}, in the three passes of `linear_scan`.
+
+    `given` is (c, h), `out` takes (t, h). `state` stands behind the last token, whose M is the identity.
     """
-    length = u[0].shape[1]
-    n = length // chunk if length >= 2 * chunk else 0
+    length = out[0].shape[1]
+    n = length // chunk if length >= 2 * chunk and state[0].numel() < BACK_WIDE else 0
     rest = length - n * chunk
     if n:
-        inputs, outs = (zip(*(steps_of(x, rest, n, chunk) for x in group), strict=True) for group in (u, out))
-        gates = (gates_ahead(steps_of(x, rest, n, chunk), one) for x, one in zip(m, IDENTITY, strict=True))
-        steps = list(zip(zip(*gates, strict=True), inputs, outs, strict=True))[::-1]
-        gate = steps[0][0]
-        last: Planes = steps[0][1]
-        one, zero = torch.ones_like(last[0]), torch.zeros_like(last[0])
-        # the columns of the product of all M of a chunk
-        of_c, of_h = move(gate, (one, zero)), move(gate, (zero, one))
-        for gate, given, _ in steps[1:]:
-            of_c, of_h, last = move(gate, of_c), move(gate, of_h), _step(gate, given, last)
-        starts = [torch.empty_like(x) for x in last]
-        chunks = [zip(*(x.unbind(1) for x in group), strict=True) for group in (starts, of_c, of_h, last)]
-        for start, by_c, by_h, end in list(zip(*chunks, strict=True))[::-1]:
-            c, h = (s.copy_(x) for s, x in zip(start, state, strict=True))
-            state = [e.addcmul(pc, c).addcmul_(ph, h) for e, pc, ph in zip(end, by_c, by_h, strict=True)]
-        v: Planes = starts
-        for gate, given, into in steps:
-            v = _step(gate, given, v, into)
-    ahead = [list(x[:, 1 : rest + 1].unbind(1)) for x in m]
+        f, i, x, o = (steps_of(plane, rest, n, chunk) for plane in m)
+        f, x, o = (gates_ahead(steps, IDENTITY[k]) for steps, k in ((f, 0), (x, 2), (o, 3)))
+        ends = (steps_of(u, rest, n, chunk) for u in (*given, *out))
+        steps = list(zip(f, i, x, o, *ends, strict=True))[::-1]
+        # three adjoints side by side: what a unit c and a unit h behind the chunk give, and what the chunk itself does
+        both = out[0].new_zeros(2, 3, *f[0].shape)
+        t, h = both
+        t[0] = h[1] = 1
+        for gate, through, cross, keep, add_c, add_h, _, _ in steps:
+            h.mul_(keep).addcmul_(cross, t)[2].add_(add_h)
+            t.mul_(gate)[2].add_(add_c)
+            t.addcmul_(through, h)
+        starts = torch.empty_like(both[:, 0])
+        v = torch.stack(list(state))
+        chunks = zip(starts.unbind(2), (per_chunk.unbind(1) for per_chunk in both.unbind(3)), strict=True)
+        for start, (by_c, by_h, own) in list(chunks)[::-1]:
+            start.copy_(v)
+            v = torch.addcmul(own, by_c, start[0]).addcmul_(by_h, start[1])
+        _token_by_token(steps, *starts)
+        state = v.unbind(0)
+    ahead = [list(plane[:, 1 : rest + 1].unbind(1)) for plane in m]
     if not n:
-        ahead = [[*x, torch.full_like(state[0], one)] for x, one in zip(ahead, IDENTITY, strict=True)]
-    inputs, outs = (zip(*(x[:, :rest].unbind(1) for x in group), strict=True) for group in (u, out))
-    for gate, given, into in list(zip(zip(*ahead, strict=True), inputs, outs, strict=True))[::-1]:
-        state = _step(gate, given, state, into)
+        ahead = [[*steps, torch.full_like(state[0], one)] for steps, one in zip(ahead, IDENTITY, strict=True)]
+    through = m[1][:, :rest].unbind(1)
+    ends = (u[:, :rest].unbind(1) for u in (*given, *out))
+    _token_by_token(list(zip(ahead[0], through, *ahead[2:], *ends, strict=True))[::-1], *state)
 
 
 class Adjoint:
     """The backward of one call: time in reverse, gradients of weights and initial states summed on the way."""
 
-    def __init__(self, cell: GRU | LSTM, layout: Layout, starts: Parts, dfinal_SPU: Tensor, *, diagonal: bool):
-        self.cell, self.layout, self.starts, self.diagonal = cell, layout, starts, diagonal
+    def __init__(
+        self, cell: GRU | LSTM, layout: Layout, starts: Parts, dfinal_SPU: Tensor, *, diagonal: bool, packed: bool
+    ):
+        self.cell, self.layout, self.starts = cell, layout, starts
+        self.diagonal, self.packed = diagonal, packed
         self.dfinal = dfinal_SPU
         self.dr: list[Tensor] | None = None
         self.dpeephole: Tensor | None = None
@@ -93,12 +99,15 @@ class Adjoint:
     def piece(self, x: Tensor, dh: Tensor, kept: Parts, begin: int, end: int, carry: Parts, dx_BTGU: Tensor) -> Parts:
         """Write the gradients of the pre-activations of tokens begin .. end; returns the adjoint that leaves them."""
         marks = self.layout.within(begin, end)
-        before = self._before(kept[:-1], begin, end, marks)
+        before = self._before(kept[: self.cell.parts], begin, end, marks)
         planes = self.cell.planes(list(x[:, begin:end].unbind(2)), before, [s[:, begin:end] for s in kept])
-        given = [torch.zeros_like(before[0]) for _ in before[:-1]] + [dh[:, begin:end].to(before[0].dtype)]
-        ends = [m for m in self.layout.ends if begin <= m.t < end]
+        given = [dh[:, begin:end].to(before[0].dtype)]
+        if len(before) == 2:
+            given = [given[0].new_zeros(()).expand_as(given[0]), *given]
+        # what comes from behind a row is its carry; sequences that are packed end inside
+        ends = [m for m in self.layout.ends if begin <= m.t < end] if self.packed else []
         if ends:
-            given[-1] = given[-1].clone()
+            given = [part.clone() for part in given]
         for b, t, s in ends:
             for part, d in zip(given, self.dfinal[s], strict=True):
                 part[b, t - begin] += d
@@ -138,7 +147,7 @@ class Adjoint:
             # without these two or three planes M is zero; the gradients of the token still need `into`
             for entry in m if len(m) == 1 else (m[0], m[2], m[3]):
                 entry[b, t - begin] = 0
-        out = [torch.empty_like(g, memory_format=torch.contiguous_format) for g in given]
+        out = [torch.empty_like(m[0]) for _ in given]
         if len(m) == 1:
             walk(m[0], given[0], carry[0], out[0], BACK_CHUNK, reverse=True)
         else:
@@ -151,17 +160,16 @@ class Adjoint:
         self, planes: dict[str, Tensor], given: Parts, marks: list[Mark], begin: int, carry: Parts
     ) -> tuple[Parts, Parts]:
         """A matrix per head: the adjoint token by token."""
-        out = [torch.empty_like(g, memory_format=torch.contiguous_format) for g in given]
+        out = [torch.empty_like(next(iter(planes.values()))) for _ in given]
         steps = {name: plane.unbind(1) for name, plane in planes.items()}
         replaced: dict[int, list[Mark]] = {}
         for mark in marks:
             replaced.setdefault(mark.t - begin, []).append(mark)
-        for t in range(given[0].shape[1] - 1, -1, -1):
+        for t in range(out[0].shape[1] - 1, -1, -1):
             now = {name: plane[t][:, None] for name, plane in steps.items()}
-            u = [torch.add(g[:, t], c) for g, c in zip(given, carry, strict=True)]
+            u = self.cell.reached(now, [g[:, t, None] + c[:, None] for g, c in zip(given, carry, strict=True)])
             for o, value in zip(out, u, strict=True):
-                o[:, t] = value
-            u = [value[:, None] for value in u]
+                o[:, t] = value[:, 0]
             carry = [c[:, 0] for c in self.cell.back(now, u, self.cell.token(now, u))]
             for b, _, s in replaced.get(t, ()):
                 self._release(s, torch.stack([c[b] for c in carry]))
@@ -178,8 +186,7 @@ def backward(
     peephole: Tensor | None,
     h0_SPU: Tensor | None,
     h_BTU: Tensor,
-    c_BTU: Tensor,
-    candidate_BTU: Tensor,
+    aside_BTU: Tensor,
     reset: Tensor | None,
     cu_seqlens: Tensor | None,
     cell_name: str,
@@ -193,10 +200,12 @@ def backward(
     cell = cell_of(cell_name, r.to(dtype), None if peephole is None else peephole.to(dtype), is_diagonal=diagonal)
     layout = Layout.of(batch, length, reset, cu_seqlens)
     starts = initial_parts(h0_SPU, x_BTGU, layout.rows, cell.parts)
-    adjoint = Adjoint(cell, layout, starts, dfinal_SPU.to(dtype), diagonal=diagonal)
+    adjoint = Adjoint(cell, layout, starts, dfinal_SPU.to(dtype), diagonal=diagonal, packed=cu_seqlens is not None)
     dx = x_BTGU.new_empty(x_BTGU.shape, dtype=dtype)
-    kept = [*([c_BTU] if cell.parts == 2 else []), h_BTU, candidate_BTU]
-    carry = [torch.zeros_like(h_BTU[:, 0]) for _ in kept[:-1]]
+    kept = [h_BTU, aside_BTU] if cell.parts == 1 else [aside_BTU, h_BTU]
+    carry = list(adjoint.dfinal.unbind(1))
+    if cu_seqlens is not None:
+        carry = [torch.zeros_like(h_BTU[:, 0]) for _ in carry]
     elements = batch * h_BTU[0, 0].numel()
     span = max(64, BACK_SPAN // elements)
     x = x_BTGU.to(dtype)

@@ -134,7 +134,7 @@ class GRU:
         return [torch.lerp(state[0], rough_tanh(self.recur.add(x[2], 2, reset_h)), z)]
 
     def step(self, x: Parts, state: Parts, out: Parts) -> Parts:
-        """The next state, written to `out`: h and the candidate."""
+        """The next state; `out` takes h and the candidate, a tanh that the backward then need not do again."""
         z, _, reset_h = self._gates(x, state[0])
         c = torch.tanh(self.recur.add(x[2], 2, reset_h), out=out[1])
         return [torch.lerp(state[0], c, z, out=out[0])]
@@ -175,8 +175,12 @@ class GRU:
         """Of the derivative of a step, all but the matrices: five planes (`triton_block_adjoint`)."""
         return [p["keep"], p["z"], p["c"], p["gate"], p["r"]]
 
+    def reached(self, p: dict[str, Tensor], adjoint: Parts) -> Parts:
+        """The adjoint of the state as `token` and `back` take it: as it is."""
+        return adjoint
+
     def token(self, p: dict[str, Tensor], adjoint: Parts, out: Out = NOWHERE) -> Parts:
-        """Gradients of the three pre-activations from the adjoint of the state, into `out` where given."""
+        """Gradients of the three pre-activations from what reached the state, into `out` where given."""
         (u,) = adjoint
         dc = torch.mul(u, p["c"], out=out[2])
         return [torch.mul(u, p["z"], out=out[0]), torch.mul(self.recur.back(2, dc), p["r"], out=out[1]), dc]
@@ -220,9 +224,9 @@ class LSTM:
         return [after, self._output(x, h, after).mul_(rough_tanh(after))]
 
     def step(self, x: Parts, state: Parts, out: Parts) -> Parts:
-        """The next state, written to `out`: c, h and the candidate."""
+        """The next state, written to `out`: c and h."""
         c, h = state
-        f, z = self._forget(x, c, h), torch.tanh(self.recur.add(x[2], 2, h), out=out[2])
+        f, z = self._forget(x, c, h), self.recur.add(x[2], 2, h).tanh_()
         after = torch.lerp(z, c, f, out=out[0])
         return [after, torch.mul(self._output(x, h, after), after.tanh(), out=out[1])]
 
@@ -230,7 +234,7 @@ class LSTM:
         """The next state and the tangents carried over the step."""
         c, h = state
         pc, ph = tangents
-        f, z = self._forget(x, c, h), torch.tanh(self.recur.add(x[2], 2, h), out=out[2])
+        f, z = self._forget(x, c, h), self.recur.add(x[2], 2, h).tanh_()
         after = torch.lerp(z, c, f, out=out[0])
         o, th = self._output(x, h, after), after.tanh()
         df = _sigmoid_backward(self._peep(self.recur.apply(0, ph), 0, pc), f)
@@ -242,8 +246,8 @@ class LSTM:
 
     def planes(self, x: Parts, before: Parts, after: Parts) -> dict[str, Tensor]:
         """Everything the adjoint of a step needs, for all tokens at once; `after` as `step` wrote it."""
-        (c, h), z = before, after[2]
-        f, o = self._forget(x, c, h), self._output(x, h, after[0])
+        c, h = before
+        f, z, o = self._forget(x, c, h), self.recur.add(x[2], 2, h).tanh_(), self._output(x, h, after[0])
         # tanh(c') from h' = o tanh(c'): a division costs a fifth of a tanh
         th = after[1] / o.clamp(min=torch.finfo(o.dtype).tiny)
         through_o = _sigmoid_backward(th, o)
@@ -272,15 +276,18 @@ class LSTM:
         """Of the derivative of a step, all but the matrices: five planes; uses the plane "f" up."""
         return [self._peep(p["f"], 0, p["forget"]), p["forget"], p["z"], p["into"], p["o"]]
 
+    def reached(self, p: dict[str, Tensor], adjoint: Parts) -> Parts:
+        """The adjoint of h, and before it all that reaches c, by itself and through the output."""
+        return [torch.addcmul(adjoint[0], adjoint[1], p["into"]), adjoint[1]]
+
     def token(self, p: dict[str, Tensor], adjoint: Parts, out: Out = NOWHERE) -> Parts:
-        """Gradients of the three pre-activations from the adjoint of the state, into `out` where given."""
-        total = torch.addcmul(adjoint[0], adjoint[1], p["into"])
-        factors = ((total, "forget"), (adjoint[1], "o"), (total, "z"))
+        """Gradients of the three pre-activations from what reached the state, into `out` where given."""
+        factors = ((adjoint[0], "forget"), (adjoint[1], "o"), (adjoint[0], "z"))
         return [torch.mul(u, p[name], out=to) for (u, name), to in zip(factors, out, strict=True)]
 
     def back(self, p: dict[str, Tensor], adjoint: Parts, dx: Parts) -> Parts:
         """Adjoint of the state before the step."""
-        dc = self._peep(torch.addcmul(adjoint[0], adjoint[1], p["into"]).mul_(p["f"]), 0, dx[0])
+        dc = self._peep(adjoint[0] * p["f"], 0, dx[0])
         dh = self.recur.back(0, dx[0])
         dh += self.recur.back(1, dx[1])
         dh += self.recur.back(2, dx[2])

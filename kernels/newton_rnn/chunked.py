@@ -150,11 +150,11 @@ def forward(
     block: int,
     tolerance: float,
     most: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Solve all tokens, one block of time after the other.
 
     Returns:
-        h [B, T, U], c [B, T, U] (empty for the GRU), candidates [B, T, U], last state [S, P, U], in the state dtype;
+        h [B, T, U], c or the GRU's candidates [B, T, U], last state [S, P, U], in the state dtype;
         per block of time the corrections made (int32; -1: walked without trying) and the last residual.
     """
     dtype = state_dtype(x_BTGU.dtype)
@@ -164,7 +164,7 @@ def forward(
     cell = cell_of(cell_name, r.to(dtype), None if peephole is None else peephole.to(dtype), is_diagonal=diagonal)
     layout = Layout.of(batch, length, reset, cu_seqlens)
     starts = initial_parts(h0_SPU, x, layout.rows, cell.parts)
-    outs = [x.new_empty(batch, length, *units) for _ in range(cell.parts + 1)]
+    outs = [x.new_empty(batch, length, *units) for _ in range(2)]
     state = starts if cu_seqlens is None else [torch.zeros_like(s[:1]) for s in starts]
     span = block or length
     counts, residuals = [-1] * -(-length // span), [0.0] * -(-length // span)
@@ -184,7 +184,7 @@ def forward(
             state = [e[:, 0] for e in steps.walk(cell, [s[:, None] for s in state], views)]
     final = torch.stack(starts, dim=1)
     for b, t, s in layout.ends:
-        final[s] = torch.stack([o[b, t] for o in outs[:-1]])
-    c = outs[0] if cell.parts == 2 else x.new_empty(0)
+        final[s] = torch.stack([o[b, t] for o in outs[: cell.parts]])
+    h, aside = outs if cell.parts == 1 else outs[::-1]
     report = (torch.tensor(counts, dtype=torch.int32), torch.tensor(residuals, dtype=torch.float32))
-    return outs[-2], c, outs[-1], final, report[0].to(x.device), report[1].to(x.device)
+    return h, aside, final, report[0].to(x.device), report[1].to(x.device)

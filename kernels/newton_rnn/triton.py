@@ -255,8 +255,8 @@ def forward(
     block: int,
     tolerance: float,
     most: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """As `chunked.forward`, without candidates; the report has one entry per sequence and block."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """As `chunked.forward`, without the GRU's candidates; the report has one entry per sequence and block."""
     call = _Call(x_BTGU, r, peephole, h0_SPU, reset, cu_seqlens, cell, chunk, block)
     units = x_BTGU.shape[3:]
     h = x_BTGU.new_empty(*x_BTGU.shape[:2], *units, dtype=torch.float32)
@@ -281,7 +281,7 @@ def forward(
     if most == 0:
         counts.fill_(-1)
     # the worst tile of every block
-    return h, c, h.new_empty(0), final, counts.amax(1), residual.amax(1)
+    return h, c, final, counts.amax(1), residual.amax(1)
 
 
 def backward(
@@ -293,7 +293,6 @@ def backward(
     h0_SPU: Tensor | None,
     h_BTU: Tensor,
     c_BTU: Tensor,
-    candidate: Tensor,
     reset: Tensor | None,
     cu_seqlens: Tensor | None,
     cell: str,

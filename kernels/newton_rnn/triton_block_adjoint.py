@@ -176,7 +176,7 @@ def backward(
     before = [
         states_before(state, args["cu_ptr"], start, reset)[None] for state, start in zip(states, starts, strict=True)
     ]
-    after = [torch.empty_like(before[0]) for _ in range(len(before) + 1)]
+    after = [torch.empty_like(before[0]) for _ in range(2)]
     cell.step(x, before, after)
     planes = cell.planes(x, before, after)
     dx, dh0 = torch.empty_like(args["x_ptr"], dtype=torch.float32), torch.empty_like(dfinal)

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.common.checks import require_alike, require_cu_seqlens, require_shape, state_dtype
+from kernels.common.checks import cotangents, require_alike, require_cu_seqlens, require_shape, state_dtype
 from kernels.common.dispatch import Decision, choose, explained_by
 from kernels.recurrent_attention import chunked
 from kernels.recurrent_attention.reference import recurrent_attention_reference
@@ -252,12 +252,15 @@ def _(dy: Tensor, dleft: Tensor, tokens: list[Tensor], weights: list[Tensor], ke
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     tokens, weights, kept, first, slopes, ctx.scale, ctx.chunk = inputs
+    # what is kept has no gradient, and zeros of its size would be made for it at every backward
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(*tokens, kept, first, slopes, *output, *weights)
 
 
-def _differentiate(ctx: Any, dy: Tensor, dleft: Tensor, *_: Tensor) -> tuple[Any, ...]:
+def _differentiate(ctx: Any, dy: Tensor | None, dleft: Tensor | None, *_: None) -> tuple[Any, ...]:
     found = list(ctx.saved_tensors)
     tokens, rest, saved, weights = found[:4], found[4:7], found[7:11], found[11:]
+    dy, dleft = cotangents((dy, saved[0]), (dleft, saved[1]))
     *grads, dkept = _backward(dy, dleft, tokens, weights, *rest, saved, ctx.scale, ctx.chunk)
     return grads[:4], grads[4:], dkept, None, None, None, None
 

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.common.checks import matrix_state_plan, require_shape, state_dtype
+from kernels.common.checks import cotangents, matrix_state_plan, require_shape, state_dtype
 from kernels.common.dispatch import Decision, choose, explained_by
 from kernels.common.varlen import num_chunks
 from kernels.gated_linear_attention import gated_linear_attention
@@ -263,11 +263,14 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     _, k, beta, g, h0, cu_seqlens, *ctx.how, _ = inputs
     x, _, n, y, states = output
     ctx.mark_non_differentiable(n, y, states)
+    # what is kept has no gradient, and zeros of its size would be made for it at every backward
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(x, k, beta, g, h0, n, y, states, cu_seqlens)
 
 
-def _differentiate(ctx: Any, dx: Tensor, dfinal: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    _, _, beta, g, *_ = ctx.saved_tensors
+def _differentiate(ctx: Any, dx: Tensor | None, dfinal: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    x, _, beta, g, h0, *_ = ctx.saved_tensors
+    dx, dfinal = cotangents((dx, x), (dfinal, h0))
     dq, dk, dbeta, dg, dh0 = _backward(dx, dfinal, *ctx.saved_tensors, *ctx.how)
     return dq, dk, None if beta is None else dbeta, None if g is None else dg, dh0, *[None] * 8
 

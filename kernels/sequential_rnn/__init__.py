@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.common.checks import require_alike, require_cu_seqlens, require_shape, state_dtype
+from kernels.common.checks import cotangents, require_alike, require_cu_seqlens, require_shape, state_dtype
 from kernels.common.dispatch import Decision, choose, explained_by
 from kernels.sequential_rnn import chunked
 from kernels.sequential_rnn.reference import GATES, PARTS, sequential_rnn_reference
@@ -190,11 +190,14 @@ def _(
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     x, r, bias, s0, reset, cu_seqlens, ctx.cell, ctx.backend = inputs
-    ctx.save_for_backward(x, r, bias, s0, output[2], reset, cu_seqlens)
+    # what is kept has no gradient, and zeros of its size would be made for it at every backward
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, r, bias, s0, reset, cu_seqlens, *output)
 
 
-def _differentiate(ctx: Any, dh: Tensor, dfinal: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    x, r, bias, s0, kept, reset, cu_seqlens = ctx.saved_tensors
+def _differentiate(ctx: Any, dh: Tensor | None, dfinal: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    x, r, bias, s0, reset, cu_seqlens, h, final, kept = ctx.saved_tensors
+    dh, dfinal = cotangents((dh, h), (dfinal, final))
     dx, dr, dbias, ds0 = _backward(dh, dfinal, x, r, bias, s0, kept, reset, cu_seqlens, ctx.cell, ctx.backend)
     return dx, dr, None if bias is None else dbias, None if s0 is None else ds0.to(s0.dtype), None, None, None, None
 

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.common.checks import require_alike, require_cu_seqlens, require_shape, state_dtype
+from kernels.common.checks import cotangents, last_like, require_alike, require_cu_seqlens, require_shape, state_dtype
 from kernels.common.dispatch import Decision, choose, explained_by
 from kernels.common.varlen import num_chunks
 from kernels.sequential_rnn import m2rnn_chunked
@@ -212,11 +212,14 @@ def _(do: Tensor, dfinal: Tensor, *inputs: Any) -> tuple[Tensor, Tensor, Tensor,
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     q, k, v, f, w, s0, reset, cu_seqlens, ctx.chunk, ctx.clip, ctx.backend, _ = inputs
     ctx.s0_dtype = None if s0 is None else s0.dtype
+    # what is kept has no gradient, and zeros of its size would be made for it at every backward
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(q, k, v, f, w, output[2], reset, cu_seqlens)
 
 
-def _differentiate(ctx: Any, do: Tensor, dfinal: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+def _differentiate(ctx: Any, do: Tensor | None, dfinal: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
     q, k, v, f, w, kept, reset, cu_seqlens = ctx.saved_tensors
+    do, dfinal = cotangents((do, v), (dfinal, last_like(kept, len(v), cu_seqlens)))
     dq, dk, dv, df, dw, ds0 = _backward(
         do, dfinal, q, k, v, f, w, kept, reset, cu_seqlens, ctx.chunk, ctx.clip, ctx.backend
     )

@@ -31,7 +31,10 @@ def test_nonlinear_recurrences_keep_twice_their_inputs(case):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("problem", ["linear_scan", "gla_scalar", "gla_channel", "deltanet", "gated_deltanet", "kda"])
+@pytest.mark.parametrize(
+    "problem",
+    ["linear_scan", "gla_scalar", "gla_channel", "deltanet", "gated_deltanet", "kda", "newton_gru", "newton_lstm"],
+)
 def test_peak_memory_of_forward_and_backward(problem):
     """Outputs, chunk states, gradients and all scratch together: at most twice the inputs plus the chunk states."""
     from kernels.bench.measure import passes, peak_bytes

@@ -103,6 +103,15 @@ def test_walked_token_by_token(options):
     assert props.error(h, newton_rnn(x.double(), r.double(), backend="reference")[0]) < 1e-6
 
 
+@pytest.mark.parametrize("cu", [None, [0, 33, 34, 90]])
+def test_backward_of_a_wide_batch_goes_token_by_token(monkeypatch, cu):
+    monkeypatch.setattr("kernels.newton_rnn.adjoint.BACK_WIDE", 0)
+    monkeypatch.setattr("kernels.newton_rnn.adjoint.BACK_SPAN", 1)
+    case = RNN_CASES["newton_lstm"]
+    packing = {} if cu is None else {"cu_seqlens": torch.tensor(cu, dtype=torch.int32)}
+    props.assert_agrees(case, props.draw(case, 90, "cos 0.5", cu), "chunked", torch.float64, chunk=8, **packing)
+
+
 def test_not_finite_inputs_stay_local_in_time_and_end():
     x, r = problem(1.0, 200, 4)
     x[0, 100, 2, 1] = float("nan")
@@ -155,12 +164,13 @@ def test_derivatives_of_a_step(name):
     cell.step(x, parts, kept)
     planes = cell.planes(x, parts, kept)
     adjoint = [torch.randn_like(p) for p in parts]
-    back = cell.back(planes, adjoint, cell.token(planes, adjoint))
+    reached = cell.reached(planes, adjoint)
+    back = cell.back(planes, reached, cell.token(planes, reached))
     left = sum((a * m).sum() for a, m in zip(adjoint, cell.recur.move(push, delta), strict=True))
     right = sum((b * d).sum() for b, d in zip(back, delta, strict=True))
     torch.testing.assert_close(left, right, rtol=1e-10, atol=0)
     if not is_block:
-        for moved, b in zip(move(cell.matrix(planes), adjoint), back, strict=True):
+        for moved, b in zip(move(cell.matrix(planes), reached), back, strict=True):
             assert props.error(moved, b) < 1e-12
 
 
