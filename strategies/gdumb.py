@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cl.buffers._grouped import Grouped
+from cl.buffers._grouped import Grouped, Members
 from cl.buffers.base import Buffer, stored_rows
 from cl.core import Batch, Data, Experience, Stream, shuffled
 from cl.hooks import Contract, Strategy
@@ -110,7 +110,7 @@ class GreedyBalanced(Grouped):
     """Rows stay as long as their class is not the largest one when another class needs room; within a class, early
     rows stay."""
 
-    def slot(self, group: int, members: list[int], uniform: float) -> int | None:
+    def slot(self, group: int, members: Members, uniform: float) -> int | None:
         has_room = self.filled < self.capacity or len(members) * len(self.members) < self.capacity
         return self._new_slot(members, uniform) if has_room else None
 

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from cl.backbones import Backbone
-from cl.buffers._grouped import Grouped
+from cl.buffers._grouped import Grouped, Members
 from cl.buffers.base import draw_without_replacement
 from cl.core import Batch, Output, Setting, StreamInfo, UserError
 from cl.hooks import Contract
@@ -277,7 +277,7 @@ class Remind(Rehearsal):
 class LargestClass(Grouped):
     """A new row is stored always; when there is no room, a random row of the largest class goes, be it the new one."""
 
-    def slot(self, group: int, members: list[int], uniform: float) -> int | None:
+    def slot(self, group: int, members: Members, uniform: float) -> int | None:
         if self.filled < self.capacity:
             return self._new_slot(members, uniform)
         sizes = {each: len(slots) + (each == group) for each, slots in self.members.items()}

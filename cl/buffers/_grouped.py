@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, MutableSequence, Sequence
+from typing import Any, ClassVar
 
 import torch
 
 from cl.buffers.base import Buffer
 from cl.core import Batch, UserError
+
+Members = MutableSequence[int]
 
 
 class Grouped(Buffer):
@@ -17,9 +19,12 @@ class Grouped(Buffer):
     Classes of different heads are different groups.
     """
 
+    # what the slots of a group are held in
+    holder: ClassVar[Callable[[Iterable[int]], Members]] = list
+
     def __init__(self, capacity: int) -> None:
         super().__init__(capacity)
-        self.members: dict[int, list[int]] = {}
+        self.members: dict[int, Members] = {}
         self.group_seen: dict[int, int] = {}
 
     def groups(self, batch: Batch) -> list[int]:
@@ -35,38 +40,47 @@ class Grouped(Buffer):
 
     def slots(self, batch: Batch, generator: torch.Generator) -> Sequence[tuple[int, int]]:
         uniforms = torch.rand(len(batch), generator=generator, dtype=torch.float64).tolist()
+        groups = self.groups(batch)
+        self._expect(groups)
         pairs = []
-        for row, (group, uniform) in enumerate(zip(self.groups(batch), uniforms, strict=True)):
-            members = self.members.setdefault(group, [])
-            self.group_seen[group] = self.group_seen.get(group, 0) + 1
-            slot = self.slot(group, members, uniform)
+        for row, (group, uniform) in enumerate(zip(groups, uniforms, strict=True)):
+            if group not in self.members:
+                self._open(group)
+            self.group_seen[group] += 1
+            slot = self.slot(group, self.members[group], uniform)
             if slot is not None:
                 pairs.append((slot, row))
         self.seen += len(batch)
         return pairs
 
-    def slot(self, group: int, members: list[int], uniform: float) -> int | None:
+    def _expect(self, groups: list[int]) -> None:
+        """Told the groups of a batch before its first row is placed."""
+
+    def _open(self, group: int) -> None:
+        self.members[group], self.group_seen[group] = self.holder([]), 0
+
+    def slot(self, group: int, members: Members, uniform: float) -> int | None:
         """Where the next row of a group goes, None for nowhere; a slot that the group gains is added to `members`."""
         raise NotImplementedError
 
-    def _new_slot(self, members: list[int], uniform: float) -> int:
+    def _new_slot(self, members: Members, uniform: float) -> int:
         """The group gains an unused slot, or one of the largest group's when there is none."""
         if self.filled < self.capacity:
             self.filled += 1
             members.append(self.filled - 1)
         else:
-            largest = max(self.members.values(), key=len)
-            members.append(largest.pop(self._evicted(len(largest), uniform)))
+            members.append(self._evicted(max(self.members.values(), key=len), uniform))
         return members[-1]
 
-    def _evicted(self, num_members: int, uniform: float) -> int:
-        """Which member a shrinking group gives up."""
-        return int(uniform * num_members)
+    def _evicted(self, members: Members, uniform: float) -> int:
+        """The slot that a shrinking group gives up."""
+        return members.pop(int(uniform * len(members)))
 
     def state_dict(self) -> dict[str, Any]:
-        return super().state_dict() | {"members": self.members, "group_seen": self.group_seen}
+        members = {group: list(slots) for group, slots in self.members.items()}
+        return super().state_dict() | {"members": members, "group_seen": self.group_seen}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         super().load_state_dict(state)
-        self.members = {group: list(slots) for group, slots in state["members"].items()}
+        self.members = {group: self.holder(slots) for group, slots in state["members"].items()}
         self.group_seen = dict(state["group_seen"])

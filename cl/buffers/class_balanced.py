@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import torch
-
-from cl.buffers._grouped import Grouped
-from cl.core import Batch
+from cl.buffers._grouped import Grouped, Members
 
 
 class ClassBalanced(Grouped):
@@ -18,17 +13,17 @@ class ClassBalanced(Grouped):
     Avalanche's `ClassBalancedBuffer`, made online.
     """
 
-    def slots(self, batch: Batch, generator: torch.Generator) -> Sequence[tuple[int, int]]:
+    def _expect(self, groups: list[int]) -> None:
         # all groups of a batch share from its first row on
-        for group in self.groups(batch):
-            self.members.setdefault(group, [])
-        return super().slots(batch, generator)
+        for group in groups:
+            if group not in self.members:
+                self._open(group)
 
-    def slot(self, group: int, members: list[int], uniform: float) -> int | None:
-        if len(members) < max(1, self.capacity // len(self.members)):
+    def slot(self, group: int, members: Members, uniform: float) -> int | None:
+        if len(members) < (self.capacity // len(self.members) or 1):
             return self._new_slot(members, uniform)
         return self._replaced(members, int(uniform * self.group_seen[group]))
 
-    def _replaced(self, members: list[int], place: int) -> int | None:
+    def _replaced(self, members: Members, place: int) -> int | None:
         """Slot that a new row takes within its full group; `place` is uniform over the rows that the group has seen."""
         return members[place] if place < len(members) else None

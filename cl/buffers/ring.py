@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from collections import deque
+
+from cl.buffers._grouped import Members
 from cl.buffers.class_balanced import ClassBalanced
 
 
 class Ring(ClassBalanced):
     """As `ClassBalanced`, first in, first out within a class."""
 
-    def _evicted(self, num_members: int, uniform: float) -> int:
-        return 0
+    holder = deque
 
-    def _replaced(self, members: list[int], place: int) -> int | None:
-        oldest = members.pop(0)
-        members.append(oldest)
+    def _evicted(self, members: Members, uniform: float) -> int:
+        oldest = members[0]
+        del members[0]
         return oldest
+
+    def _replaced(self, members: Members, place: int) -> int | None:
+        members.append(self._evicted(members, 0.0))
+        return members[-1]
