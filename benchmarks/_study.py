@@ -121,6 +121,14 @@ def carry_out(words: Sequence[str], may_fail: bool = False) -> None:
         raise SystemExit(code)
 
 
+def run_to_the_end(folder: Path, words: Sequence[str]) -> None:
+    """`cl run` into a folder, or what is left of it where it was stopped."""
+    if not (folder / "result.json").is_file():
+        carry_out(["run", *words, f"out={folder}"])
+    elif Result.load(folder / "result.json").status != "done":
+        carry_out(["resume", str(folder)])
+
+
 def label(composition: str) -> str:
     """Folder of a composition of strategies.
 

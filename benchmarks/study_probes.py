@@ -21,7 +21,7 @@ from statistics import fmean, median
 import torch
 from _families import family
 from _fit import active_weights, fitted_width
-from _study import Study, carry_out, table
+from _study import Study, run_to_the_end, table
 from torch import nn
 
 from cl.backbones.armt import Armt
@@ -147,10 +147,7 @@ class Probes(Study):
         return self.out / probe / f"{name.replace(', ', '-').replace(' ', '_')}-{target}" / f"seed-{seed}"
 
     def run(self, probe: str, name: str, target: int, seed: int) -> None:
-        """One `cl run`, unless it is done."""
-        folder = self.folder(probe, name, target, seed)
-        if (folder / "result.json").is_file() and Result.load(folder / "result.json").status == "done":
-            return
+        """One `cl run`."""
         memory, (size, hidden, _) = MEMORIES[name], chosen(probe, name, target)
         option, _, value = memory.option.format(n=size).partition("=")
         options = [f"backbone.width={WIDTH}", f"backbone.num_layers={LAYERS}", f"backbone.mlp_width={hidden}"]
@@ -161,8 +158,8 @@ class Probes(Study):
         words = [f"stream=probes/{probe}", f"backbone={memory.backbone}", *PROBES[probe], *options]
         words += ["optimizer=adamw", "optimizer.lr=0.003", "trainer.clip_norm=1.0", f"trainer.batch_size={BATCH}"]
         words += [f"trainer.max_steps={self.steps}", *(QUICK if self.is_quick else ())]
-        words += ["tracking=none", f"seed={seed}", f"out={folder}"]
-        carry_out(["run", *words])
+        words += ["tracking=none", f"seed={seed}"]
+        run_to_the_end(self.folder(probe, name, target, seed), words)
 
     def results(self, probe: str, name: str, target: int) -> list[Result]:
         """Finished runs."""

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
-from _study import Comparisons, carry_out, chosen, finished, interval, spread, student, table
+from _study import Comparisons, chosen, finished, interval, run_to_the_end, spread, student, table
 
 from cl.metrics.statistics import ALPHA, holm
 from cl.result import Result, write_text
@@ -86,11 +86,8 @@ class Tasks(Comparisons):
         """Train the model on general text and write it as transformers reads it; nothing where that is done."""
         run, cache = self.out / "pretrained", self.out / "cache"
         budget = "trainer.max_steps=8" if self.is_quick else "trainer.max_tokens=2000000"
-        if not (run / "result.json").is_file():
-            here = (f"data.root={self.data}", f"stream.cache={cache.resolve()}", f"out={run}", "seed=0")
-            carry_out(["run", *COMMON, *PRETRAIN, budget, *here])
-        elif Result.load(run / "result.json").status != "done":
-            carry_out(["resume", str(run)])
+        here = (f"data.root={self.data}", f"stream.cache={cache.resolve()}", "seed=0")
+        run_to_the_end(run, [*COMMON, *PRETRAIN, budget, *here])
         if not (self.model / "tokenizer.json").is_file():
             export(run, self.model)
             (tokenizer,) = (cache / "tokenizers").glob("*.json")

@@ -104,3 +104,15 @@ def test_a_page_is_what_its_runs_say(kept, tmp_path):
     # compressed by another zlib they may be other bytes
     again = tmp_path / "page" / kept.name
     assert gzip.decompress(again.read_bytes()) == gzip.decompress(kept.read_bytes())
+
+
+@pytest.mark.parametrize(("status", "asked"), [(None, "run"), ("stopped", "resume"), ("done", None)])
+def test_a_run_that_was_stopped_goes_on(monkeypatch, tmp_path, status, asked):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import _study
+
+    commands = []
+    monkeypatch.setattr(_study, "cl", lambda words: commands.append(words[0]) or 0)
+    folder = tmp_path / "stream" / "naive" / "seed-0" if status is None else run_in(tmp_path, status)
+    _study.run_to_the_end(folder, ["stream=digits"])
+    assert commands == ([] if asked is None else [asked])
