@@ -1,5 +1,6 @@
 """Diagonal linear recurrence h_t = a_t * h_{t-1} + u_t, real or complex: minGRU, minLSTM, LRU, S5, HGRN, RG-LRU."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -37,7 +38,9 @@ def _plan(
         require_shape(OP, "initial_state", initial_state, (sequences, *u.shape[2:]), "[sequences, ...]")
     if reset is not None:
         require_shape(OP, "reset", reset, tuple(u.shape[:2]), "[B, T]")
-    return choose(OP, backend, u, chunk=chunk, triton_chunk=32)
+    decision = choose(OP, backend, u, chunk=chunk, triton_chunk=32)
+    is_free = decision.backend == "chunked" and chunk is None
+    return replace(decision, chunk=chunked.CHUNK) if is_free else decision
 
 
 @explained_by(_plan)
@@ -59,7 +62,7 @@ def linear_scan(
         initial_state: state before the first step [B, ...] (per sequence when packed); zeros when None.
         reset: bool [B, T], True where the state is forgotten before the token is read.
         cu_seqlens: offsets [S + 1] of sequences packed into one row (B == 1); empty sequences are allowed.
-        chunk: steps that run side by side, a power of two; None takes the backend's own (32).
+        chunk: steps that run side by side, a power of two; None takes the backend's own (40; 32 on Triton).
         backend: "auto", "reference", "chunked" or "triton".
 
     Returns:

@@ -17,6 +17,9 @@ from torch import Tensor
 
 from kernels.common.checks import state_dtype
 
+# no power of two: rows that lie so many bytes apart would share few sets of the cache (a tenth of the time)
+CHUNK = 40
+
 
 def steps_of(x_BTN: Tensor, begin: int, n: int, chunk: int) -> Sequence[Tensor]:
     """Step i of all n chunks from token `begin` on, for every i: C views [B, n, N]."""
@@ -27,6 +30,16 @@ def steps_of(x_BTN: Tensor, begin: int, n: int, chunk: int) -> Sequence[Tensor]:
 def gates_ahead(gates: Sequence[Tensor], behind: float = 1.0) -> list[Tensor]:
     """The gates of the tokens after, `behind` the last token as given: views but for one step."""
     return [*gates[1:], torch.cat([gates[0][:, 1:], torch.full_like(gates[0][:, :1], behind)], 1)]
+
+
+def _products(a_BTN: Tensor, n: int, *, ahead: bool) -> Tensor:
+    """Products [B, n, N] of the gates of n chunks; `ahead` those of the tokens after, 1 behind the last one."""
+    chunks: Tensor = a_BTN.unflatten(1, (n, -1))
+    if not ahead:
+        return chunks.prod(2)
+    product: Tensor = chunks[:, :, 1:].prod(2)
+    product[:, :-1] *= chunks[:, 1:, 0]
+    return product
 
 
 def walk(a_BTN: Tensor, u_BTN: Tensor, h_BN: Tensor, out_BTN: Tensor, chunk: int, reverse: bool) -> Tensor:
@@ -42,14 +55,17 @@ def walk(a_BTN: Tensor, u_BTN: Tensor, h_BN: Tensor, out_BTN: Tensor, chunk: int
         if reverse:
             gates = gates_ahead(gates)
         steps = list(zip(gates, inputs, outs, strict=True))[::way]
-        product, last = steps[0][0].clone(), steps[0][1].clone()
+        last = steps[0][1].clone()
         for gate, given, _ in steps[1:]:
-            product.mul_(gate)
             torch.addcmul(given, gate, last, out=last)
-        starts = torch.empty_like(last)
-        for start, p, end in list(zip(starts.unbind(1), product.unbind(1), last.unbind(1), strict=True))[::way]:
-            h_BN = torch.addcmul(end, p, start.copy_(h_BN))
-        state = starts
+        # what stands before every chunk, and behind the last one
+        states = last.new_empty(last.shape[0], n + 1, last.shape[2])
+        before, after = (states[:, 1:], states[:, :-1]) if reverse else (states[:, :-1], states[:, 1:])
+        before[:, -1 if reverse else 0] = h_BN
+        product = _products(a_BTN[:, rest:] if reverse else a_BTN[:, : n * chunk], n, ahead=reverse)
+        for parts in list(zip(*(x.unbind(1) for x in (last, product, before, after)), strict=True))[::way]:
+            h_BN = torch.addcmul(*parts[:3], out=parts[3])
+        state = before
         for gate, given, out in steps:
             state = torch.addcmul(given, gate, state, out=out)
     tail = slice(0, rest) if reverse else slice(length - rest, length)

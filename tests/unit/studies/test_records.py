@@ -106,7 +106,7 @@ def test_a_page_is_what_its_runs_say(kept, tmp_path):
     assert gzip.decompress(again.read_bytes()) == gzip.decompress(kept.read_bytes())
 
 
-@pytest.mark.parametrize(("status", "asked"), [(None, "run"), ("stopped", "resume"), ("done", None)])
+@pytest.mark.parametrize(("status", "asked"), [(None, "run"), ("interrupted", "resume"), ("done", None)])
 def test_a_run_that_was_stopped_goes_on(monkeypatch, tmp_path, status, asked):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     import _study
