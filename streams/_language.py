@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -65,22 +65,23 @@ def language_stream(
             f"stream.domains names {_twice([t.name for t in texts])!r} twice; every domain has its own name"
         )
     trainable = {text.name: text for text in texts if text.train is not None}
-    planned = [_shares(entry, trainable) for entry in (list(trainable) if order is None else order)]
+    entries = list(trainable) if order is None else order
+    planned = [_shares(entry, trainable) for entry in entries]
     if not planned:
         raise UserError("stream.order is empty; it must name at least one domain")
     first_seen: dict[str, int] = {}
     experiences = []
-    for number, shares in enumerate(planned):
+    for number, (entry, shares) in enumerate(zip(entries, planned, strict=True)):
         for domain in shares:
             first_seen.setdefault(domain, number)
         visits = sum(earlier == shares for earlier in planned[:number])
-        experiences.append(_experience(number, shares, visits, trainable, first_seen, context))
+        is_dealt = isinstance(entry, Mapping)
+        experiences.append(_experience(number, shares, is_dealt, visits, trainable, first_seen, context))
     eval_sets = []
     for text in texts:
-        count = require_windows(text.name, text.held_out, context)
-        if eval_tokens is not None:
-            count = min(count, -(-eval_tokens // context))
-        load = partial(Packed, text.held_out, context, count, is_spread=True)
+        windows = require_windows(text.name, text.held_out, context)
+        count = windows if eval_tokens is None else min(windows, -(-eval_tokens // context))
+        load = partial(Packed, text.held_out, context, count, spread_over=windows)
         eval_sets.append(EvalSet(text.name, load, count, text_bytes(load(), text.held_out, tokenizer)))
     info = StreamInfo(
         name,
@@ -138,33 +139,41 @@ def _shares(entry: Entry, texts: Mapping[str, Text]) -> dict[str, float | None]:
 def _experience(
     number: int,
     shares: Mapping[str, float | None],
+    is_dealt: bool,
     visits: int,
     texts: Mapping[str, Text],
     first_seen: Mapping[str, int],
     context: int,
 ) -> Experience:
+    new = [name for name in shares if first_seen[name] == number]
     windows = {name: require_windows(name, _train(texts[name]), context) for name in shares}
-    rows = {name: _num_rows(texts[name], windows[name], context) for name in shares}
+    full = {name: _num_rows(texts[name], windows[name], context) for name in shares}
+    rows = full
     if len(shares) > 1 and None not in shares.values():
-        # as many tokens as the domains have together, dealt out by weight
+        # a list takes what all its domains have, weights in the order itself deal out what the new ones have
+        total = sum(full[name] for name in (new if is_dealt and new else shares))
         weights = {name: float(weight or 0) for name, weight in shares.items()}
-        total = sum(rows.values())
         rows = {name: max(1, round(total * weights[name] / sum(weights.values()))) for name in shares}
     for name in shares:
         if rows[name] > MANY_PASSES * windows[name]:
             warnings.warn(
                 f"experience {number} trains {rows[name] / windows[name]:.1f} times on the text of {name}", stacklevel=2
             )
-    parts = [(_train(texts[name]), rows[name], first_seen[name]) for name in shares]
+    parts = [partial(Packed, _train(texts[name]), context, rows[name], first_seen[name]) for name in shares]
+    if len(shares) > 1:
+        # some rows of an old domain are from all over what was trained then, and others in another experience
+        parts = [
+            part if name in new else partial(part, spread_over=min(windows[name], full[name]), shift=number)
+            for name, part in zip(shares, parts, strict=True)
+        ]
     title = "+".join(shares) + (f" ({visits + 1})" if visits else "")
-    # a mixture teaches what is new in it
-    new = [name for name in shares if first_seen[name] == number]
     order = pass_by_pass(next(iter(windows.values()))) if len(shares) == 1 else shuffled
     return Experience(
         number,
         title,
+        # a mixture teaches what is new in it
         (new or list(shares))[-1],
-        partial(_load, parts, context),
+        partial(_load, parts),
         sum(rows.values()),
         order=order,
         practises=tuple(shares) if len(shares) > 1 else (),
@@ -181,7 +190,6 @@ def _num_rows(text: Text, num_windows: int, context: int) -> int:
     return text.passes * num_windows if text.tokens is None else max(1, -(-text.tokens // context))
 
 
-def _load(parts: Sequence[tuple[Corpus, int, int]], context: int) -> Data:
-    """Rows of (corpus, number of rows, experience it was first seen in)."""
-    loaded = [Packed(corpus, context, rows, experience_id) for corpus, rows, experience_id in parts]
+def _load(parts: Sequence[Callable[[], Packed]]) -> Data:
+    loaded = [part() for part in parts]
     return loaded[0] if len(loaded) == 1 else Mixed(loaded)

@@ -31,7 +31,8 @@ class Packed:
         context: T, tokens of a row.
         num_rows: more than one pass where that is more than there are; None takes one.
         experience_id: where the domain was first seen.
-        is_spread: fewer rows than there are come from all over the text, not from its beginning.
+        spread_over: fewer rows than these first ones of the text come from all over them; None takes the very first.
+        shift: other rows, as far apart, for another number.
     """
 
     def __init__(
@@ -40,9 +41,10 @@ class Packed:
         context: int,
         num_rows: int | None = None,
         experience_id: int = 0,
-        is_spread: bool = False,
+        spread_over: int | None = None,
+        shift: int = 0,
     ) -> None:
-        self.context, self.experience_id, self.is_spread = context, experience_id, is_spread
+        self.context, self.experience_id, self.spread_over, self.shift = context, experience_id, spread_over, shift
         self.shards = [corpus.tokens(number) for number in range(len(corpus.shards))]
         self.ends = np.cumsum([(len(tokens) - 1) // context for tokens in self.shards])
         self.num_rows = int(self.ends[-1]) if num_rows is None else num_rows
@@ -53,8 +55,7 @@ class Packed:
         return self.num_rows
 
     def rows(self, index: Tensor) -> Batch:
-        count = int(self.ends[-1])
-        windows = index.numpy() * count // self.num_rows if self.is_spread else index.numpy() % count
+        windows = self._windows(index.numpy())
         tokens = np.empty((len(windows), self.context + 1), np.int64)
         owner = np.searchsorted(self.ends, windows, side="right")
         for number in np.unique(owner).tolist():
@@ -69,6 +70,12 @@ class Packed:
             torch.full((len(index),), self.experience_id),
             index,
         )
+
+    def _windows(self, index: np.ndarray) -> np.ndarray:
+        count = self.spread_over or int(self.ends[-1])
+        if self.spread_over is None or self.num_rows > count:
+            return index % count
+        return (index * count // self.num_rows + self.shift) % count
 
 
 def as_ids(raw: Tensor) -> Tensor:

@@ -52,6 +52,7 @@ class Piece:
         num_samples, num_eval: rows for training and for measuring.
         classes: classes that occur, counted within the head.
         view: as in `TensorData`.
+        domain: what results call it, where `name` holds what a seed drew; runs of different seeds are compared then.
     """
 
     name: str
@@ -60,6 +61,7 @@ class Piece:
     num_eval: int
     classes: tuple[int, ...]
     view: Callable[[Tensor], Tensor] | None = None
+    domain: str = ""
 
     def load(self, is_train: bool, experience_id: int, task_id: int | None) -> TensorData:
         return TensorData(*self.rows(is_train), experience_id, task_id, self.view)
@@ -71,11 +73,11 @@ def assemble(family: str, images: Images, setting: Setting, num_outputs: int, pi
     experiences, eval_sets = [], []
     for k, piece in enumerate(pieces):
         task_id = k if has_heads else None
-        load = partial(piece.load, experience_id=k, task_id=task_id)
+        load, domain = partial(piece.load, experience_id=k, task_id=task_id), piece.domain or piece.name
         experiences.append(
-            Experience(k, piece.name, piece.name, partial(load, True), piece.num_samples, piece.classes, task_id)
+            Experience(k, piece.name, domain, partial(load, True), piece.num_samples, piece.classes, task_id)
         )
-        eval_sets.append(EvalSet(piece.name, partial(load, False), piece.num_eval))
+        eval_sets.append(EvalSet(domain, partial(load, False), piece.num_eval))
     num_heads = len(experiences) if has_heads else 1
     info = StreamInfo(
         f"{family}_{images.name}", setting, images.shape, num_outputs, len(experiences), num_heads=num_heads

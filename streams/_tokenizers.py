@@ -96,10 +96,13 @@ class Subwords:
             return None
         # a byte-level token is written with one letter per byte
         sizes = np.zeros(self.vocabulary, np.int64)
-        special = set(self._library.get_added_tokens_decoder())
+        added = self._library.get_added_tokens_decoder()
         for token in range(self._library.get_vocab_size()):
-            if token not in special:
+            if token not in added:
                 sizes[token] = len(self._library.id_to_token(token))
+            elif not added[token].special:
+                # written as the text that it is, such as the runs of spaces of GPT-NeoX
+                sizes[token] = len(added[token].content.encode())
         return sizes
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:

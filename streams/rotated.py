@@ -61,6 +61,7 @@ def rotated(
             len(images.eval_targets),
             tuple(range(images.num_classes)),
             partial(_view, angle=angle) if angle else None,
+            f"rotation {k:02d}" if angles == "random" else "",
         )
         for k, angle in enumerate(degrees)
     )

@@ -59,7 +59,9 @@ def split(
             f"tell apart in the {setting} setting; take fewer experiences or class_incremental"
         )
     num_outputs = max(sizes) if is_local else images.num_classes
-    return assemble("split", images, kind, num_outputs, _pieces(images, _divided(order, sizes), is_local))
+    return assemble(
+        "split", images, kind, num_outputs, _pieces(images, _divided(order, sizes), is_local, class_order == "shuffled")
+    )
 
 
 def _class_order(wanted: str | Sequence[int], num_classes: int, seed: int) -> list[int]:
@@ -106,17 +108,18 @@ def _divided(order: Sequence[int], sizes: Sequence[int]) -> Iterator[tuple[int, 
         start += size
 
 
-def _pieces(images: Images, groups: Iterator[tuple[int, ...]], is_local: bool) -> Iterator[Piece]:
+def _pieces(images: Images, groups: Iterator[tuple[int, ...]], is_local: bool, is_drawn: bool) -> Iterator[Piece]:
     counts, eval_counts = (
         targets.bincount(minlength=images.num_classes).tolist() for targets in (images.targets, images.eval_targets)
     )
-    for classes in groups:
+    for number, classes in enumerate(groups):
         yield Piece(
             _name(classes),
             partial(_view, images, classes, is_local),
             sum(counts[c] for c in classes),
             sum(eval_counts[c] for c in classes),
             tuple(range(len(classes))) if is_local else classes,
+            domain=f"part {number:02d}" if is_drawn else "",
         )
 
 

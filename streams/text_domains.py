@@ -46,8 +46,9 @@ def text_domains(
         domains: what there is, each a mapping with the keys of `streams._documents.Domain`: name, path or hub, ...
         name: what results are reported under.
         order: the experiences: names of domains, `[a, b]` for a mixture by the domains' weights, `{a: 0.05, b: 0.95}`
-            for one by these weights. None takes every domain once. `[[a], [a, b]]` is the cumulative reference,
-            `[[a, b]]` the joint one, at as many tokens as the domains have together.
+            for one by these weights, of as many tokens as its new domains have. None takes every domain once.
+            `[[a], [a, b]]` is the cumulative reference, `[[a, b]]` the joint one, at as many tokens as the domains have
+            together.
         general: one more domain, which is measured and never trained on. With an eval_path, eval_split or eval_frac of
             its own, the rest of it is there for strategies that anchor on general text (`Stream.general`).
         tokenizer: "bytes", "bpe" (trained on the first domain of the order), or a model's own: its folder, its

@@ -205,7 +205,7 @@ def _rows(path: Path, labels: Sequence[str]) -> Iterator[tuple[str, int]]:
         raise UserError(f"{path} cannot be read: {error}") from None
     for number, line in enumerate(lines, 1):
         if not line:
-            return
+            continue
         try:
             row = json.loads(line)
             text, label = row["text"], row["label"]

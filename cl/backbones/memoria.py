@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from cl.backbones import _engrams
 from cl.backbones._block import Auxiliary
-from cl.backbones._engrams import LONG, Rules, compact
+from cl.backbones._engrams import EMPTY, LONG, Rules, compact
 from cl.backbones._heads import require_width
 from cl.backbones._mixer import Lifetime
 from cl.backbones._reading import draw
@@ -42,7 +42,7 @@ class Memoria(Segmented):
         life: of a new engram, in segments.
         gain: of life by attention.
         period: segments after which a row forgets everything; None never does.
-        persist: engrams that outlive a batch; 0 keeps none.
+        persist: engrams that outlive a batch and that every row begins with; 0 keeps none.
         num_heads: of the decoder and of reading.
         decoder: further options of `Gpt`.
 
@@ -154,19 +154,27 @@ class Memoria(Segmented):
 
     @torch.no_grad()
     def commit(self, batch: Batch, output: Output) -> None:
-        """Keep the engrams of the batch, and those kept before, that have the longest life left; all lose one first.
+        """Keep the engrams with the longest life left, each once however many rows began with it.
 
-        Those of different rows have never fired together.
+        They live on as long as new ones at most, or none of those would ever take a place. Engrams of different rows
+        have never fired together.
         """
         engrams = output.state["memory"]["engrams"]
-        rows, places, width = engrams["data"].shape
+        data, life = engrams["data"].flatten(0, 1), engrams["life"].flatten()
+        kind = torch.where(engrams["kind"].flatten() > 0, LONG, EMPTY)
+        # copies side by side, the one with the longest life first
+        which = torch.unique(data, dim=0, return_inverse=True)[1]
+        order = life.argsort(descending=True, stable=True)
+        order = order[which[order].argsort(stable=True)]
+        kind[order[1:][which[order[1:]] == which[order[:-1]]]] = EMPTY
         own = {
-            "data": engrams["data"].reshape(1, rows * places, width),
-            "kind": torch.where(engrams["kind"] > 0, LONG, 0).reshape(1, -1),
-            "life": engrams["life"].reshape(1, -1),
+            "data": data.unsqueeze(0),
+            "kind": kind.unsqueeze(0),
+            "life": life.unsqueeze(0),
             "count": torch.block_diag(*engrams["count"]).unsqueeze(0),
         }
         left = compact(own, self.persist)
+        left["life"].clamp_(max=self.rules.life)
         for name, value in left.items():
             getattr(self, f"kept_{name}").copy_(value[0])
 

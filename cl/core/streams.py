@@ -5,7 +5,7 @@ Shape legend: B rows of a batch, N rows of a data set.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any, Literal
@@ -126,6 +126,10 @@ def as_stored(raw: Tensor) -> Tensor:
     return raw
 
 
+def _taught(experiences: Iterable[Experience]) -> set[str]:
+    return {domain for experience in experiences for domain in (experience.domain, *experience.practises)}
+
+
 @dataclass(frozen=True)
 class Stream:
     """Ordered experiences, the sets that measure them, and how stored rows become inputs.
@@ -161,10 +165,10 @@ class Stream:
         return Batch(inputs, rows.targets, rows.experience_id, rows.sample_ids, rows.task_id, rows.inputs, rows.parts)
 
     def first(self, num_experiences: int) -> Stream:
-        """The first experiences, measured on what they teach."""
+        """The first experiences, measured on what they teach and on what no experience does."""
         kept = self.experiences[:num_experiences]
-        domains = {domain for experience in kept for domain in (experience.domain, *experience.practises)}
-        measured = [eval_set for eval_set in self.eval_sets if eval_set.domain in domains]
+        later = _taught(self.experiences) - _taught(kept)
+        measured = [eval_set for eval_set in self.eval_sets if eval_set.domain not in later]
         info = replace(self.info, num_experiences=len(kept))
         return replace(self, info=info, experiences=kept, eval_sets=measured or self.eval_sets)
 

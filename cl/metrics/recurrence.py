@@ -111,14 +111,15 @@ def fit_power_law(lag: ArrayLike, value: ArrayLike, weight: ArrayLike | None = N
 
 
 def retention_exponent(table: EvalTable) -> float:
-    """Exponent b of the power law A(lag) = a lag^-b through `revisit_curve`, every pair counting once.
+    """Exponent b of the power law A(lag) = a lag^-b (loss: a lag^b) through `revisit_curve`, every pair counting once.
 
     Returns: larger means faster forgetting; near 0 nothing is lost with time. NaN unless domains come back, and with
         fewer than 3 lags.
     """
     if not table.recurs:
         return math.nan
-    return fit_power_law(*revisit_curve(table)).exponent
+    exponent = fit_power_law(*revisit_curve(table)).exponent
+    return exponent if table.measure == "accuracy" else -exponent
 
 
 def late_average(table: EvalTable) -> float:

@@ -116,6 +116,8 @@ def test_first_experiences_are_measured_on_what_they_teach():
     cut = stream_of(["a", "b", "a"]).first(1)
     assert [experience.name for experience in cut.experiences] == ["a"]
     assert [eval_set.domain for eval_set in cut.eval_sets] == ["a"]
+    more = stream_of(["a", "b"], ["a", "b", "longer words"])
+    assert [eval_set.domain for eval_set in more.first(1).eval_sets] == ["a", "longer words"]
 
 
 def test_preparing_transforms_keeps_the_raw_rows_and_augments_only_on_request():

@@ -132,6 +132,9 @@ def test_the_exponent_is_that_of_streams_that_come_back():
     forgets = [[0.9 if i % 6 == 0 else 0.8 * (i % 6) ** -0.5, None] for i in range(12)]
     table = EvalTable.from_rows(forgets, trained=[0 if i % 6 == 0 else -1 for i in range(12)])
     assert summary(table)["retention_exponent"] == pytest.approx(0.5)
+    forgets = [[1.0 if i % 6 == 0 else 1.2 * (i % 6) ** 0.5, None] for i in range(12)]
+    table = EvalTable.from_rows(forgets, trained=[0 if i % 6 == 0 else -1 for i in range(12)], measure="loss")
+    assert summary(table)["retention_exponent"] == pytest.approx(0.5), "a loss that rises is forgetting too"
 
 
 def test_late_average_is_a_window():

@@ -32,6 +32,16 @@ def test_difference_is_paired_by_seed(runs):
     assert math.isnan(by_name(runs)["naive"].difference.mean)
 
 
+def test_a_strategy_with_fewer_pairs_may_be_significant_all_the_same(make_result):
+    """Holm tests it last, at 0.05: the other strategy, with more pairs, was tested first."""
+    runs = [make_result("naive", seed, [[0.9, 0.1], [0.5 + seed / 1000, 0.8]]) for seed in range(10)]
+    runs += [make_result("replay", seed, [[0.9, 0.1], [0.7 + seed / 500, 0.8]]) for seed in range(10)]
+    runs += [make_result("ewc", seed, [[0.9, 0.1], [0.6 + seed / 300, 0.8]]) for seed in range(6)]
+    row = by_name(runs)["ewc"]
+    assert row.is_significant
+    assert row.test == "p = 0.031"
+
+
 def test_best_comes_first_and_what_did_not_finish_last(runs):
     assert [row.strategy for row in comparison_rows(runs)] == ["joint", "replay", "naive", "ewc"]
     ewc = by_name(runs)["ewc"]

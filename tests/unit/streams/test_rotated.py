@@ -48,6 +48,14 @@ def test_even_listed_and_first_angles():
     ]
 
 
+def test_random_angles_are_in_the_names_and_not_in_the_domains():
+    """Runs of different seeds are compared column by column."""
+    drawn = rotated("digits", 2, seed=1)
+    assert [each.domain for each in drawn.eval_sets] == [each.domain for each in drawn.experiences]
+    assert [each.domain for each in drawn.experiences] == ["rotation 00", "rotation 01"]
+    assert drawn.experiences[0].name != rotated("digits", 2, seed=2).experiences[0].name
+
+
 def test_random_angles_fill_the_range_and_pair_by_seed():
     def angles(seed, count=200, **options):
         names = [e.name for e in rotated("digits", count, seed=seed, **options).experiences]

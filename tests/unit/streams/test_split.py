@@ -52,7 +52,9 @@ def test_classes_are_divided_exactly_and_labelled_by_setting(setting, order):
 
 
 def test_shuffled_order_is_drawn_by_seed():
-    names = [[e.name for e in split("digits", class_order="shuffled", seed=s).experiences] for s in (0, 0, 1)]
+    drawn = [split("digits", class_order="shuffled", seed=s) for s in (0, 0, 1)]
+    assert [[each.domain for each in stream.eval_sets] for stream in drawn] == [[f"part {k:02d}" for k in range(5)]] * 3
+    names = [[e.name for e in stream.experiences] for stream in drawn]
     assert names[0] == names[1] != names[2]
 
 

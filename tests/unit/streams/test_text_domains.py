@@ -3,6 +3,7 @@
 import json
 import math
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -158,17 +159,33 @@ def test_any_order_and_revisits(text_root):
 
 
 def test_mixtures_have_the_tokens_of_their_domains_in_the_given_shares(text_root):
-    stream = built(text_root, order=["news", {"news": 1, "code": 3}, ["news", "code"]])
+    stream = built(text_root, order=["news", {"news": 1, "code": 3}, {"news": 1, "code": 3}, ["news", "code"]])
     news, code = (built(text_root, order=[name]).experiences[0].num_samples for name in ("news", "code"))
-    mixed, joint = stream.experiences[1:]
+    mixed, again, joint = stream.experiences[1:]
     counts = all_rows(mixed.load()).experience_id.bincount().tolist()
-    assert counts == [round((news + code) / 4), round((news + code) * 3 / 4)]
+    assert counts == [round(code / 4), round(code * 3 / 4)], "as many as the new domain has"
+    counts = all_rows(again.load()).experience_id.bincount().tolist()
+    assert counts == [round((news + code) / 4), round((news + code) * 3 / 4)], "none is new"
     assert all_rows(joint.load()).experience_id.bincount().tolist() == [news, code]
     assert mixed.domain == "code" and set(mixed.practises) == {"news", "code"}
     weighted = built(
         text_root, [NEWS_DOMAIN | {"weight": 1}, CODE_DOMAIN | {"weight": 3}], order=["news", ["news", "code"]]
     )
     assert all_rows(weighted.experiences[1].load()).experience_id.bincount().tolist() == counts
+
+
+def test_an_old_domain_in_a_mixture_shows_other_rows_each_time_from_all_over_what_was_trained(text_root):
+    order = ["news", {"news": 0.05, "code": 0.95}, {"news": 0.05, "code": 0.95}]
+    stream = built(text_root, order=order)
+    first = all_rows(stream.experiences[0].load()).inputs.tolist()
+    seen = []
+    for experience in stream.experiences[1:]:
+        rows = all_rows(experience.load())
+        seen.append([first.index(row) for row in rows.inputs[rows.experience_id == 0].tolist()])
+    assert not set(seen[0]) & set(seen[1])
+    for places in seen:
+        steps = [b - a for a, b in pairwise(places)]
+        assert max(steps) - min(steps) <= 1 and max(places) >= len(first) - 2 * max(steps)
 
 
 def test_joint_and_cumulative_references_see_the_same_text(text_root):

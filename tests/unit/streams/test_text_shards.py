@@ -8,6 +8,8 @@ import tracemalloc
 import numpy as np
 import pytest
 import torch
+from tokenizers import AddedToken
+from tokenizers import Tokenizer as Library
 
 from cl.core import UserError
 from streams._packing import Mixed, Packed, num_windows, pass_by_pass, text_bytes
@@ -53,6 +55,19 @@ def test_bpe_makes_fewer_tokens_and_loses_nothing(bpe):
         assert bpe.decode(tokens.tolist()) == text
         assert bpe.token_bytes[tokens].sum() == len(text.encode()), "a byte-level token says how many bytes it is"
     assert len(bpe.encode(["the cat sat on the mat"])[0]) < 12
+
+
+def test_added_tokens_that_are_text_have_bytes(bpe, tmp_path):
+    """As the runs of spaces in the tokenizers of GPT-NeoX, Pythia and OLMo."""
+    library = Library.from_str(bpe._library.to_str())
+    library.add_tokens([AddedToken("    ", normalized=False), AddedToken("\u00e9\u00e9", normalized=False)])
+    library.add_special_tokens([AddedToken("<end>")])
+    path = tmp_path / "tokenizer.json"
+    library.save(str(path))
+    tokenizer = Subwords(path.read_text())
+    text = "def f():\n    return 'caf\u00e9\u00e9'"
+    assert tokenizer.token_bytes[tokenizer.encode([text])[0]].sum() == len(text.encode())
+    assert tokenizer.token_bytes[library.token_to_id("<end>")] == 0
 
 
 def test_bpe_is_trained_once_and_the_same_every_time(tmp_path):
@@ -244,7 +259,7 @@ def test_more_rows_than_there_are_come_again_pass_by_pass(tmp_path):
 
 def test_few_rows_to_measure_on_come_from_all_over(tmp_path):
     corpus = written(tmp_path, [f"{number:05d}" for number in range(1000)])
-    spread = Packed(corpus, 6, 10, is_spread=True).rows(torch.arange(10))
+    spread = Packed(corpus, 6, 10, spread_over=len(Packed(corpus, 6))).rows(torch.arange(10))
     firsts = [Bytes().decode(row) for row in spread.inputs.tolist()]
     assert firsts == [f"{number:05d}" for number in range(0, 1000, 100)]
 

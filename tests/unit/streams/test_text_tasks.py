@@ -307,6 +307,13 @@ def test_bad_requests_are_one_sentence(root, options, words):
     assert words in str(error.value)
 
 
+def test_a_line_without_anything_is_passed_over(root):
+    path = root / "text" / "tasks" / "sst2" / "train.jsonl"
+    wanted = built(root).experiences[0].num_samples
+    path.write_text(path.read_text().replace("\n", "\n\n", 3))
+    assert built(root).experiences[0].num_samples == wanted
+
+
 @pytest.mark.parametrize(
     ("content", "words"),
     [
