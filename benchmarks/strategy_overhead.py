@@ -54,7 +54,6 @@ class Stopwatch(Strategy):
     declared: list[Cost] = field(default_factory=list)
     measured: list[Cost] = field(default_factory=list)
     opened: Cost | None = None
-    at_end: list[Cost] = field(default_factory=list)
 
     settings = frozenset(Setting)
 

@@ -31,7 +31,7 @@ class Replay(Rehearsal):
         capacity: rows stored.
         replay_batch_size: rows replayed per step; None takes as many as the stream's batch has.
         weight: factor of the replayed rows' loss; 0 replays nothing.
-        policy: which rows stay: reservoir, class_balanced, experience_balanced, ring.
+        policy: which rows stay: reservoir, class_balanced, experience_balanced, ring, fifo.
         update: "step" inserts after every step, "experience_end" once from the whole experience.
         average: "source" adds the two mean losses, "row" takes one mean over all rows.
 

@@ -22,7 +22,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig
 from rich.console import Console
 
 from cl.cli import build
@@ -43,6 +42,7 @@ class Plan:
     Args:
         runs: folder of each run -> its config.
         compositions: label -> names of its strategies.
+        words: label -> what `cl run` is told, but for the seed.
         measure: of the stream, "accuracy" or "loss".
     """
 
@@ -52,6 +52,7 @@ class Plan:
     jobs: int
     suite: str
     compositions: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    words: Mapping[str, Sequence[str]] = field(default_factory=dict)
     measure: str = "accuracy"
 
 
@@ -72,7 +73,7 @@ def main(words: list[str]) -> int:
     else:
         from cl.cli.launch import launch
 
-        failures = launch(plan, request["launcher"], others, console)
+        failures = launch(plan, request["launcher"], console)
     return _conclude(plan, failures, console)
 
 
@@ -125,7 +126,11 @@ def make_plan(request: Mapping[str, Any], words: Sequence[str], own: Mapping[str
     labelled = {"+".join(map(node_name, names)): names for names in compositions}
     if len(labelled) < len(compositions):
         raise UserError(f"strategies names a composition twice: {', '.join(labelled)}")
-    configs = {label: _config_of(names, [*words, *(own or {}).get(label, ())]) for label, names in labelled.items()}
+    told = {
+        label: [f"strategy=[{','.join(names)}]", *words_for(names, [*words, *(own or {}).get(label, ())])]
+        for label, names in labelled.items()
+    }
+    configs = {label: composed("run", each) for label, each in told.items()}
     reference = request["reference"]
     if reference not in configs and reference != "naive":
         raise UserError(f"reference is {reference!r}; it must be one of {', '.join(configs)}")
@@ -139,7 +144,7 @@ def make_plan(request: Mapping[str, Any], words: Sequence[str], own: Mapping[str
     suite = f"{infos[0].name}-{hashlib.sha256(' '.join(marks).encode()).hexdigest()[:8]}"
     out = Path(request["out"]) if request["out"] else Path("runs") / "compare" / suite
     runs = {out / label / f"seed-{seed}": seeded(config, seed) for seed in seeds for label, config in configs.items()}
-    return Plan(out, runs, reference, jobs, suite, labelled, infos[0].measure)
+    return Plan(out, runs, reference, jobs, suite, labelled, told, infos[0].measure)
 
 
 def _check_words(words: Sequence[str], known: set[str]) -> None:
@@ -149,11 +154,6 @@ def _check_words(words: Sequence[str], known: set[str]) -> None:
         name = _strategy_of(word)
         if name and name not in known:
             raise UserError(f"{word!r} is for {name}, which is not compared; strategies are {', '.join(sorted(known))}")
-
-
-def _config_of(names: Sequence[str], words: Sequence[str]) -> DictConfig:
-    """Config of a composition: the common words, and the options of its own strategies."""
-    return composed("run", [f"strategy=[{','.join(names)}]", *words_for(names, words)])
 
 
 def words_for(names: Sequence[str], words: Sequence[str]) -> list[str]:

@@ -21,7 +21,7 @@ Check = tuple[str, str, str]
 """(status, what was looked at, what was found); status is "ok", "absent" (optional) or "broken"."""
 
 NEEDED = ("torch", "numpy", "scipy", "scikit-learn", "matplotlib", "rich", "hydra-core", "mlflow")
-OPTIONAL = ("torchvision", "avalanche-lib", "datasets", "peft", "transformers", "triton", "rliable", "autorank")
+OPTIONAL = ("torchvision", "avalanche-lib", "datasets", "peft", "transformers", "triton")
 
 
 def main(words: list[str]) -> int:

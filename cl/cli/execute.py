@@ -63,7 +63,7 @@ def execute(
             write_text(run_dir / CONFIG, OmegaConf.to_yaml(OmegaConf.create(dict(config))))
     if not resume and (run_dir / START).exists():
         load_start(run_dir / START, trainer.state)
-    with _logging_to(run_dir / LOG, say) if is_first else nullcontext(), _stopping(trainer, run_dir, say):
+    with _logging_to(run_dir / LOG, say) if is_first else nullcontext(), _stopping(trainer, say):
         result = trainer.run(resume=resume)
     if result.status == "done" and len(recorders) > 1:
         _send_figures(run_dir, recorders)
@@ -132,7 +132,7 @@ def _logging_to(path: Path, say: Callable[[str], None]) -> Iterator[None]:
 
 
 @contextmanager
-def _stopping(trainer: Any, run_dir: Path, say: Callable[[str], None]) -> Iterator[None]:
+def _stopping(trainer: Any, say: Callable[[str], None]) -> Iterator[None]:
     """The first Ctrl-C or SIGTERM asks for a checkpoint and an orderly end; the second stops at once."""
 
     def handler(number: int, frame: Any) -> None:

@@ -44,6 +44,8 @@ HOOKS = (
     "on_step_end",
     "on_experience_end",
     "eval_forward",
+    "on_evaluation",
+    "on_resume",
 )
 
 

@@ -9,14 +9,14 @@ from typing import Any
 
 from rich.console import Console
 
-from cl.cli.compare import Plan, is_done, words_for
+from cl.cli.compare import Plan, is_done
 from cl.core import UserError
 
 LAUNCHERS = {"joblib": "joblib", "submitit_local": "submitit", "submitit_slurm": "submitit"}
 """Launcher -> the plugin's package is `hydra-<plugin>-launcher`."""
 
 
-def launch(plan: Plan, launcher: str, words: Sequence[str], console: Console) -> dict[str, str]:
+def launch(plan: Plan, launcher: str, console: Console) -> dict[str, str]:
     """Run what is not done; returns the sentence of each run that did not finish.
 
     A cluster's launcher gets all compositions at once; a local one gets them one after another, because each sweep
@@ -24,11 +24,11 @@ def launch(plan: Plan, launcher: str, words: Sequence[str], console: Console) ->
     """
     if launcher not in LAUNCHERS:
         raise UserError(f"launcher is {launcher!r}; it must be local, {', '.join(LAUNCHERS)}")
-    todo: dict[tuple[str, ...], list[int]] = {}
+    todo: dict[str, list[int]] = {}
     for folder, config in plan.runs.items():
         if not is_done(folder, config):
-            todo.setdefault(tuple(config["strategy"]), []).append(config["seed"])
-    commands = {"+".join(names): sweep(plan, names, seeds, launcher, words) for names, seeds in todo.items()}
+            todo.setdefault(folder.parent.name, []).append(config["seed"])
+    commands = {label: sweep(plan, label, seeds, launcher) for label, seeds in todo.items()}
     processes: dict[str, subprocess.Popen[bytes]] = {}
     for label, command in commands.items():
         console.print(f"{label}: {' '.join(command[2:])}", highlight=False, markup=False, soft_wrap=True)
@@ -40,13 +40,12 @@ def launch(plan: Plan, launcher: str, words: Sequence[str], console: Console) ->
     return {str(folder): "did not finish" for folder, config in plan.runs.items() if not is_done(folder, config)}
 
 
-def sweep(plan: Plan, names: Sequence[str], seeds: Sequence[int], launcher: str, words: Sequence[str]) -> list[str]:
+def sweep(plan: Plan, label: str, seeds: Sequence[int], launcher: str) -> list[str]:
     """The command that runs one composition on all its seeds."""
     own: Mapping[str, Any] = {
-        "strategy": f"[{','.join(names)}]",
         "seed": ",".join(map(str, seeds)),
         "hydra/launcher": launcher,
-        "hydra.sweep.dir": plan.out / "+".join(names),
+        "hydra.sweep.dir": plan.out / label,
         "hydra.sweep.subdir": "seed-${seed}",
         "+suite": plan.suite,
     }
@@ -57,5 +56,5 @@ def sweep(plan: Plan, names: Sequence[str], seeds: Sequence[int], launcher: str,
         "run",
         "-m",
         *(f"{key}={value}" for key, value in own.items()),
-        *words_for(names, words),
+        *plan.words[label],
     ]

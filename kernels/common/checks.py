@@ -7,8 +7,6 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
 
 def require_shape(op: str, name: str, tensor: Tensor, shape: tuple[int, ...], legend: str) -> None:
     """Raise unless `tensor` has exactly `shape`."""

@@ -45,6 +45,7 @@ def choose(
     length: int | None = None,
     refusal: str | None = None,
     triton_chunk: int = 64,
+    any_chunk: bool = False,
 ) -> Decision:
     """Decide the backend of one call; an explicit choice is never replaced by another.
 
@@ -56,6 +57,7 @@ def choose(
         length: T, so that a short call is not padded to a full chunk.
         refusal: why this op's Triton kernels cannot take these shapes, None if they can.
         triton_chunk: the op's own chunk length on Triton.
+        any_chunk: the op takes any length of a chunk on a CPU.
 
     Raises:
         ValueError: unknown backend or chunk, or an explicit "triton" that cannot run.
@@ -63,8 +65,9 @@ def choose(
     wish = os.environ.get("KERNELS_BACKEND", "auto") if backend == "auto" else backend
     if wish not in BACKENDS:
         raise ValueError(f"{op}: unknown backend {wish!r}; use one of {', '.join(BACKENDS)}")
-    if chunk is not None and (chunk < 1 or chunk & (chunk - 1)):
-        raise ValueError(f"{op}: chunk must be a power of two, got {chunk}")
+    if chunk is not None and (chunk < 1 or (chunk & (chunk - 1) and not any_chunk)):
+        kind = "at least 1" if any_chunk else "a power of two"
+        raise ValueError(f"{op}: chunk must be {kind}, got {chunk}")
     # what the op cannot do anywhere comes before what this machine cannot
     obstacle = refusal or _triton_obstacle(tensor, chunk)
     if wish == "reference":
@@ -127,7 +130,7 @@ def explain(op: Callable[..., Any], *args: Any, **kwargs: Any) -> Decision:
     Example:
         >>> from kernels.linear_scan import linear_scan
         >>> explain(linear_scan, torch.ones(1, 8, 2), torch.ones(1, 8, 2), backend="chunked")
-        Decision(op='linear_scan', backend='chunked', chunk=32, reason='asked for')
+        Decision(op='linear_scan', backend='chunked', chunk=40, reason='asked for')
     """
     if isinstance(op, partial):
         return explain(op.func, *op.args, *args, **{**op.keywords, **kwargs})

@@ -38,9 +38,9 @@ def _plan(
         require_shape(OP, "initial_state", initial_state, (sequences, *u.shape[2:]), "[sequences, ...]")
     if reset is not None:
         require_shape(OP, "reset", reset, tuple(u.shape[:2]), "[B, T]")
-    decision = choose(OP, backend, u, chunk=chunk, triton_chunk=32)
-    is_free = decision.backend == "chunked" and chunk is None
-    return replace(decision, chunk=chunked.CHUNK) if is_free else decision
+    decision = choose(OP, backend, u, chunk=chunk, triton_chunk=32, any_chunk=True)
+    is_own = decision.backend == "chunked" and chunk is None
+    return replace(decision, chunk=chunked.CHUNK) if is_own else decision
 
 
 @explained_by(_plan)
@@ -62,7 +62,8 @@ def linear_scan(
         initial_state: state before the first step [B, ...] (per sequence when packed); zeros when None.
         reset: bool [B, T], True where the state is forgotten before the token is read.
         cu_seqlens: offsets [S + 1] of sequences packed into one row (B == 1); empty sequences are allowed.
-        chunk: steps that run side by side, a power of two; None takes the backend's own (40; 32 on Triton).
+        chunk: steps of a chunk, all chunks side by side; None takes the backend's own (40; 32 on Triton, which has 16,
+            32 and 64).
         backend: "auto", "reference", "chunked" or "triton".
 
     Returns:

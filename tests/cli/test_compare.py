@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from cl.cli.compare import split_words
+from cl.cli.compare import make_plan, split_words
+from cl.cli.compose import composed, plain
+from cl.cli.launch import sweep
 from cl.cli.main import main
 from cl.result import Result
 
@@ -129,6 +131,17 @@ def test_other_settings_in_the_same_folder_are_refused(capsys: pytest.CaptureFix
     assert main(("compare", *TINY, "strategies=naive", "seeds=1")) == 0
     assert main(("compare", *TINY, "strategies=naive", "seeds=1", "optimizer.lr=0.5")) == 2
     assert "holds a run with other settings; choose another folder with out=FOLDER" in capsys.readouterr().err
+
+
+def test_a_launcher_is_told_the_names_and_what_was_chosen() -> None:
+    own, others = split_words([*TINY, "strategies=replay,avalanche/EWC", "seeds=2", "strategy.replay.capacity=50"])
+    plan = make_plan(plain(composed("compare", own)), others, {"replay": ["optimizer.lr=0.02"]})
+    command = sweep(plan, "replay", [0, 1], "joblib")
+    assert {"strategy=[replay]", "seed=0,1", "optimizer.lr=0.02", "strategy.replay.capacity=50"} <= set(command)
+    (theirs,) = [label for label in plan.words if label != "replay"]
+    command = sweep(plan, theirs, [0], "joblib")
+    assert "strategy=[avalanche/EWC]" in command
+    assert not {"optimizer.lr=0.02", "strategy.replay.capacity=50"} & set(command)
 
 
 @pytest.mark.slow

@@ -24,7 +24,8 @@ B = torch.ones(1, 4, 2)
 BAD = [
     (linear_scan, (X, X[:, :3]), {}, "a must be the shape of u"),
     (linear_scan, (X, X), {"backend": "cuda"}, "unknown backend 'cuda'; use one of auto"),
-    (linear_scan, (X, X), {"chunk": 24}, "power of two, got 24"),
+    (linear_scan, (X, X), {"chunk": 0}, "chunk must be at least 1, got 0"),
+    (gated_linear_attention, (X, X, X), {"chunk": 24}, "power of two, got 24"),
     (linear_scan, (X, X.to(torch.complex64)), {}, "both be real or both complex"),
     (linear_scan, (X.int(), X.int()), {}, "must be floating point, got torch.int32"),
     (linear_scan, (X[:, :0], X[:, :0]), {}, "T >= 1"),
