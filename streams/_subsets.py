@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import combinations, islice
+from itertools import combinations, cycle, islice
 from math import comb
 
 import torch
@@ -73,9 +73,8 @@ def _cycle(
     num_experiences: int, num_classes: int, size: int, replaced_frac: float, generator: torch.Generator
 ) -> Iterator[tuple[int, ...]]:
     """All subsets in lexical order, over and over; each class of each is replaced by any class with a probability."""
-    ordered = list(combinations(range(num_classes), size))
-    for k in range(num_experiences):
-        classes = torch.tensor(ordered[k % len(ordered)])
+    for _, subset in zip(range(num_experiences), cycle(combinations(range(num_classes), size)), strict=False):
+        classes = torch.tensor(subset)
         is_replaced = torch.rand(size, generator=generator) < replaced_frac
         others = torch.randint(num_classes, (size,), generator=generator)
         yield tuple(sorted(set(torch.where(is_replaced, others, classes).tolist())))

@@ -30,6 +30,8 @@ from streams._perturbed import SEVERITIES, kinds_for, perturbed
 from streams._settings import require_choice, require_integer
 from streams._subsets import KINDS, WEIGHTED, num_couples, subsets
 
+MOST_SUBSETS = 1_000_000
+
 
 @image_stream
 def scole(
@@ -83,6 +85,12 @@ def scole(
         raise UserError(
             f"stream.couples_frac is {couples_frac!r}, which leaves none of the "
             f"{math.comb(images.num_classes, classes_per_experience)} subsets of {classes_per_experience} classes"
+        )
+    if kind == "couples" and math.comb(images.num_classes, classes_per_experience) > MOST_SUBSETS:
+        raise UserError(
+            f"stream.classes_per_experience is {classes_per_experience}; {images.num_classes} classes have "
+            f"{math.comb(images.num_classes, classes_per_experience):,} subsets of so many; kind=couples goes through "
+            f"at most {MOST_SUBSETS:,}"
         )
     drawn = subsets(
         kind,

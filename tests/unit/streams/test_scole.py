@@ -74,6 +74,20 @@ def test_cycle_without_and_with_replacements():
     assert {len(subset) for subset in found} == {1, 2}
 
 
+def test_many_classes_have_more_subsets_than_memory():
+    """5 of 100 classes: 75 million subsets, of which a cycle begins with the first."""
+    generator = torch.Generator().manual_seed(0)
+    assert list(subsets("cycle", 2, 100, 5, generator)) == [(0, 1, 2, 3, 4), (0, 1, 2, 3, 5)]
+
+
+def test_more_couples_than_a_list_holds_are_refused(monkeypatch):
+    monkeypatch.setattr("streams.scole.MOST_SUBSETS", 44)
+    with pytest.raises(
+        UserError, match=r"is 2; 10 classes have 45 subsets of so many; kind=couples goes"
+    ):
+        scole("digits", 5, kind="couples")
+
+
 def test_couples_are_few_and_equally_likely():
     found = drawn("couples", 5000, couples_frac=0.2)
     assert len(set(found)) == num_couples(10, 2, 0.2) == 9
