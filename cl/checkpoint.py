@@ -49,7 +49,7 @@ def _tidy(folder: Path, newest: Path) -> None:
     A later file is damaged, or from a run that started anew in the same folder; kept, it would be resumed from.
     """
     earlier = [path for path in _newest_first(folder) if path < newest]
-    for path in {*_newest_first(folder), *folder.glob("*.tmp")} - {newest, *earlier[: KEPT - 1]}:
+    for path in {*_newest_first(folder), *folder.glob("step-*.tmp")} - {newest, *earlier[: KEPT - 1]}:
         path.unlink(missing_ok=True)
 
 
@@ -75,7 +75,7 @@ def load_latest(folder: Path, fingerprint: str, device: torch.device | None = No
                 f"{payload['fingerprint']}, this run's is {fingerprint}); resume with the config it was made with"
             )
         return path, payload
-    raise UserError(f"{folder} holds no readable checkpoint; start the run again with `cl run`")
+    raise UserError(f"{folder} holds no readable checkpoint; remove {folder.parent} and start the run again")
 
 
 def load_start(path: Path, state: TrainState) -> None:
@@ -93,7 +93,7 @@ def load_start(path: Path, state: TrainState) -> None:
 
 
 def _newest_first(folder: Path) -> list[Path]:
-    return sorted(folder.glob("step-*.pt"), reverse=True)
+    return sorted(folder.glob(f"step-{'[0-9]' * 9}.pt"), reverse=True)
 
 
 class Keeper:
@@ -129,6 +129,9 @@ class Keeper:
     def save(self, next_experience: int, steps_done: int) -> None:
         """The result so far, and everything that the rest of the run depends on: states, and its position."""
         self.ledger.flush(self.state)
+        # of shards only their owner could say it, and the others would wait for it
+        if self.state.world.size == 1:
+            self.ledger.require_finite_weights(self.state)
         self.save_result()
         if self.folder is None:
             return

@@ -143,14 +143,26 @@ class Ledger:
             for observer in self.observers:
                 observer.on_step(state, {"loss": total, **losses}, lr)
 
-    def _blame(self, state: TrainState, step: int, losses: Mapping[str, float]) -> str:
+    def _blame(self, state: TrainState, step: int, losses: Mapping[str, float], what: str = "the loss is") -> str:
         experience = state.experience
         where = f" (experience {experience.id}, {experience.name!r})" if experience else ""
         terms = ", ".join(f"{name} = {value:g}" for name, value in losses.items())
         good = (
             f"the last good checkpoint is {self.last_checkpoint}" if self.last_checkpoint else "there is no checkpoint"
         )
-        return f"the loss is not finite at step {step}{where}: {terms}; {good}"
+        return f"{what} not finite at step {step}{where}: {terms}; {good}"
+
+    def require_finite_weights(self, state: TrainState) -> None:
+        """What the last update broke shows in no loss any more.
+
+        Raises:
+            NonFiniteLoss: a weight is infinite or not a number.
+        """
+        broken = [name for name, p in state.parameters().items() if not p.isfinite().all()]
+        if broken:
+            # the first say enough of a large network
+            shown = dict.fromkeys(broken[:3], math.nan)
+            raise NonFiniteLoss(self._blame(state, state.step - 1, shown, "the update left weights that are"))
 
     def save(self, state: TrainState, buffer_bytes: int) -> None:
         """Bring `result` up to date and write it."""

@@ -153,8 +153,16 @@ class Hypernetwork(nn.Module):
     # answers
 
     def conditions_of(self, batch: Batch) -> Tensor:
-        """(B,) condition that each training row belongs to."""
-        return self.table[batch.experience_id] if batch.task_id is None else batch.task_id
+        """(B,) condition that each training row belongs to.
+
+        Raises:
+            UserError: made rows, which belong to no experience, without a task label.
+        """
+        if batch.task_id is not None:
+            return batch.task_id
+        if (batch.experience_id < 0).any():
+            raise UserError("a hypernetwork has no weights for rows of no experience; leave out who makes them")
+        return self.table[batch.experience_id]
 
     def mark(self, batch: Batch) -> None:
         """The conditions of these rows have been trained."""

@@ -23,7 +23,7 @@ from torch.func import functional_call
 from torch.optim import Optimizer
 
 from cl.buffers.base import draw_without_replacement
-from cl.core import Batch, Output, Stream, StreamInfo
+from cl.core import Batch, Output, Stream, StreamInfo, UserError
 from cl.hooks import Strategy
 from cl.state import Cost, TrainState, tensor_bytes
 from strategies._checks import require_choice, require_count, require_number
@@ -34,6 +34,7 @@ from strategies._hypernet_layout import Ranges
 from strategies._importance import mean_over_rows
 from strategies._lookahead import require_planned, stepped
 from strategies._quadratic import Vectors, copied
+from strategies.generative_replay import GenerativeReplay
 
 TARGETS = ("weights", "generator")
 
@@ -54,6 +55,9 @@ class Generating(Strategy):
         start: "backbone" scales generated weights to those that the backbone was drawn with; "xavier" takes what a
             generator with Xavier weights says, as published.
         embedding_lr: learning rate of embeddings; None takes that of the run.
+
+    Raises:
+        UserError: a value outside its range, or made rows (`generative_replay`) where rows have no task label.
     """
 
     def __init__(
@@ -82,6 +86,7 @@ class Generating(Strategy):
         self.heads, self.start, self.embedding_lr = heads, start, embedding_lr
         self.table: list[int] = []
         self.num_conditions = 0
+        self.has_tasks = False
         self.old: list[int] = []
         """Conditions seen before the running experience, without its own."""
         self.picked: list[int] = []
@@ -92,6 +97,17 @@ class Generating(Strategy):
         """Condition as a string -> (N,)."""
         self.others: dict[int, Ranges] = {}
         self.distances: Distances | None = None
+
+    def check(self, stream: Stream) -> None:
+        self.has_tasks = stream.info.num_heads > 1
+
+    def check_beside(self, strategies: Sequence[Strategy]) -> None:
+        for other in strategies:
+            if isinstance(other, GenerativeReplay) and not self.has_tasks:
+                raise UserError(
+                    f"{self.name} answers each row by the weights of its experience, and the rows of {other.name} have "
+                    "none; they go together where rows have a task label, in the task_incremental setting"
+                )
 
     # the network and its optimizer
 

@@ -12,10 +12,10 @@ shallow layers are shared and deep ones specific, which is the hierarchy of the 
 Source: Wang et al., "RECALL: REpresentation-aligned Catastrophic-forgetting ALLeviation via Hierarchical Model
 Merging", EMNLP 2025. The code could not be obtained, so these are choices of ours: the RBF kernel takes sigma_l^2 as
 the mean squared distance between different rows of h_t^l; a layer is a stage of the backbone, and the head, whose
-representation are its logits; the same start is the network after the first experience, since models that share no
-start cannot be averaged; `start=merged` goes on from what was merged last instead. The paper merges language models
-that were finetuned from one pretrained model. Heads of single tasks are taken from the model that trained them; running
-statistics are averaged as weights are.
+representation are its logits; the same start is the network after the first experience, under a new optimizer, since
+models that share no start cannot be averaged; `start=merged` goes on from what was merged last instead. The paper
+merges language models that were finetuned from one pretrained model. Heads of single tasks are taken from the model
+that trained them; running statistics are averaged as weights are.
 
 Shape legend: N rows, F width of a layer's representation, M models.
 """
@@ -83,6 +83,7 @@ class RecallMerge(Strategy):
     def on_experience_start(self, state: TrainState) -> None:
         if self.start == "first" and self.models:
             heads = _of_single_tasks(state.model)
+            state.optimizer.state.clear()
             now = state.model.state_dict()
             _write(state.model, {k: now[k] if k in heads else value for k, value in self.models[0].items()})
 

@@ -109,6 +109,8 @@ class Remind(Rehearsal):
         self.maps: MapQuantiser | None = None
         self.num_streamed: dict[int, int] = {}
         self._replayed: tuple[Batch, Tensor, float] | None = None
+        self._labels: list[int] = []
+        """Of the running step's rows, from all its micro-batches so far."""
 
     def check_model(self, model: nn.Module, info: StreamInfo) -> None:
         # not at first use: its import draws from Python's global generator
@@ -175,6 +177,9 @@ class Remind(Rehearsal):
         self._replayed = None
         if self.maps is None:
             return batch
+        if state.micro_step == 0:
+            self._labels = []
+        self._labels += batch.current().targets.tolist()
         for module in self._early_modules(state):
             module.eval()
         generator = self.generator(state)
@@ -218,7 +223,7 @@ class Remind(Rehearsal):
                 p.grad = None
 
     def step(self, state: TrainState, batch: Batch, update: Callable[[], None]) -> None:
-        share = self._rate(batch.current().targets.tolist())
+        share = self._rate(self._labels)
         if share == 1:
             update()
             return
@@ -247,9 +252,15 @@ class Remind(Rehearsal):
     def on_experience_end(self, state: TrainState) -> None:
         if self.maps is None:
             self._freeze(state)
-            return
         for module in self._early_modules(state):
-            module.train()
+            # passes that others make from here on must not move its running statistics
+            module.eval()
+
+    def on_evaluation(self, state: TrainState, row: Sequence[float | None], max_rows: int | None) -> None:
+        """Once everybody is done with an experience, modes are as found."""
+        if self.maps is not None and state.progress == 1:
+            for module in self._early_modules(state):
+                module.train()
 
     def cost(self, state: TrainState, batch_size: int) -> Cost:
         kept = self.buffer_bytes

@@ -20,7 +20,7 @@ Shape legend: B rows, K maps, C outputs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -31,7 +31,9 @@ from cl.core import Batch, Output, StreamInfo, UserError
 from cl.hooks import Contract, Strategy
 from cl.state import Cost, TrainState, tensor_bytes
 from strategies._checks import require, require_choice, require_count, require_number
+from strategies._finetune import Finetune
 from strategies._relevance import RelevanceNet
+from strategies.trace_replay import TraceReplay
 
 BOUNDARIES = ("given", "detected")
 
@@ -46,12 +48,15 @@ class Rmn(Strategy):
         map_lr: learning rate of the scores, as a multiple of the weights'.
         boundaries: "given", each domain is a task; or "detected" from the inputs.
         jump: at which a batch belongs to another task.
-        max_maps: maps at most; None takes the number of experiences. When none is left, the last one is learnt on.
+        max_maps: maps at most; None takes the number of experiences. When none is left, the last one is learnt on,
+            and what it answered before changes.
 
     Raises:
-        UserError: a value outside its range, or a layer that is neither linear nor convolutional.
+        UserError: a value outside its range, a layer that is neither linear nor convolutional, or a strategy beside it
+            that trains outside of the loop's steps.
 
-    Cost: no rows in training; prediction without task labels takes one pass for each map. One bit per weight and task.
+    Cost: no rows in training; prediction without task labels takes one pass for each map. One byte per weight and map,
+    for all `max_maps` from the start.
     """
 
     contract = Contract(
@@ -85,6 +90,14 @@ class Rmn(Strategy):
         """Map of each domain (given), and of each head."""
         self.moments: list[dict[str, Tensor]] = []
         """Of each map, `count`, `sum` and `squares` of the inputs it was learnt on (detected)."""
+
+    def check_beside(self, strategies: Sequence[Strategy]) -> None:
+        for other in strategies:
+            if isinstance(other, Finetune | TraceReplay):
+                raise UserError(
+                    f"{self.name} keeps finished tasks as they are, and {other.name} trains in passes of its own that "
+                    "would change them; leave one of the two out"
+                )
 
     # around the network
 
@@ -126,7 +139,10 @@ class Rmn(Strategy):
             net.finish()
         most = len(net.maps(0))
         if known is None and self.num_maps == most:
-            known = self.active
+            known, net.is_open = most - 1, True
+            for number in range(len(net.names)):
+                # it is still the map that the scores say
+                net.maps(number)[known] = False
         if known is None:
             known, self.num_maps = self.num_maps, self.num_maps + 1
             net.redraw(self.density, state.seeds.fresh(self.name, "map", known))
@@ -206,8 +222,8 @@ class Rmn(Strategy):
 
     def cost(self, state: TrainState, batch_size: int) -> Cost:
         nets = [module for module in state.model.modules() if isinstance(module, RelevanceNet)]
-        bits = sum(weight.numel() for net in nets for weight in net.weights()) * self.num_maps
-        return Cost(buffer_bytes=bits // 8 + tensor_bytes(self.moments))
+        maps = [net.maps(number) for net in nets for number in range(len(net.names))]
+        return Cost(buffer_bytes=tensor_bytes(maps, self.moments))
 
     def state_dict(self) -> dict[str, Any]:
         return {

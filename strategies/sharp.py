@@ -7,8 +7,8 @@
                    plastic units of the last layer are silent, weights into frozen units and absent ones do not move
     at the end:    units that took part grow older and are frozen, those before the cut at once, the others when their
                    experience is no longer replayed; activations of some rows of each class are stored in 8 bits;
-                   plastic units are drawn anew; representations of the classes are stored, and those of replayed
-                   classes are made again
+                   plastic units are drawn anew; representations of the classes are stored, and those of other
+                   replayed classes are made again, from the newest activations
     prediction:    the most frequent class of the nearest stored representations, each class seen through its own units
 
     tau = max(floor, (1 + cos(pi p / 30)) / 2),  p the phase, from 1
@@ -254,8 +254,12 @@ class Sharp(Strategy):
         with torch.no_grad(), evaluation_mode(state.model):
             for label, rows in by_class.items():
                 self._represent(label, state.forward(rows).hidden, youngest=2)
+            done = set(by_class)
             for age, experience in enumerate(reversed(self.recent)):
                 for label, codes in experience.items():
+                    if label in done:
+                        continue
+                    done.add(label)
                     rows = self._as_batch(
                         state, dequantised(codes), torch.full((len(codes["codes"]),), label, device=state.device)
                     )

@@ -86,6 +86,15 @@ class WeightFactorization(Strategy):
             state.optimizer.state.pop(factor, None)
         net.is_frozen = self.is_awake = True
 
+    def on_gradients(self, state: TrainState) -> None:
+        """Penalties on parameters, of other strategies, see the frozen network too."""
+        if not self.is_awake:
+            return
+        net = _net(state.model)
+        for name in net.shared:
+            # none at all: zero would still be moved by momentum and weight decay
+            net.backbone.get_parameter(name).grad = None
+
     def on_experience_end(self, state: TrainState) -> None:
         if not self.is_awake:
             return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ from cl.schedules import fitted
 from cl.setup import Span, experience_steps, planned
 
 BUDGETS = ("trainer.epochs", "trainer.max_steps", "trainer.max_tokens")
+SCIENTIFIC = re.compile(r"[+-]?[0-9]+[eE][+-]?[0-9]+")
 
 
 @dataclass
@@ -113,7 +115,8 @@ def options(words: Sequence[str], command: str, allowed: Sequence[str]) -> tuple
             shown = ", ".join(f"{each}NAME" if each.endswith(".") else each for each in allowed)
             raise UserError(f"{name!r} is no setting of `cl {command}`; its settings are {shown}")
         try:
-            found[name] = yaml.safe_load(text)
+            # as text where it is a folder; YAML reads 1e-3 as a word
+            found[name] = text if name == "out" else float(text) if SCIENTIFIC.fullmatch(text) else yaml.safe_load(text)
         except yaml.YAMLError:
             raise UserError(f"{word!r} cannot be read; write {name}=VALUE") from None
     return folders[0], found

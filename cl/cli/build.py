@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -96,7 +97,7 @@ def arguments(path: str, node: Mapping[str, Any]) -> dict[str, Any]:
     """Every argument of a node's target, defaults included.
 
     Raises:
-        UserError: a key that the target does not take, or one that it needs and does not get.
+        UserError: a key that the target does not take, one that it needs and does not get, or a word for a truth value.
     """
     target, kind = target_of(path, node), KINDS[path.split(".")[0]]
     given = {key: value for key, value in node.items() if not key.startswith("_")}
@@ -107,10 +108,20 @@ def arguments(path: str, node: Mapping[str, Any]) -> dict[str, Any]:
         if key not in named and not takes_any:
             options = ", ".join(named) or "none"
             raise UserError(f"{path} has no option {key!r}; its options are {options}")
+    for key in given.keys() & named.keys():
+        _check_kind(f"{path}.{key}", given[key], str(named[key].annotation))
     missing = [name for name, p in named.items() if p.default is p.empty and name not in given]
     if missing:
         raise UserError(f"{path} needs {', '.join(missing)}; set {path}.{missing[0]}=VALUE")
     return {name: given.get(name, p.default) for name, p in named.items()} | given
+
+
+def _check_kind(path: str, value: Any, annotation: str) -> None:
+    """Python takes any word for true, and true for the number 1; a person means neither."""
+    if annotation in ("bool", "<class 'bool'>") and not isinstance(value, bool):
+        raise UserError(f"{path} is {value!r}; it must be true or false")
+    if annotation in ("int", "int | None", "<class 'int'>") and isinstance(value, bool):
+        raise UserError(f"{path} is {value!r}; it must be an integer")
 
 
 def make(path: str, node: Mapping[str, Any]) -> Any:
@@ -231,6 +242,9 @@ def check_optimizer(optimizer: Callable[..., Any]) -> None:
     """Build it once on a throw-away parameter, so that a wrong value is a sentence and not a failed run."""
     import torch
 
+    for key, value in optimizer.keywords.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"optimizer.{key} is {value}; it must be a finite number")
     try:
         optimizer([torch.nn.Parameter(torch.zeros(1))])
     except (TypeError, ValueError) as error:

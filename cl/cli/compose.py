@@ -30,6 +30,7 @@ OPEN_NODE = re.compile(r"^(strategy\.\w+|stream|backbone|optimizer|schedule|trai
 """Nodes whose keys are checked against a signature and not against what the YAML happens to mention."""
 BLOCKS = re.compile(r"^(backbone\.(?:blocks|mlp))=([^'\"].*[\[(+].*)$")
 """Words for blocks, such as 3x[linear_memory(rule=delta)] + attention, which Hydra takes in quotes only."""
+FOLDERS = ("out", "data.root", "hydra.run.dir", "hydra.sweep.dir")
 
 
 def open_signatures(overrides: Sequence[str]) -> list[str]:
@@ -42,11 +43,18 @@ def open_signatures(overrides: Sequence[str]) -> list[str]:
         ['strategy=[replay]', '++strategy.my_ideas._target_=my_ideas.Mine']
         >>> open_signatures(["backbone.blocks=2x[attention]"])
         ['++backbone.blocks="2x[attention]"']
+        >>> open_signatures(["out=it's (1)"])
+        ["out='it\\\\'s (1)'"]
     """
     words = []
     for word in overrides:
         word = BLOCKS.sub(r'\1="\2"', word)
         key, _, value = word.partition("=")
+        if key in FOLDERS and value not in ("", "null") and value[0] not in "'\"":
+            # anything may stand in the name of a folder, and shells expand no ~ after a dotted name
+            value = os.path.expanduser(value).replace("'", "\\'")
+            words.append(f"{key}='{value}'")
+            continue
         names = value.strip("[] ").split(",")
         if key == "strategy" and any("." in name for name in names):
             words.append(f"strategy=[{','.join(name for name in names if '.' not in name)}]")

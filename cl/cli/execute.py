@@ -52,6 +52,8 @@ def execute(
     is_first = rank() == 0
     if not resume and is_first and (run_dir / RESULT).exists():
         raise UserError(f"{run_dir} already holds a run; go on with `cl resume {run_dir}` or choose another folder")
+    if not resume and is_first:
+        _require_own(run_dir)
     recorders = _recorders(config, run_dir, suite) if is_first else []
     names = choices(config, _backbone_name(config))
     trainer = build.make_trainer(config, names, run_dir, [*observers, *recorders])
@@ -70,6 +72,27 @@ def execute(
     if result.status == "interrupted":
         say(f"interrupted; go on with `cl resume {run_dir}`")
     return result
+
+
+def _require_own(run_dir: Path) -> None:
+    """Nothing of somebody else's is in the folder; what a run leaves that was killed at its start may be."""
+    from cl.tracking.base import JOURNAL
+
+    ours = {LOG, START, *((CONFIG, JOURNAL, "checkpoints") if _holds_config(run_dir) else ())}
+    found = [path.name for path in run_dir.iterdir()] if run_dir.is_dir() else []
+    others = sorted(name for name in found if name not in ours and not name.endswith(".tmp"))
+    if others:
+        shown = ", ".join(others[:3]) + (", ..." if len(others) > 3 else "")
+        raise UserError(f"{run_dir} holds other files ({shown}); a run takes a folder of its own, out=FOLDER")
+
+
+def _holds_config(run_dir: Path) -> bool:
+    from cl.cli.resume import saved_config
+
+    try:
+        return bool(saved_config(run_dir))
+    except UserError:
+        return False
 
 
 def _backbone_name(config: Mapping[str, Any]) -> str:
@@ -149,8 +172,15 @@ def _stopping(trainer: Any, say: Callable[[str], None]) -> Iterator[None]:
             signal.signal(number, old)
 
 
-def remove_if_empty(folder: Path) -> None:
-    """Take back a folder that was made for a run which never started."""
+def remove_if_empty(folder: Path, was_there: bool = False) -> None:
+    """Take back what was made for a run which never started: its folder, or the log in one that was there before."""
     # Hydra opens a log before anybody writes one
-    if folder.is_dir() and not any(path.name != LOG or path.stat().st_size for path in folder.iterdir()):
+    log = folder / LOG
+    if was_there and log.is_file() and not log.stat().st_size:
+        log.unlink()
+    elif (
+        not was_there
+        and folder.is_dir()
+        and not any(path.name != LOG or path.stat().st_size for path in folder.iterdir())
+    ):
         shutil.rmtree(folder)

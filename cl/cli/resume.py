@@ -21,6 +21,9 @@ from cl.cli.run import run_with_progress, show_result
 from cl.core import UserError
 from cl.result import Result
 
+PARTS = ("seed", "stream", "strategy", "backbone", "optimizer", "schedule", "trainer")
+"""Of every config."""
+
 
 def main(words: list[str]) -> int:
     """Resume the run in the folder given."""
@@ -55,9 +58,10 @@ def saved_config(run_dir: Path) -> dict:
     if not path.is_file():
         raise UserError(f"{run_dir} is not a run folder: it has no {CONFIG}")
     try:
-        config = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
+        config = yaml.safe_load(path.read_text("utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read: {str(error).splitlines()[0]}") from None
-    if not isinstance(config, dict) or "stream" not in config:
-        raise UserError(f"{path} is not the config of a run")
+    missing = [name for name in PARTS if name not in config] if isinstance(config, dict) else PARTS
+    if missing:
+        raise UserError(f"{path} is not the whole config of a run: it lacks {', '.join(missing)}")
     return config

@@ -19,6 +19,7 @@ from typing import Any
 from rich.console import Console
 
 from cl.branch import longer, reopened
+from cl.cli import build
 from cl.cli.branch import BUDGETS, Origin, budget_in, changed, options, origin_of, start, tell
 from cl.cli.run import run_with_progress
 from cl.core import UserError
@@ -67,6 +68,8 @@ def _on_another_stream(origin: Origin, config: dict[str, Any], found: dict[str, 
     from cl.cli.execute import START
 
     config["trainer"]["schedule_start"] = 0
+    # what is wrong is said before anything is written
+    build.make_trainer(config, {}, run_dir=None, observers=())
     run_dir = start(origin, config, origin.payload, found.get("out"), "rewarm", rate)
     # not a checkpoint of this run, which has taken no step yet
     (run_dir / "checkpoints" / origin.path.name).replace(run_dir / START)

@@ -35,6 +35,7 @@ from cl.core import UserError
 from cl.result import Result
 
 _outcomes: list[Result | Exception] = []
+_there_before: set[Path] = set()
 
 
 @hydra.main(config_path="pkg://configs", config_name="run", version_base="1.3")
@@ -50,7 +51,7 @@ def _app(config: DictConfig) -> None:
         # Hydra would print a paragraph of its own; `main` raises it again
         _outcomes.append(error)
     finally:
-        remove_if_empty(run_dir)
+        remove_if_empty(run_dir, run_dir.resolve() in _there_before)
         if distributed.rank():
             remove_if_empty(Path(HydraConfig.get().runtime.output_dir))
 
@@ -81,6 +82,8 @@ def main(words: list[str]) -> int:
 def _in_hydras_words(word: str) -> list[str]:
     """A run's folder is called `out` as everywhere else, and by Hydra by two names."""
     name, _, folder = word.partition("=")
+    if name == "out" and Path(folder).expanduser().is_dir():
+        _there_before.add(Path(folder).expanduser().resolve())
     return [f"hydra.run.dir={folder}", f"hydra.sweep.dir={folder}"] if name == "out" else [word]
 
 

@@ -13,7 +13,10 @@ from cl.core import Output, Setting, UserError
 from cl.testing import ToyNet, toy_stream
 from strategies import _hypernet_conditions, _hypernet_strategy, hypernet
 from strategies._hypernet import entropy
+from strategies.generative_replay import GenerativeReplay
+from strategies.hyper_interval import HyperInterval
 from strategies.hypernet import Hypernet
+from strategies.rnn_hypernet import RnnHypernet
 
 ADAM = partial(torch.optim.Adam, lr=0.01)
 BETA = 0.5
@@ -75,6 +78,29 @@ def test_hypernet_is_the_plain_loop(lab, setting):
 @pytest.mark.parametrize("options", [{"beta": 0.0}, {"lookahead": False}, {"beta": 2 * BETA}])
 def test_the_oracle_needs_the_penalty_and_the_lookahead(lab, options):
     lab.dies(lambda: check(lab, **options))
+
+
+@pytest.mark.parametrize("kind", [Hypernet, RnnHypernet, HyperInterval])
+def test_made_rows_without_a_task_have_no_weights(lab, kind):
+    small = {"hidden": 20, "latent": 4}
+    message = f"{kind.name} answers each row by the weights of its experience, and the rows of generative_replay have"
+    for setting in (CLASS, DOMAIN):
+        for pair in ([kind(), GenerativeReplay(**small)], [GenerativeReplay(**small), kind()]):
+            with pytest.raises(UserError, match=message):
+                lab.run(pair, setting)
+    net, rows = lab.run([Hypernet(**OPTIONS)], DOMAIN)[1].state.model, toy_stream(DOMAIN).experiences[0].load()
+    rows = rows.rows(torch.arange(3))
+    rows.experience_id[1] = -1
+    with pytest.raises(UserError, match="rows of no experience"):
+        net.conditions_of(rows)
+
+
+def test_made_rows_of_a_task_are_answered_by_its_weights(lab):
+    recorder, trainer = lab.run([Hypernet(**OPTIONS), GenerativeReplay(8, hidden=20, latent=4)], TASK, optimizer=ADAM)
+    late = recorder.steps[-1]
+    made = late.batch[late.batch.parts[1].rows]
+    assert set(made.task_id.tolist()) <= {0, 1} and (made.experience_id == -1).all()
+    assert torch.equal(trainer.state.model.conditions_of(made), made.task_id)
 
 
 def test_the_oracle_needs_targets_from_before_the_experience(lab, monkeypatch):

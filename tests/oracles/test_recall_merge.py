@@ -81,6 +81,14 @@ def test_where_experiences_start(lab, start):
         lab.close(first.before, after[0] if start == "first" else after[experience - 1])
 
 
+def test_the_same_start_is_without_momentum(lab):
+    sgd = lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.9)  # noqa: E731
+    recorder, _ = lab.run([RecallMerge(clusters=12, num_rows=80)], optimizer=sgd)
+    for experience in (0, 1, 2):
+        first = next(step for step in recorder.steps if step.experience == experience)
+        lab.close(first.after, {name: p - 0.1 * first.gradients[name] for name, p in first.before.items()})
+
+
 def test_heads_of_single_tasks_are_those_that_trained_them(lab):
     before, after, *_ = watched(lab, Setting.TASK_INCREMENTAL)
     for k in range(3):

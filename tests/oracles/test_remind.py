@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from copy import deepcopy
+from itertools import chain
 
 import numpy as np
 import pytest
@@ -13,11 +14,14 @@ from torch import nn
 
 from cl.backbones import Stage
 from cl.core import Batch, Setting, UserError
-from cl.testing import ToyNet
+from cl.testing import ToyNet, toy_stream
 from strategies import remind
 from strategies._map_augment import beta, resized_crops
 from strategies._product_quantiser import MapQuantiser, ProductQuantiser
+from strategies.fpf import Fpf
+from strategies.kfpf import Kfpf
 from strategies.remind import LargestClass, Remind
+from strategies.trace_replay import TraceReplay
 
 CLASS = Setting.CLASS_INCREMENTAL
 SIZE = 12
@@ -161,6 +165,45 @@ def test_early_layers_do_not_move_under_momentum_and_decay(lab):
     assert not torch.equal(recorder.steps[0].before["first.weight"], frozen["first.weight"])
 
 
+PASSES = {
+    "trace_replay": TraceReplay(rate=50.0),
+    "fpf": Fpf("all", steps=5, replay_batch_size=8),
+    "kfpf": Kfpf(k=4, modules="all", steps=5, replay_batch_size=8),
+}
+
+
+@pytest.mark.parametrize("is_behind", [True, False])
+@pytest.mark.parametrize("num_experiences", [1, 3])
+@pytest.mark.parametrize("other", PASSES)
+def test_running_statistics_of_early_layers_stay(lab, other, num_experiences, is_behind):
+    """Stored codes are what frozen layers say of stored rows, whatever other strategies train on at the end."""
+    seen = []
+
+    class Frozen(Remind):
+        def on_experience_end(self, state):
+            super().on_experience_end(state)
+            seen.append(deepcopy(dict(state.model.norm.named_buffers())))
+
+    Frozen.name = "remind"
+    strategies = [remind := Frozen(capacity=150, replay_batch_size=SIZE, num_codebooks=5), deepcopy(PASSES[other])]
+    stream = toy_stream(CLASS).first(num_experiences)
+    _, trainer = lab.run(strategies[:: 1 if is_behind else -1], stream, backbone=Deep)
+    model = trainer.state.model
+    for name, value in model.norm.named_buffers():
+        assert all(torch.equal(value, each[name]) for each in seen), name
+    rows = remind.buffer.rows(torch.arange(len(remind.buffer)))
+    every = [trainer.state.prepare(e.load().rows(torch.arange(e.num_samples))) for e in stream.experiences]
+    inputs = torch.stack([every[e].inputs[i] for e, i in lab.rows_of(rows)])
+    model.eval()
+    assert (remind.maps.encode(model._first(inputs)) == rows.inputs).float().mean() > 0.999
+    model.train()
+
+
+def test_modes_are_as_found(lab):
+    _, trainer = lab.run([Remind(replay_batch_size=8)], CLASS, backbone=Deep, eval_every=5)
+    assert all(module.training for module in trainer.state.model.modules())
+
+
 def test_codes_are_those_of_scikit_learn():
     vectors = torch.randn(300, 10, generator=torch.Generator().manual_seed(0))
     found = ProductQuantiser.fitted(vectors, num_codebooks=3, codebook_size=20, seed=5)
@@ -238,6 +281,25 @@ def test_the_rate_of_a_class_decays(lab):
     assert float(moved[0]) == pytest.approx(lab.lr)
     # the last step's classes have been seen 88 times each, or nearly so: twice forty
     assert float(moved[-1]) == pytest.approx(lab.lr / 4)
+
+
+def test_the_rate_is_that_of_all_rows_of_a_step(lab):
+    """Four micro-batches; the share is found again from the labels of all of them, and differs from the last one's."""
+    strategy = Remind(class_decay=0.5, class_decay_every=10)
+    recorder, _ = lab.run([strategy], CLASS, batch_size=4, accumulation=4)
+    pieces, streamed, num_told_apart = recorder.steps[-96:], dict.fromkeys(range(6), 0), 0
+    assert {piece.experience for piece in pieces} == {1, 2}
+    for k in range(0, 96, 4):
+        labels = [piece.batch.current().targets.tolist() for piece in pieces[k : k + 4]]
+        shares = [[max(0.01, 0.5 ** (streamed[label] // 10)) for label in some] for some in labels]
+        whole = sum(map(sum, shares)) / 16
+        last = pieces[k + 3]
+        change = last.after["head.weight"] - last.before["head.weight"]
+        lab.close(change, -whole * lab.lr * last.gradients["head.weight"])
+        num_told_apart += abs(whole - sum(shares[-1]) / 4) > 1e-3
+        for label in chain(*labels):
+            streamed[label] += 1
+    assert num_told_apart > 3
 
 
 def test_crops_stay_inside():

@@ -8,7 +8,11 @@ import pytest
 import torch
 
 from cl.core import Setting, UserError
+from cl.testing import toy_stream
+from strategies.fpf import Fpf
+from strategies.kfpf import Kfpf
 from strategies.rmn import Rmn, _add, _jump, _net
+from strategies.trace_replay import TraceReplay
 from streams.permuted import permuted
 
 SETTINGS = [Setting.DOMAIN_INCREMENTAL, Setting.TASK_INCREMENTAL]
@@ -141,6 +145,54 @@ def test_without_labels_the_most_confident_map_answers(lab):
         chosen.add(best)
         lab.close(found[row], every[best][row], rtol=1e-5, atol=1e-5)
     assert len(chosen) > 1
+
+
+def test_with_no_map_left_the_last_one_is_learnt_on(lab):
+    """Two maps for A, B, A again, C: A is answered by its own map, C is learnt on B's and leaves A's alone."""
+    stream = toy_stream(Setting.DOMAIN_INCREMENTAL)
+    first, second, third = stream.experiences
+    again, last = replace(first, id=2, name="again"), replace(third, id=3)
+    info = replace(stream.info, num_experiences=4)
+    stream = replace(stream, experiences=[first, second, again, last], info=info)
+    recorder, trainer = lab.run([rmn := Rmn(density=0.5, max_maps=2)], stream, epochs=3)
+    net, ends = _net(trainer.state.model), [_net(model) for model in recorder.ends]
+    assert rmn.tasks == {first.domain: 0, second.domain: 1, last.domain: 1}
+    is_same = [torch.equal(a, b) for a, b in zip(ends[1].parameters(), ends[2].parameters(), strict=True)]
+    assert all(is_same)
+    for number, (score, weight, then) in enumerate(zip(net.scores, net.weights(), ends[2].weights(), strict=True)):
+        needed = ends[0].maps(number)[0]
+        assert torch.equal(net.maps(number), torch.stack([needed, score > 0]))
+        assert torch.equal(weight[needed], then[needed])
+        only_second = ends[2].maps(number)[1] & ~needed
+        assert not only_second.any() or not torch.equal(weight[only_second], then[only_second])
+    assert any(not torch.equal(net.maps(k)[1], ends[2].maps(k)[1]) for k in range(len(net.names)))
+    assert trainer.ledger.result.R[3][2] > trainer.ledger.result.R[2][2] + 0.1
+
+
+def test_detected_tasks_use_up_the_maps_and_go_on(lab):
+    stream = permuted(dataset="digits", num_experiences=3)
+    recorder, _ = lab.run([rmn := Rmn(density=0.5, boundaries="detected", max_maps=2)], stream, batch_size=64)
+    late = [step for step in recorder.steps if step.experience == 2]
+    assert rmn.num_maps == 2 and rmn.active == 1 and rmn.is_open
+    assert len(late) > 4
+    for step in late:
+        assert any(not torch.equal(p, step.after[name]) for name, p in step.before.items() if "scores" in name)
+
+
+def test_declared_bytes_are_those_of_the_maps(lab):
+    _, trainer = lab.run([rmn := Rmn(density=0.5, max_maps=5)])
+    maps = [buffer for name, buffer in trainer.state.model.named_buffers() if "maps_" in name]
+    weights = 12 * 64 + 12 + 12 * 4 + 4
+    assert sum(each.numel() * each.element_size() for each in maps) == 5 * weights
+    assert rmn.cost(trainer.state, 16).buffer_bytes == 5 * weights
+
+
+@pytest.mark.parametrize("other", [TraceReplay(), Fpf(), Kfpf()], ids=lambda other: other.name)
+def test_passes_outside_of_the_loop_are_refused(lab, other):
+    message = rf"rmn keeps finished tasks as they are, and {other.name} trains in passes of its own"
+    for pair in ([Rmn(), other], [other, Rmn()]):
+        with pytest.raises(UserError, match=message):
+            lab.run(pair)
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from copy import deepcopy
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -18,7 +19,7 @@ from cl.backbones.convnet import Convnet
 from cl.backbones.mlp import Mlp
 from cl.backbones.resnet18 import Resnet18
 from cl.core import Setting, UserError
-from cl.testing import ToyNet
+from cl.testing import ToyNet, toy_stream
 from strategies._activation_store import dequantised
 from strategies._sparse_units import SparseUnits, as_weights, layers_of
 from strategies.sharp import Sharp
@@ -237,6 +238,35 @@ def test_what_is_stored_at_the_end(lab):
                 assert torch.equal(now["mask"], wanted if wanted.any() else torch.ones_like(wanted))
         if k > 1:
             lab.close(state["classes"][0]["vectors"], kept[k - 1][0]["classes"][0]["vectors"])
+
+
+@pytest.mark.parametrize("num_recent", [1, 2])
+def test_of_a_class_that_comes_back_the_newest_rows_are_seen(lab, num_recent):
+    """Classes 0 and 1, the same again, classes 2 and 3."""
+    stream = toy_stream(CLASS)
+    first, second, _ = stream.experiences
+    order = [first, replace(first, id=1, name="again"), replace(second, id=2)]
+    kept = []
+
+    class Watched(Sharp):
+        def on_experience_end(self, state):
+            super().on_experience_end(state)
+            kept.append(deepcopy((self.state_dict(), state.model)))
+
+    lab.run([Watched(**OPTIONS, num_recent=num_recent)], replace(stream, experiences=order), backbone=Deep, epochs=2)
+    masks = [[state["units"]["ages"][-1] >= youngest for youngest in (2, 3)] for state, _ in kept]
+    for k, (state, model) in enumerate(kept):
+        recent = state["recent"]
+        assert len(recent) == min(k + 1, num_recent)
+        for label in (0, 1):
+            now = state["classes"][label]
+            # in the second experience by its own rows; in the third, by those of the second
+            codes = recent[-1][label] if k < 2 else kept[1][0]["recent"][-1][label]
+            hidden = model._second(dequantised(codes)) * (state["units"]["ages"][-1] != 0)
+            mask = masks[k][0 if k < 2 else 1]
+            assert torch.equal(now["mask"], mask if mask.any() else torch.ones_like(mask)), (k, label)
+            reach = model.second.weight.abs().sum(1).max() * codes["step"]
+            assert (hidden - now["vectors"])[:, now["mask"]].abs().max() <= reach, (k, label)
 
 
 # 7: prediction

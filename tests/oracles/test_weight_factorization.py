@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
+from functools import partial
+
 import pytest
 import torch
 
 import strategies.weight_factorization as module
 from cl.core import Setting, UserError
+from strategies.ewc import Ewc
+from strategies.mas import Mas
+from strategies.si import Si
 from strategies.weight_factorization import WeightFactorization
 
 
@@ -109,6 +115,27 @@ def test_factors_begin_without_effect_and_the_first_experience_trains_everything
 def test_heads_of_single_tasks_are_trained(lab):
     recorder, _, _ = ends(lab, Setting.TASK_INCREMENTAL, rank=3)
     assert "backbone.head.heads.2.weight" in recorder.steps[-1].gradients
+
+
+OPTIMIZERS = {
+    "sgd": partial(torch.optim.SGD, lr=0.1, momentum=0.9, weight_decay=0.05),
+    "adamw": partial(torch.optim.AdamW, lr=0.01, weight_decay=0.1),
+}
+
+
+@pytest.mark.parametrize("other", [Ewc(10.0), Si(1.0), Mas(1.0)], ids=lambda other: other.name)
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("start", ["base", "merged"])
+def test_nothing_moves_the_frozen_network(lab, other, optimizer, start):
+    """Not penalties on its parameters, nor the decay, momentum and rates that come with a gradient."""
+    factors = WeightFactorization(rank=3, start=start)
+    for strategies in ([factors, deepcopy(other)], [deepcopy(other), deepcopy(factors)]):
+        recorder, _ = lab.run(strategies, optimizer=OPTIMIZERS[optimizer])
+        assert other.name in recorder.steps[-1].terms
+        for step in recorder.steps:
+            stood = {n for n, p in step.after.items() if torch.equal(step.before[n], p)}
+            named = {name for name in step.after if name.startswith("backbone.")}
+            assert stood == (named if step.experience else set(step.after) - named), step.experience
 
 
 @pytest.mark.parametrize(

@@ -122,7 +122,7 @@ def test_a_full_disk_costs_nothing_but_this_checkpoint(tmp_path, monkeypatch, pl
 
 
 def test_half_written_files_of_killed_runs_are_cleared(tmp_path):
-    (tmp_path / "tmpabc.tmp").write_bytes(b"half")
+    (tmp_path / "step-000000001.pt.99.tmp").write_bytes(b"half")
     save(tmp_path, 1)
     assert names(tmp_path) == ["step-000000001.pt"]
 

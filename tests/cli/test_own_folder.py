@@ -1,0 +1,106 @@
+"""A run has a folder of its own: what is there already stays, any name will do, and what is broken is said."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+
+from cl.cli.branch import options
+from cl.cli.main import main
+from cl.result import Result
+
+TINY = ("run", "tracking=none", "debug=tiny", "limit_experiences=1", "trainer.max_steps=2")
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def test_files_of_somebody_else_stay(capsys: pytest.CaptureFixture[str]) -> None:
+    own = {Path("config.yaml"): "mine: true", Path("checkpoints/step-best.pt"): "x", Path("checkpoints/x.tmp"): "y"}
+    Path("checkpoints").mkdir()
+    for path, text in own.items():
+        path.write_text(text)
+    assert main((*TINY, "out=.")) == 2
+    assert "holds other files (checkpoints, config.yaml); a run takes a folder of its own" in capsys.readouterr().err
+    assert {path: path.read_text() for path in own} == own
+
+
+def test_an_empty_folder_stays_where_the_run_is_refused() -> None:
+    Path("results").mkdir()
+    assert main((*TINY, "out=results", "trainer.batch_size=0")) == 2
+    assert Path("results").is_dir()
+    assert not list(Path("results").iterdir())
+    assert main((*TINY, "out=fresh", "trainer.batch_size=0")) == 2
+    assert not Path("fresh").exists()
+
+
+def test_a_run_that_was_killed_at_its_start_starts_again() -> None:
+    assert main((*TINY, "out=one")) == 0
+    Path("one/result.json").unlink()
+    for path in Path("one/checkpoints").iterdir():
+        path.unlink()
+    assert main((*TINY, "out=one")) == 0
+    assert Result.load(Path("one/result.json")).status == "done"
+
+
+@pytest.mark.parametrize("name", ["mes résultats/größe (1)", "it's", "#1", "lr=0.1", "2024"])
+def test_any_name_of_a_folder_will_do(name: str) -> None:
+    assert main((*TINY, f"out={name}")) == 0
+    assert Path(name, "result.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("word", "sentence"),
+    [
+        ("trainer.reset_optimizer=no", "trainer.reset_optimizer is 'no'; it must be true or false"),
+        ("trainer.batch_size=true", "trainer.batch_size is True; it must be an integer"),
+        ("optimizer.lr=nan", "optimizer.lr is nan; it must be a finite number"),
+        ("optimizer.weight_decay=inf", "optimizer.weight_decay is inf; it must be a finite number"),
+    ],
+)
+def test_words_are_no_truth_and_nan_is_no_rate(word: str, sentence: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main((*TINY, word)) == 2
+    assert sentence in capsys.readouterr().err
+
+
+def test_a_last_update_that_breaks_the_weights_fails_the_run(capsys: pytest.CaptureFixture[str]) -> None:
+    """No loss follows that would show it."""
+    assert main((*TINY, "out=one", "trainer.max_steps=1", "optimizer.lr=1e38", "optimizer.weight_decay=1e6")) == 1
+    result = Result.load(Path("one/result.json"))
+    assert result.status == "failed"
+    assert "the update left weights that are not finite at step 0 (experience 0, 'permutation 00')" in result.error
+    assert "the last good checkpoint is one/checkpoints/step-000000000.pt" in result.error
+    assert [path.name for path in Path("one").glob("checkpoints/step-*")] == ["step-000000000.pt"]
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("stream: x\nseed: 0", "it lacks strategy, backbone, optimizer, schedule, trainer"),
+        ("stream: größe".encode("latin-1"), "config.yaml cannot be read: 'utf-8' codec"),
+    ],
+)
+def test_half_a_config_is_one_sentence(text: str | bytes, sentence: str, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("one").mkdir()
+    Path("one/config.yaml").write_bytes(text if isinstance(text, bytes) else text.encode())
+    assert main(("resume", "one")) == 2
+    assert sentence in capsys.readouterr().err
+
+
+def test_a_refused_branch_leaves_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main((*TINY, "out=one")) == 0
+    before = sorted(Path().iterdir())
+    words = ("rewarm", "one", "schedule=cosine", "stream=permuted_digits", "stream.num_experiences=0")
+    assert main(words) == 2
+    assert "stream.num_experiences is 0" in capsys.readouterr().err
+    assert sorted(Path().iterdir()) == before
+
+
+def test_numbers_as_people_write_them() -> None:
+    _, found = options(["run", "optimizer.lr=1e-3", "steps=5", "out=2024"], "x", ("optimizer.lr", "steps", "out"))
+    assert found == {"optimizer.lr": 0.001, "steps": 5, "out": "2024"}
+    assert math.isclose(options(["run", "final=-2E+1"], "x", ("final",))[1]["final"], -20)
