@@ -54,8 +54,8 @@ READING = """How to read it:
   rehearsal could do without.
 - Hypernetworks and `rmn` are trained by Adam, made anew for every experience as published; all others by SGD. All see
   the same rows equally often: few steps for a hypernetwork, whose published protocols take thousands a task.
-- `owm` keeps its second moments in float64. `rmn` counts one bit for each weight and finished map, and the scores of
-  the map that is being learnt.
+- `owm` keeps its second moments in float64. `rmn` counted one bit for each weight and finished map, and the scores of
+  the map that is being learnt; since then it declares the byte of each weight and map that it takes.
 - Spiking networks take six passes where the others take one; their `replay` and `derpp` are those of the MLP.
 - Settings other than those tuned are the defaults; mean and standard deviation over seeds. Five seeds are too few for a
   paired test (the smallest p is 0.06).

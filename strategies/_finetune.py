@@ -17,10 +17,11 @@ from cl.state import Cost, TrainState, tensor_bytes
 from strategies._checks import require, require_count, require_number, require_stored
 from strategies._modules import Parameters, SwitchTracker, matching, most_sensitive, training_only
 from strategies._rehearsal import Rehearsal
+from strategies.remind import Remind
 
 
 class Finetune(Rehearsal):
-    """Owner or borrower of a buffer, who finetunes on it.
+    """Owner or borrower of a buffer, who finetunes on it, at the end of training at least.
 
     Args:
         modules: which modules are finetuned. "all"; "auto", the most sensitive ones; or patterns of module names and
@@ -90,6 +91,11 @@ class Finetune(Rehearsal):
             matching(model, self.modules, f"{self.name}.modules")
 
     def check_beside(self, strategies: Sequence[Strategy]) -> None:
+        if any(isinstance(each, Remind) and each.name == self.buffer_of for each in strategies):
+            raise UserError(
+                f"{self.name}.buffer_of is {self.buffer_of!r}, whose rows are codes that the model does not read; name "
+                "a strategy that stores inputs, or leave it null for a buffer of its own"
+            )
         capacity = self.source(strategies).capacity
         allowed = f"at most the capacity of the buffer of {self.buffer_of}, {capacity}"
         require(self.num_rows <= capacity, f"{self.name}.replay_batch_size", self.num_rows, allowed)
@@ -104,6 +110,10 @@ class Finetune(Rehearsal):
             self.buffer.add(batch, self.generator(state), **extra)
         if self.tracker is not None:
             self.tracker.step(state)
+
+    def on_experience_end(self, state: TrainState) -> None:
+        if state.experience is state.stream.experiences[-1]:
+            self.finetune(state)
 
     def source(self, strategies: Sequence[Strategy]) -> Buffer:
         """The buffer that is finetuned on: its own, or that of another strategy of the run."""
@@ -125,7 +135,10 @@ class Finetune(Rehearsal):
         return matching(state.model, self.modules, f"{self.name}.modules")
 
     def finetune(self, state: TrainState) -> None:
-        """`repeats` finetunings of the chosen modules, on rows drawn anew for every step."""
+        """`repeats` finetunings of the chosen modules, on rows drawn anew for every step.
+
+        Not the loop's steps: nothing is clipped or scaled, and hooks of other strategies are not called.
+        """
         buffer = self.source(state.strategies)
         if self.steps == 0 or len(buffer) == 0:
             return

@@ -45,6 +45,16 @@ def load_joined(experiences: Sequence[Experience]) -> Data:
     return Joined([experience.load() for experience in experiences])
 
 
+def joined_domains(seen: Sequence[Experience], every: Sequence[Experience]) -> tuple[str, ...]:
+    """Domains that rows of these experiences come from; none where no domain of the stream comes back.
+
+    Nobody asks there how long ago a domain was practised.
+    """
+    if not any(each.practises for each in every) and len({each.domain for each in every}) == len(every):
+        return ()
+    return tuple(dict.fromkeys(name for each in seen for name in each.practises or (each.domain,)))
+
+
 def joined_classes(experiences: Sequence[Experience]) -> tuple[int, ...]:
     """Classes that occur, in order of appearance."""
     return tuple(dict.fromkeys(c for experience in experiences for c in experience.classes))

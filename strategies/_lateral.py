@@ -117,7 +117,8 @@ class Lateral(InputSubspace):
         count, width = self.rows.shape
         front_SD = self._buffers[0] if self._buffers else self.rows
         if len(front_SD) != 2 * count + num or front_SD.data_ptr() != self.rows.data_ptr():
-            front_SD, back_SD = self.rows.new_empty(2, 2 * count + num, width)
+            # one allocation each: both are aligned, and a resumed run, whose turn may be the other one, rounds alike
+            front_SD, back_SD = (self.rows.new_empty(2 * count + num, width) for _ in range(2))
             torch.cat([self.rows, self.momentum], out=front_SD[: 2 * count])
             self.rows, self.momentum = front_SD[: 2 * count].split(count)
             self._buffers = (front_SD, back_SD)

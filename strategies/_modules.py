@@ -170,7 +170,8 @@ class SwitchTracker:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.before = copied(state["before"])
+        # beside later snapshots, which are on the CPU
+        self.before = {name: value.cpu() for name, value in copied(state["before"]).items()}
         self.experience, self.steps, is_broken = state["position"]
         self.is_broken = bool(is_broken)
         self.sums = {kind: dict(sums) for kind, sums in state["sums"].items()}

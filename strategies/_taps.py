@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -11,15 +12,19 @@ from cl.core import UserError
 
 
 class Tap:
-    """The output of a module in the latest forward pass; of a tuple its first tensor.
+    """The output of a module in the latest forward pass that takes gradients; of a tuple its first tensor.
 
     Args:
         path: of the module in the model, such as "blocks.1".
+
+    Attributes:
+        hears_all: listen to passes without gradients too, such as those of a teacher.
     """
 
     def __init__(self, path: str) -> None:
         self.path = path
         self.value: Tensor | None = None
+        self.hears_all = False
         self._handle: RemovableHandle | None = None
 
     def check(self, model: nn.Module, name: str) -> None:
@@ -46,6 +51,8 @@ class Tap:
         if self._handle is not None:
             self._handle.remove()
         self._handle = self.value = None
+        self.hears_all = False
 
     def _note(self, module: nn.Module, given: Any, output: Any) -> None:
-        self.value = output if isinstance(output, Tensor) else output[0]
+        if self.hears_all or torch.is_grad_enabled():
+            self.value = output if isinstance(output, Tensor) else output[0]

@@ -7,7 +7,8 @@
 After every measurement weight, share and long_frac follow the forgetting of the domains that were left; the law is in
 `strategies/_consolidation_control.py`. Until a domain has been left there is nothing to replay for; from then on until
 it is measured, what holds at the target is used. With `trainer.eval_every` the controller acts inside experiences, and
-otherwise at their ends.
+otherwise at their ends. It learns from R, and so from the sets that the stream measures: test sets, of which plain
+replay sees nothing, unless `stream.eval_on=validation` measures on rows held out from training.
 
 Source: the replay and the controller of TRC2 (Khadangi, arXiv 2602.22479, v2 to v5), which publishes what is controlled
 and from what, but no law; the law is our own, and so are the sizes. Differences: a strategy and not a part of that

@@ -12,7 +12,7 @@ from functools import partial
 
 from cl.core import Experience, Setting, Stream, shuffled
 from cl.hooks import Contract, Strategy
-from strategies._joined import joined_classes, load_joined
+from strategies._joined import joined_classes, joined_domains, load_joined
 
 
 class Cumulative(Strategy):
@@ -39,4 +39,5 @@ def _grown(experiences: Sequence[Experience]) -> Iterator[Experience]:
             classes=joined_classes(seen),
             merged=len(seen),
             order=shuffled if k else experience.order,
+            practises=joined_domains(seen, experiences),
         )

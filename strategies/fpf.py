@@ -10,13 +10,13 @@ Differences: "auto" ranks modules by `cl.metrics.sensitivity`, whose normalisati
 layer and batch norm in convolutional networks; on an MLP without batch norm the first layer or all layers do better
 than the head alone, so compare with `modules=all`. The defaults of steps, rows and rate are ours. Only the last row of
 R shows the finetuned model, so BWT mixes two models; `kfpf` finetunes along the way. Finetuning runs in the run's
-precision, fp16 without loss scaling.
+precision, fp16 without loss scaling; its gradients are not clipped (`trainer.clip_norm`), and hooks of other strategies
+are not called in it, so that their penalties and projections do not hold.
 """
 
 from __future__ import annotations
 
 from cl.hooks import Contract
-from cl.state import TrainState
 from strategies._finetune import Finetune
 
 
@@ -48,7 +48,3 @@ class Fpf(Finetune):
     contract = Contract(
         toy={"capacity": 100, "steps": 60, "snapshot_steps": 6}, zero={"steps": 0}, forgets_less_by=0.25
     )
-
-    def on_experience_end(self, state: TrainState) -> None:
-        if state.experience is state.stream.experiences[-1]:
-            self.finetune(state)

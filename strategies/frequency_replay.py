@@ -152,7 +152,11 @@ class FrequencyReplay(Strategy):
         pool = Batch.cat([self.store[c] for c in self.replayed])
         rows = state.prepare(pool[index.to(pool.targets.device)], generator)
         mixed = batch.extended(rows, Source.REPLAY, self.name)
-        mixed.parts = tuple(replace(part, weight=part.weight * len(part) / len(mixed)) for part in mixed.parts)
+        # one mean of the current rows and these; parts of others are theirs
+        current, *others, own = mixed.parts
+        both = len(current) + len(own)
+        current, own = (replace(part, weight=part.weight * len(part) / both) for part in (current, own))
+        mixed.parts = (current, *others, own)
         return mixed
 
     def on_step_end(self, state: TrainState, batch: Batch, output: Output) -> None:
@@ -216,7 +220,9 @@ class FrequencyReplay(Strategy):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.store = {c: Batch(**rows) for c, rows in zip(state["classes"], state["rows"], strict=True)}
+        # beside the rows of the stream, which are on the CPU
+        kept = [{name: value.cpu() for name, value in rows.items() if value is not None} for rows in state["rows"]]
+        self.store = {c: Batch(**rows) for c, rows in zip(state["classes"], kept, strict=True)}
         self.occurrences = dict(zip(*state["occurrences"], strict=True))
         self.weights = dict(zip(*state["weights"], strict=True))
         self.num_experiences = state["num_experiences"]

@@ -30,7 +30,7 @@ from cl.hooks import Contract, Strategy
 from cl.seeding import Seeds
 from cl.state import Cost, TrainState, tensor_bytes
 from strategies._checks import require, require_count
-from strategies._joined import joined_classes
+from strategies._joined import joined_classes, joined_domains
 from strategies._quadratic import copied
 
 
@@ -71,7 +71,8 @@ class Gdumb(Strategy):
         seen = self._sources[: k + 1]
         num_rows = min(self.buffer.capacity, sum(experience.num_samples for experience in seen))
         load = partial(self._load, k)
-        return replace(seen[-1], load=load, num_samples=num_rows, classes=joined_classes(seen), order=shuffled)
+        held = {"classes": joined_classes(seen), "practises": joined_domains(seen, self._sources)}
+        return replace(seen[-1], load=load, num_samples=num_rows, order=shuffled, **held)
 
     def _load(self, k: int) -> Data:
         """The buffer after experience k. It goes forward only: rows that were given up do not come back."""

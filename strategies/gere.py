@@ -11,9 +11,10 @@ Source: Zhang et al., "GeRe: Towards Efficient Anti-Forgetting in Continual Lear
 2025; code Qznan/GeRe (margin loss, weights, insertion of a fixed number of general rows into every effective batch).
 Differences: everything is pooled over the effective batch, where the code takes means of micro-batches, half of CE for
 each kind of row that a micro-batch happens to hold, and w anew in each; statistics are exact in float64; states are
-codes where the code keeps float32; KL, L1 and L2, which the paper compares and the code lacks, are here. A model that
-was not pretrained says nothing worth keeping before it is trained: `since=1` keeps what it says after experience 0, and
-`source=first` then takes the general rows from there.
+codes where the code keeps float32; KL, L1 and L2, which the paper compares and the code lacks, are here. `weight` is 1
+by default, the smallest that the paper compares for tm; the code's default is 100, and the result in its README is with
+"dynamic". A model that was not pretrained says nothing worth keeping before it is trained: `since=1` keeps what it says
+after experience 0, and `source=first` then takes the general rows from there.
 
 Shape legend: N general rows, T tokens.
 """
@@ -166,6 +167,7 @@ class Gere(Strategy):
         """What the model says to all general rows, some at a time."""
         if self.tap is not None:
             self.tap.open(state.model)
+            self.tap.hears_all = True
         with torch.no_grad(), evaluation_mode(state.model):
             for some in torch.arange(len(self.general)).split(ROWS_AT_A_TIME):
                 rows = state.prepare(self.general[some])

@@ -203,7 +203,9 @@ class Icarl(Strategy):
         return {"exemplars": self.exemplars, "teacher": self.teacher}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.exemplars = {c: copied(columns) for c, columns in state["exemplars"].items()}
+        # beside the rows of the stream, which are on the CPU
+        kept = ((c, copied(columns)) for c, columns in state["exemplars"].items())
+        self.exemplars = {c: {name: value.cpu() for name, value in columns.items()} for c, columns in kept}
         self.teacher = copied(state["teacher"])
         self._pool = self._means = None
 

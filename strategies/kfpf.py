@@ -114,10 +114,6 @@ class Kfpf(Finetune):
         if self.is_due(state, state.step):
             self.finetune(state)
 
-    def on_experience_end(self, state: TrainState) -> None:
-        if state.experience is state.stream.experiences[-1]:
-            self.finetune(state)
-
     def cost(self, state: TrainState, batch_size: int) -> Cost:
         can = self.buffer_of is None or len(self.source(state.strategies)) > 0
         rows = self.rows_per_finetuning if can and self.is_due(state, state.step + 1) else 0

@@ -7,7 +7,8 @@
     experience they are part of the frozen network.
 
 A finished side memory is rows of a wider FFN (its hidden units stand beside the others), so that merging it changes
-nothing that is computed. The first experience trains the network as it is.
+nothing that is computed. The first experience trains the network as it is; from then on batch norm uses the running
+statistics that it left.
 
 Source: "Locas", low-rank side FFN memories initialised from the model's own activations and gradients, trained on the
 context and merged into the FFN [paper abstract]; in the spirit of. Differences: own choices throughout: the context is
@@ -23,8 +24,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
-from cl.core import Setting, StreamInfo, UserError
+from cl.core import Batch, Setting, StreamInfo, UserError
 from cl.hooks import Contract, Strategy
 from cl.state import TrainState
 from strategies._checks import require_count, require_number
@@ -81,6 +83,20 @@ class Locas(Strategy):
         self._begin(state, state.experience.id - 1)
         self.started = state.experience.id
         self._tell(state)
+
+    def on_batch(self, state: TrainState, batch: Batch) -> Batch:
+        if self.started:
+            self._set_norms(state, False)
+        return batch
+
+    def on_experience_end(self, state: TrainState) -> None:
+        self._set_norms(state, state.model.training)
+
+    def _set_norms(self, state: TrainState, is_training: bool) -> None:
+        """Running statistics move in training mode only."""
+        for module in state.model.modules():
+            if isinstance(module, _NormBase):
+                module.train(is_training)
 
     def on_gradients(self, state: TrainState) -> None:
         if not self.started:

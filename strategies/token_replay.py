@@ -5,6 +5,10 @@
 What a step cannot give because rows are whole is carried over to the next one, so that the share holds over any stretch
 of training to within one row of each domain: at 1 % of steps of 16 rows, one row in every sixth or seventh step.
 
+Rows know the experience that their domain was first seen in. Of domains that were new in one mixture they are not told
+apart, unless one of them was trained on without the others: such a group is past while one of its domains is, has the
+share of these, and may give rows of the running one too.
+
 Source: Ibrahim et al., "Simple and Scalable Strategies to Continually Pre-train Large Language Models", 2024: 1, 5 and
 25 %, only of what was trained on before, in an order of its own.
 Differences: replayed rows come on top of the stream's, where the paper keeps the tokens of a step; count tokens, or
@@ -14,7 +18,7 @@ again; a stream does that with `stream.order`, such as [a, {a: 0.05, b: 0.95}], 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -39,7 +43,7 @@ class TokenReplay(Strategy):
             with their borders, or one example.
 
     Raises:
-        UserError: a domain that the stream does not have, or rates of 100 percent and more.
+        UserError: a domain that the stream does not have, rates of 100 percent and more, or fewer rows than domains.
 
     Cost: rate / (100 - rate) rows more per row of the stream, forward and backward.
     """
@@ -66,7 +70,9 @@ class TokenReplay(Strategy):
 
     def check(self, stream: Stream) -> None:
         super().check(stream)
-        names = list(dict.fromkeys(experience.domain for experience in stream.experiences))
+        names = list(dict.fromkeys(name for each in stream.experiences for name in (each.domain, *each.practises)))
+        capacity, allowed = self.buffer.capacity, f"at least {len(names)}, one row for each domain of the stream"
+        require(self.is_off or capacity >= len(names), "token_replay.capacity", capacity, allowed)
         for domain in self.rate if isinstance(self.rate, dict) else ():
             if domain not in names:
                 raise UserError(
@@ -76,14 +82,30 @@ class TokenReplay(Strategy):
 
     def rates(self, state: TrainState) -> dict[int, float]:
         """Percent of all tokens that each stored domain gets now, by the experience that it was first seen in."""
-        if self.is_off or state.experience is None:
-            return {}
-        every, running = state.stream.experiences, state.experience
-        now = {running.domain, *running.practises}
-        past = {group: every[group].domain for group in self.buffer.members if every[group].domain not in now}
+        past = self._past(state)
         if isinstance(self.rate, dict):
-            return {group: self.rate[name] for group, name in past.items() if self.rate.get(name)}
-        return dict.fromkeys(past, self.rate / len(past)) if past else {}
+            rates = {group: sum(self.rate.get(name, 0) for name in names) for group, (names, _) in past.items()}
+            return {group: rate for group, rate in rates.items() if rate}
+        count = sum(len(names) for names, _ in past.values())
+        return {group: self.rate * len(names) / count for group, (names, _) in past.items()}
+
+    def _past(self, state: TrainState) -> dict[int, tuple[set[str], Sequence[int]]]:
+        """Domains not trained on now, and slots of rows that may be theirs, by the experience they were new in."""
+        # joint training has one experience, whatever its rows say
+        if self.is_off or state.experience is None or len(state.stream.experiences) == 1:
+            return {}
+        every = [{each.domain, *each.practises} for each in state.stream.experiences]
+        now, past = every[state.experience.id], {}
+        for group, slots in self.buffer.members.items():
+            # a domain that an earlier experience had has its rows there
+            own = every[group].difference(*every[:group]) or every[group]
+            if len(own) > 1:
+                # a row is of what is new in the one experience and in the other, which showed it
+                shown = self.buffer.columns["shown_in"].tolist()
+                slots = [slot for slot in slots if not own & every[shown[slot]] <= now]
+            if own - now and slots:
+                past[group] = own - now, slots
+        return past
 
     def due(self, state: TrainState, num_rows: int) -> tuple[dict[int, int], dict[int, float]]:
         """Whole rows of each domain to replay beside so many rows of the stream, and what is owed after."""
@@ -106,9 +128,9 @@ class TokenReplay(Strategy):
 
     def _drawn(self, state: TrainState) -> Batch:
         """The planned rows of each domain, distinct while there are enough."""
-        generator, slots = state.seeds.named(self.name), []
+        generator, slots, past = state.seeds.named(self.name), [], self._past(state)
         for group, count in self.planned.items():
-            members = torch.tensor(self.buffer.members[group])
+            members = torch.tensor(past[group][1])
             if count <= len(members):
                 slots.append(members[draw_without_replacement(len(members), count, generator)])
             else:
@@ -117,7 +139,8 @@ class TokenReplay(Strategy):
 
     def on_step_end(self, state: TrainState, batch: Batch, output: Output) -> None:
         if not self.is_off:
-            self.buffer.add(batch, state.seeds.named(self.name))
+            shown_in = torch.full_like(batch.experience_id, state.experience.id)
+            self.buffer.add(batch, state.seeds.named(self.name), shown_in=shown_in)
 
     def cost(self, state: TrainState, batch_size: int) -> Cost:
         extra = sum(self.due(state, batch_size)[0].values())

@@ -5,7 +5,9 @@
 Source: the replay baseline of Wang et al., "TRACE: A Comprehensive Benchmark for Continual Learning in Large Language
 Models", 2023; code BeyonderXX/TRACE training/replay.py: 10 % of all earlier tasks and all of Lima, after each task.
 Differences: Lima is whatever the stream has as general text, if it has any; rows are chosen once, when their experience
-ends; the learning rate stays at its base value through the pass, whatever the schedule has come to.
+ends; the learning rate stays at its base value through the pass, whatever the schedule has come to. The pass is the
+strategy's own: gradients are not clipped (`trainer.clip_norm`), fp16 has no loss scaling, and hooks of other strategies
+are not called.
 """
 
 from __future__ import annotations

@@ -122,6 +122,14 @@ def _check_kind(path: str, value: Any, annotation: str) -> None:
         raise UserError(f"{path} is {value!r}; it must be true or false")
     if annotation in ("int", "int | None", "<class 'int'>") and isinstance(value, bool):
         raise UserError(f"{path} is {value!r}; it must be an integer")
+    if path.split(".")[0] not in ("trainer", "strategy", "schedule") or (value is None and "None" in annotation):
+        return
+    if annotation in ("str", "str | None") and not isinstance(value, str):
+        raise UserError(f"{path} is {value!r}; it must be a name")
+    if annotation.startswith("Sequence[") and not isinstance(value, list | tuple | str):
+        raise UserError(f"{path} is {value!r}; it must be a list")
+    if annotation == "float" and isinstance(value, str) and path.startswith("schedule."):
+        raise UserError(f"{path} is {value!r}; it must be a number")
 
 
 def make(path: str, node: Mapping[str, Any]) -> Any:
@@ -247,5 +255,5 @@ def check_optimizer(optimizer: Callable[..., Any]) -> None:
             raise UserError(f"optimizer.{key} is {value}; it must be a finite number")
     try:
         optimizer([torch.nn.Parameter(torch.zeros(1))])
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, IndexError) as error:
         raise UserError(f"optimizer cannot be made from {_shown(optimizer.keywords)}: {error}") from None

@@ -55,7 +55,10 @@ def open_signatures(overrides: Sequence[str]) -> list[str]:
             value = os.path.expanduser(value).replace("'", "\\'")
             words.append(f"{key}='{value}'")
             continue
-        names = value.strip("[] ").split(",")
+        names = [name.strip() for name in value.strip("[] ").split(",")]
+        twice = [name for name in names if names.count(name) > 1]
+        if key == "strategy" and twice:
+            raise UserError(f"{word!r} names {twice[0]} twice")
         if key == "strategy" and any("." in name for name in names):
             words.append(f"strategy=[{','.join(name for name in names if '.' not in name)}]")
             words += [_own_strategy(name) for name in names if "." in name]

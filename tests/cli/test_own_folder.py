@@ -58,6 +58,10 @@ def test_any_name_of_a_folder_will_do(name: str) -> None:
     [
         ("trainer.reset_optimizer=no", "trainer.reset_optimizer is 'no'; it must be true or false"),
         ("trainer.batch_size=true", "trainer.batch_size is True; it must be an integer"),
+        ("strategy=[replay,replay]", "'strategy=[replay,replay]' names replay twice"),
+        ("trainer.device=null", "trainer.device is None; it must be a name"),
+        ("trainer.schedule_steps=5", "trainer.schedule_steps is 5; it must be a list"),
+        ("optimizer.betas=[]", "optimizer has no option 'betas'"),
         ("optimizer.lr=nan", "optimizer.lr is nan; it must be a finite number"),
         ("optimizer.weight_decay=inf", "optimizer.weight_decay is inf; it must be a finite number"),
     ],

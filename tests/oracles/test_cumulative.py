@@ -6,8 +6,12 @@ import pytest
 import torch
 
 from cl.core import Setting
+from cl.metrics import EvalTable, revisit_curve
 from cl.testing import toy_stream
 from strategies.cumulative import Cumulative
+from streams.permuted import permuted
+from streams.power_law import power_law
+from streams.scole import scole
 
 
 @pytest.mark.parametrize("setting", list(Setting))
@@ -26,6 +30,23 @@ def test_it_holds_the_rows_so_far(lab, setting, is_opaque):
             lab.same_rows(data.rows(index), wanted[index])
         assert set(experience.classes) == {c for e in stream.experiences[: k + 1] for c in e.classes}
     assert planned.trained_domains == [0, 1, 2]
+    assert planned.practised_domains == [], "no domain comes back in this stream"
+
+
+@pytest.mark.parametrize(
+    ("make", "practised"),
+    [
+        (lambda: scole("digits", 3, kind="cycle"), [[0, 1], [0, 1, 2], [0, 1, 2, 3]]),
+        (lambda: power_law(permuted("digits", 3, train_rows=60), "uniform"), [[0], [0, 1], [0, 1, 2]]),
+    ],
+    ids=["scole", "power_law"],
+)
+def test_nothing_seen_is_ever_out_of_practice(lab, make, practised):
+    """So every cell of R has lag 0 in a retention curve."""
+    _, trainer = lab.run([Cumulative()], make(), max_steps=1, epochs=None)
+    assert trainer.ledger.result.practises == practised
+    curve = revisit_curve(EvalTable.from_result(vars(trainer.ledger.result)))
+    assert (curve.lag.tolist(), curve.count.tolist()) == ([0], [sum(map(len, practised))])
 
 
 def test_every_row_is_trained_on_once_per_epoch(lab):

@@ -19,6 +19,7 @@ from strategies._finetune import Finetune
 from strategies._modules import matching, training_only
 from strategies.der import Der
 from strategies.fpf import Fpf
+from strategies.remind import Remind
 from strategies.replay import Replay
 
 CLASS = Setting.CLASS_INCREMENTAL
@@ -287,6 +288,11 @@ def test_improves_the_strategy_it_stands_behind():
             "fpf.buffer_of is 'der'; it must be a strategy that keeps a buffer beside fpf",
         ),
         (lambda: [Fpf(buffer_of="fpf")], "fpf.buffer_of is its own name; leave it null for a buffer of its own"),
+        (
+            lambda: [Remind(), Replay(), Fpf(buffer_of="remind")],
+            "fpf.buffer_of is 'remind', whose rows are codes that the model does not read; name a strategy that stores "
+            "inputs, or leave it null for a buffer of its own",
+        ),
         (
             lambda: [Replay(20), Fpf(buffer_of="replay")],
             "fpf.replay_batch_size is 32; it must be at most the capacity of the buffer of replay, 20",

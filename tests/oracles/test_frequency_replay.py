@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from cl.core import Setting, Source, TensorData, UserError
 from cl.testing import toy_stream
 from strategies.frequency_replay import FrequencyReplay
+from strategies.replay import Replay
 
 NUM_CLASSES, PER_CLASS = 8, 30
 
@@ -151,6 +152,19 @@ def test_an_epoch_replays_every_stored_row_once_in_one_mean(lab):
     model.load_state_dict(step.before)
     plain = F.cross_entropy(model(step.batch).logits, step.batch.targets)
     lab.close(step.terms["cross_entropy"], plain.item())
+
+
+@pytest.mark.parametrize("is_first", [True, False])
+def test_rows_of_others_keep_their_weight(lab, is_first):
+    strategies = [Replay(capacity=40, replay_batch_size=8), FrequencyReplay(20, "random")]
+    recorder, _ = lab.run(strategies[:: 1 if is_first else -1], Setting.CLASS_INCREMENTAL)
+    mixed = [step.batch for step in recorder.steps if step.batch.parts_of("frequency_replay")]
+    assert len(mixed) > 10
+    for batch in mixed:
+        (other,), (own,) = batch.parts_of("replay"), batch.parts_of("frequency_replay")
+        both = batch.num_current + len(own)
+        assert other.weight == 1
+        assert (batch.parts[0].weight, own.weight) == (batch.num_current / both, len(own) / both)
 
 
 def test_random_replays_classes_seen_before_within_budget(lab):

@@ -12,6 +12,7 @@ from cl.seeding import Seeds
 from cl.testing import equal, toy_stream, train
 from strategies.gdumb import Gdumb, GreedyBalanced
 from strategies.joint import Joint
+from streams.scole import scole
 
 CLASS = Setting.CLASS_INCREMENTAL
 
@@ -150,6 +151,12 @@ def test_number_of_rows_is_known_before_anything_is_loaded():
     planned = Gdumb(capacity=300).plan(toy_stream(CLASS))
     assert [e.num_samples for e in planned.experiences] == [192, 300, 300]
     assert [e.classes for e in planned.experiences] == [tuple(range(2 * k + 2)) for k in range(3)]
+
+
+def test_it_practises_what_the_buffer_holds():
+    assert Gdumb(capacity=300).plan(toy_stream(CLASS)).practised_domains == []
+    planned = Gdumb(capacity=300).plan(scole("digits", 3, kind="cycle"))
+    assert planned.practised_domains == [[0, 1], [0, 1, 2], [0, 1, 2, 3]]
 
 
 def test_the_buffer_is_a_function_of_the_seed():

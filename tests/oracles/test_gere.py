@@ -21,6 +21,7 @@ from strategies import gere as module
 from strategies._imitation import Kl, Said
 from strategies._ternary import Moments, classes, margin_terms, packed, unpacked
 from strategies.gere import Gere
+from strategies.lwf import Lwf
 
 TEXT = Setting.CONTINUAL_PRETRAINING
 SIZE, SAMPLES, WEIGHT, LR, MARGIN = 6, 40, 0.7, 0.8, 0.5
@@ -265,6 +266,32 @@ def test_a_layer_inside_is_read_and_left_as_found(lab):
     recorder, _ = trained(lab, Gere("l2", samples=8, layer="first"), max_steps=1, epochs=None)
     torch.testing.assert_close(strategy.kept["states"], recorder.start.first(rows.inputs).float())
     assert not any(each._forward_hooks for each in trainer.state.model.modules())
+
+
+@pytest.mark.parametrize("size", [1, 8])
+def test_what_a_teacher_says_is_not_listened_to(lab, size):
+    """lwf asks its teacher between the step's own pass and the penalty, on the same module."""
+    terms = []
+
+    class Watch(Strategy):
+        settings = frozenset({TEXT})
+
+        def penalty(self, state, batch, output):
+            gere = state.strategies[1]
+            if gere.kept:
+                (part,) = batch.parts_of("gere")
+                numbers = batch.sample_ids[part.rows]
+                with torch.no_grad():
+                    now = state.model.first(batch.inputs[part.rows])
+                plain = (now.float() - gere.kept["states"][numbers]).square().mean()
+                terms.append((gere.penalty(state, batch, output), plain))
+
+    strategies = [Lwf(), Gere("l2", source="first", samples=SAMPLES, general_batch_size=size, layer="first"), Watch()]
+    lab.run(strategies, TEXT)
+    assert len(terms) == 24
+    for found, plain in terms:
+        assert found.requires_grad
+        torch.testing.assert_close(found, plain, rtol=1e-5, atol=1e-6)
 
 
 def test_first_tokens_can_be_left_out(lab):

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from cl.backbones.gpt import Gpt
 from cl.core import Setting, UserError
 from cl.hooks import Strategy
+from cl.testing import ToyNet
 from strategies.locas import Locas, Side, places, sides
 from streams.probes.word_problem import word_problem
 
@@ -90,6 +91,36 @@ def test_the_first_experience_is_naive(lab):
     for ours, theirs in zip(recorder.steps[:4], plain.steps[:4], strict=True):
         for name, value in theirs.after.items():
             assert torch.equal(ours.after[name], value)
+
+
+class Normed(ToyNet):
+    def __init__(self, info):
+        super().__init__(info)
+        self.norm = torch.nn.BatchNorm1d(12)
+
+    def features(self, inputs):
+        return self.norm(super().features(inputs))
+
+
+def test_running_statistics_stand_still_after_the_first_experience(lab):
+    seen = []
+
+    class Keeper(Strategy):
+        settings = frozenset(Setting)
+
+        def on_experience_end(self, state):
+            assert state.model.norm.training, "modes are as found"
+            seen.append({name: value.clone() for name, value in state.model.named_buffers()})
+
+    recorder, _ = lab.run([Locas(rank=RANK, rows=ROWS), Keeper()], backbone=Normed, max_steps=4, epochs=None)
+    first, *others = seen
+    assert first["norm.num_batches_tracked"] == 4
+    assert all(torch.equal(value, later[name]) for later in others for name, value in first.items())
+    # and they are what training reads
+    step = recorder.steps[-1]
+    model = copy.deepcopy(recorder.ends[-1]).eval()
+    model.load_state_dict(step.before, strict=False)
+    lab.close(step.terms["cross_entropy"], lab.label_loss(model, step.batch).detach(), rtol=1e-5)
 
 
 def test_directions_that_are_missing_are_drawn():

@@ -15,7 +15,7 @@ from cl.backbones.convnet import Convnet
 from cl.config import TrainerConfig
 from cl.core import Setting, UserError
 from cl.hooks import Strategy
-from cl.testing import ToyNet, toy_stream
+from cl.testing import ToyNet, equal, toy_stream, train
 from cl.trainer import Trainer
 from strategies._held_inputs import HeldInputs
 from strategies._lateral import Lateral
@@ -331,3 +331,15 @@ def test_the_rule_can_learn_from_some_batches_only(monkeypatch):
     assert len(third) == math.ceil(len(every) / 3)
     first_of_three = range(0, len(every) // 3, 3)
     assert all(torch.equal(third[step // 3], every[step]) for step in first_of_three)
+
+
+@pytest.mark.parametrize("stop_at", [40, 41])
+def test_a_resumed_run_rounds_alike(tmp_path, stop_at):
+    """Widths with which one of two buffers in a row is not aligned, and an even and an odd number of steps."""
+    options = {"neurons": 0.15, "growth": 0.1, "rates": 0.05}
+    whole = train(Setting.DOMAIN_INCREMENTAL, [Hebbian(**options)])
+    first = train(Setting.DOMAIN_INCREMENTAL, [Hebbian(**options)], run_dir=tmp_path, stop_at=stop_at)
+    resumed = train(Setting.DOMAIN_INCREMENTAL, [Hebbian(**options)], run_dir=tmp_path, resume=True)
+    assert first.result.status == "interrupted"
+    assert resumed.losses == whole.losses[resumed.first_step :]
+    assert equal(resumed.weights, whole.weights)

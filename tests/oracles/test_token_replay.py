@@ -12,10 +12,11 @@ import torch
 import torch.nn.functional as F
 
 from cl.config import TrainerConfig
-from cl.core import Batch, Setting, UserError
+from cl.core import Batch, Setting, TensorData, UserError
 from cl.testing import ToyNet, toy_stream
 from cl.trainer import Trainer
 from strategies import token_replay as module
+from strategies.joint import Joint
 from strategies.token_replay import TokenReplay
 
 TEXT = Setting.CONTINUAL_PRETRAINING
@@ -71,6 +72,12 @@ def test_each_domain_has_its_own_rate(lab):
     assert found == {(1, 0): int(ROWS / 9), (2, 0): int(ROWS / 9 % 1 + ROWS / 6), (2, 1): ROWS // 2}
 
 
+def test_joint_training_has_nothing_to_replay(lab):
+    stream = Joint().plan(toy_stream(TEXT))
+    recorder, _ = trained(lab, TokenReplay(25), stream)
+    assert not replayed(recorder.steps)
+
+
 def test_a_domain_that_returns_is_not_replayed_into_itself(lab):
     stream = toy_stream(TEXT)
     first, second, _ = stream.experiences
@@ -79,6 +86,79 @@ def test_a_domain_that_returns_is_not_replayed_into_itself(lab):
     recorder, trainer = trained(lab, TokenReplay(25.0), stream)
     assert {key for key in replayed(recorder.steps) if key[0] == 2} == {(2, 1)}
     assert len(trainer.strategies[0].buffer.members) == 2
+
+
+def mixture(*later):
+    """A stream whose first experience is of toy 0 and toy 1, which are new together, and others by their domains."""
+    stream = toy_stream(TEXT)
+    alone = [each.load() for each in stream.experiences]
+
+    def load(domains):
+        # rows keep the experience that they were first seen in
+        return TensorData.concat([replace(alone[n], experience_id=2 if n == 2 else 0) for n in domains])
+
+    experiences = [
+        replace(
+            stream.experiences[0],
+            id=k,
+            domain=f"toy {domains[-1]}",
+            practises=tuple(f"toy {n}" for n in domains) if len(domains) > 1 else (),
+            load=partial(load, domains),
+            num_samples=ROWS * len(domains),
+        )
+        for k, domains in enumerate([(0, 1), *later])
+    ]
+    return replace(stream, info=replace(stream.info, num_experiences=len(experiences)), experiences=experiences)
+
+
+def domains_replayed(steps, experience):
+    """How many replayed rows are of toy 0, 1 and 2, by what is in them."""
+    owner = {}
+    for k, each in enumerate(toy_stream(TEXT).experiences):
+        data = each.load()
+        owner |= dict.fromkeys(map(tuple, torch.cat([data.inputs, data.targets], dim=1).tolist()), k)
+    found = Counter()
+    for step in (step for step in steps if step.experience == experience):
+        for part in step.batch.parts[1:]:
+            rows = step.batch[part.rows]
+            found.update(owner[tuple(row)] for row in torch.cat([rows.inputs, rows.targets], dim=1).tolist())
+    return [found[k] for k in range(3)]
+
+
+@pytest.mark.parametrize("alone", [0, 1])
+def test_a_mixture_is_past_as_long_as_one_of_its_domains_is(lab, alone):
+    """Its rows are not told apart; what is stored while one of the domains is alone is known to be of that one."""
+    recorder, trainer = trained(lab, TokenReplay(50.0), mixture((alone,), (2,), (0, 1)))
+    again, later, last = (domains_replayed(recorder.steps, k) for k in (1, 2, 3))
+    assert sum(again) == sum(later) == ROWS
+    # half of the mixture, however much of the running domain was stored meanwhile
+    assert 0.44 * ROWS < again[alone] < 0.56 * ROWS
+    # which is past as well in the end
+    assert later[alone] > 0.56 * ROWS
+    assert last == [0, 0, 2 * ROWS]
+    assert sorted(trainer.strategies[0].buffer.members) == [0, 2]
+
+
+def test_domains_that_come_back_one_by_one_are_told_apart_by_their_rows(lab):
+    """Of a mixture with an old domain only the new one is in its own rows."""
+    stream = toy_stream(TEXT)
+    first, second, _ = stream.experiences
+    both = TensorData.concat([first.load(), second.load()])
+    mixed = replace(second, practises=("toy 0", "toy 1"), load=lambda: both, num_samples=2 * ROWS)
+    again = replace(second, id=2, name="again")
+    recorder, _ = trained(lab, TokenReplay(25.0), replace(stream, experiences=[first, mixed, again]))
+    assert replayed(recorder.steps) == {(2, 0): ROWS // 3}
+
+
+@pytest.mark.parametrize(("rates", "wanted"), [({"toy 0": 20.0}, 0), ({"toy 0": 10.0, "toy 1": 20.0}, 20)])
+def test_each_domain_of_a_mixture_has_its_own_rate(lab, rates, wanted):
+    recorder, _ = trained(lab, TokenReplay(rates, capacity=60), mixture((0,), (2,)))
+    total = sum(rates.values())
+    assert replayed(recorder.steps) == {
+        k: n
+        for k, n in {(1, 0): ROWS * wanted // (100 - wanted), (2, 0): int(ROWS * total / (100 - total))}.items()
+        if n
+    }
 
 
 def check(lab):
@@ -129,6 +209,7 @@ def test_stored_rows_are_those_of_the_stream_in_equal_shares(lab):
         ({"rate": {"toy 0": 60, "toy 1": 40}}, "below 100 percent"),
         ({"rate": {"news": 1}}, "names 'news', no domain of stream toy_continual_pretraining; they are toy 0, toy 1"),
         ({"capacity": 0}, "token_replay.capacity is 0"),
+        ({"capacity": 2}, "token_replay.capacity is 2; it must be at least 3, one row for each domain of the stream"),
     ],
 )
 def test_bad_values_are_one_sentence(lab, options, words):

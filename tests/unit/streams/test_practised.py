@@ -34,9 +34,10 @@ def test_columns_of_what_is_practised():
     assert permuted("digits", 3).practised_domains == []
 
 
-def test_the_first_experiences_are_measured_on_what_they_practise():
+def test_the_first_experiences_are_measured_on_what_they_practise_and_on_what_nobody_does():
     cut = scole("digits", 6, kind="cycle").first(2)
-    assert [e.domain for e in cut.eval_sets] == ["class 0", "class 1", "class 2"]
+    never = [f"class {c}" for c in (7, 8, 9)]
+    assert [e.domain for e in cut.eval_sets] == ["class 0", "class 1", "class 2", *never]
     assert cut.practised_domains == [[0, 1], [0, 2]]
 
 

@@ -82,9 +82,7 @@ def test_many_classes_have_more_subsets_than_memory():
 
 def test_more_couples_than_a_list_holds_are_refused(monkeypatch):
     monkeypatch.setattr("streams.scole.MOST_SUBSETS", 44)
-    with pytest.raises(
-        UserError, match=r"is 2; 10 classes have 45 subsets of so many; kind=couples goes"
-    ):
+    with pytest.raises(UserError, match=r"is 2; 10 classes have 45 subsets of so many; kind=couples goes"):
         scole("digits", 5, kind="couples")
 
 
