@@ -29,8 +29,8 @@ check: $(STAMP)  ## lint, format, types, spelling
 	$(BIN)/mypy
 	$(BIN)/codespell cl strategies streams kernels configs tests docs benchmarks README.md CHANGELOG.md CONTRIBUTING.md
 
-bench: $(STAMP)  ## throughput against a plain loop and Avalanche, as ratios in one run
-	$(BIN)/python benchmarks/throughput.py
+bench: $(STAMP)  ## throughput against a plain loop and Avalanche, as ratios in one run; MNIST below CL_DATA_ROOT
+	$(BIN)/python benchmarks/throughput.py --data $(CL_DATA_ROOT)
 
 ui: $(STAMP)  ## MLflow on the demo's store
 	$(BIN)/cl ui

@@ -10,6 +10,8 @@ import torch
 from _families import family
 from _study import table
 
+HEAD = ("block", "weights", "tokens/s", "of the transformer", "its tokens/s", "MB")
+
 
 def num_rows(tokens: int) -> int:
     """Of so many tokens in a training step: 4,096 tokens in all, or one longer row."""
@@ -20,7 +22,9 @@ def page(found: Mapping[str, Any], folder: Path) -> str:
     """Tables, and the plot beside them."""
     parts = [
         "# Speed of memory\n",
-        f"Made by `benchmarks/memory_speed.py`; how is in its docstring. {machine()}.{found.get('note', '')}\n",
+        f"Made by `benchmarks/memory_speed.py`; how is in its docstring. {machine()}.{found.get('note', '')} Ratios of "
+        "training are to the transformer that was measured by the same call, whose tokens/s stand beside them; tables "
+        "may be made by several calls, and the row `attention` is of the last one.\n",
     ]
     for title, group in found.items():
         if title.startswith("train, "):
@@ -31,11 +35,12 @@ def page(found: Mapping[str, Any], folder: Path) -> str:
                     f"{row['weights']:,.0f}",
                     f"{num_rows(tokens) * tokens / row['seconds']:,.0f}",
                     f"{row['ratio']:.2f}x",
+                    f"{num_rows(tokens) * tokens / row['seconds'] / row['ratio']:,.0f}",
                     f"{row['bytes'] / 1e6:,.0f}",
                 )
                 for name, row in sorted(group.items(), key=lambda item: -item[1]["ratio"])
             ]
-            parts += [f"## {title}\n", table(("block", "weights", "tokens/s", "of the transformer", "MB"), rows)]
+            parts += [f"## {title}\n", table(HEAD, rows)]
     if generated := found.get("generate"):
         places = sorted({row["at"] for line in generated.values() for row in line})
         head = ("block", *(f"µs after {at:,}" for at in places), "bytes of state, first", "last")

@@ -239,7 +239,8 @@ def main(words: Sequence[str] | None = None) -> None:
         found[name] = f"{table(columns, rows)}\n{conditions(options)}"
         parts = [f"## {each}\n\n{found[each]}\n" for each in SECTIONS if each in found]
         head = (
-            "# Language: speed and memory\n\nMade by `python benchmarks/language_speed.py`, whose docstring says how.\n"
+            "# Language: speed and memory\n\nMade by `python benchmarks/language_speed.py --data DATA`, whose "
+            "docstring says how.\n"
         )
         write_text(options.out, "\n".join([head, *parts]))
 

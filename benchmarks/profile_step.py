@@ -54,8 +54,9 @@ def main() -> None:
         "plain loop, replay 1000": lambda: plain(options.data, 64, True, num_experiences=1),
     }
     parts = [
-        f"# Where a training step goes\n\nMade by `python benchmarks/profile_step.py --threads {options.threads}` on "
-        f"{time.strftime('%Y-%m-%d')}: own time under cProfile, per step of {STEPS}; evaluation and loading included.\n"
+        "# Where a training step goes\n\nMade by `python benchmarks/profile_step.py --data DATA --threads "
+        f"{options.threads}` on {time.strftime('%Y-%m-%d')}: own time under cProfile, per step of {STEPS}; evaluation "
+        "and loading included.\n"
     ]
     for title, run in runs.items():
         lines = [f"## {title}", "", "| function | calls a step | own µs a step |", "|---|---|---|"]

@@ -97,12 +97,14 @@ def main(words: list[str]) -> None:
             if turn >= WARMUP:
                 times[name].append(seconds)
     plain = statistics.fmean(times["naive"])
+    given = " ".join(f"{name}={value}" for name, value in options.items() if name != "out")
     size = f"784-{options['hidden'].replace(',', '-')}-10, batch {options['batch']}, {ranks} directions held"
     lines = [
         "# Cost of projection",
         "",
-        f"Made by `benchmarks/projection_overhead.py`: {size}, {options['optimizer']}, {torch.get_num_threads()} "
-        f"thread(s), torch {torch.__version__}, means of {options['steps']} steps that took turns.",
+        f"Made by `python benchmarks/projection_overhead.py {given}`: {size}, {options['optimizer']}, "
+        f"{torch.get_num_threads()} thread(s), torch {torch.__version__}, means of {options['steps']} steps that took "
+        "turns.",
         "",
         "| strategy | ms a step | times naive |",
         "|---|---|---|",

@@ -61,7 +61,8 @@ SCHEDULES: Mapping[str, Sequence[str]] = {
 READING = """What three seeds of `builtin` say:
 
 - The numbers of one seed hold: replay of 5 % avoids most of the rise, and 200 rows of the first domain keep `code` too,
-  which nothing replays. Differences between conditions are many times the spread over seeds.
+  which nothing replays. Naive training is many times the spread over seeds away from replay, at any share, and from
+  GeRe; replay of 25 % and GeRe's losses are closer to each other.
 - Imitating what the first model said (KL) is the best anchor of `docs`, ahead of L1 and L2 on the states and of the
   margin loss (weight 1), which cannot be told apart, and of labels alone; `code` is kept best by replaying it, at 25 %.
   The margin loss costs 0.2 bits on the last domain; on the one seed before it had gained nothing over labels.

@@ -1,6 +1,6 @@
 """The TRC2 study: is it the architecture or the replay that forgets less?
 
-    python benchmarks/study_trc2.py --data DIR [--out runs/trc2] [--page FOLDER] [--seeds 1] [--steps 200]
+    python benchmarks/study_trc2.py --data DIR [--out runs/trc2] [--page FOLDER] [--seeds 1] [--steps 200] [--time]
 
 Backbones (transformer, mixture of experts, gated DeltaNet, Mamba-2, Titans, TRC2), each alone, with a fixed replay and
 with the consolidation controller, on C4, WikiText and GSM8K from local files in all six orders, cut into tokens by one
@@ -9,8 +9,8 @@ BPE of C4. Every order has seeds of its own, so that six orders with one seed ea
 - tokens: the same steps and batches for everybody, and hidden widths such that every backbone has as many active
   weights as the transformer (those that touch a token: all of them, but of experts the chosen ones). TRC2's ablation
   (hippocampus only, thalamus only, neither, and measured with an empty store) is trained like this as well.
-- time: as many steps as fit into the seconds of the transformer alone. How fast everything is, is measured beforehand
-  on short runs that take turns in one process.
+- time, with `--time`: as many steps as fit into the seconds of the transformer alone. How fast everything is, is
+  measured beforehand on short runs that take turns in one process.
 
 Runs are those of `cl compare`, so the same command goes on where it was stopped, and pieces may be run in any order:
 `--only` (backbones and variants), `--arms` and `--orders` select them. `--words` adds overrides; `--page-only` writes
@@ -191,8 +191,9 @@ def page(study: Trc2) -> str:
     num_pairs = len(ORDERS) * study.seeds
     parts = [
         "# TRC2: architecture or replay?\n",
-        f"Made by `python benchmarks/study_trc2.py --data DATA --seeds {study.seeds} --steps {study.steps}`; how it "
-        f"is done is in that file's docstring. {study.steps} steps of {study.rows} rows of {study.context} tokens for "
+        f"Made by `python benchmarks/study_trc2.py --data DATA --seeds {study.seeds} --steps {study.steps}` (equal "
+        "tokens, ablation), then by the same command with `--time` (equal time); how it is done is in that file's "
+        f"docstring. {study.steps} steps of {study.rows} rows of {study.context} tokens for "
         f"each domain, {study.layers} layers of width {study.width}, a BPE of {study.vocabulary:,} tokens. Learning "
         "rate and schedule are those of `experiment=text_local` for all, tuned for none of them. Networks are small "
         "and training is short; nothing is said of larger ones.\n",

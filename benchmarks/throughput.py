@@ -191,7 +191,7 @@ def main() -> None:
         table, books = throughput(root, options.repeats), bookkeeping(root)
     env = environment()
     versions = ", ".join(f"{name} {version}" for name, version in env["versions"].items())
-    title = f"# Throughput\n\nMade by `python benchmarks/throughput.py --threads {options.threads}` "
+    title = f"# Throughput\n\nMade by `python benchmarks/throughput.py --data DATA --threads {options.threads}` "
     title += f"(median of {options.repeats}) on {time.strftime('%Y-%m-%d')}.\nCPU, {options.threads} threads, "
     title += f"Python {env['python']}, {versions}. Samples per second.\n"
     text = "\n".join([title, *table, "", *books, "", *commands(), ""])

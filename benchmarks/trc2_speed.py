@@ -1,6 +1,7 @@
 """What TRC2 costs beside the mixture of experts it is built on: ratios of whole training steps, in one run.
 
     python benchmarks/trc2_speed.py [--width 256 --layers 6 --tokens 256 --rows 8 --vocabulary 1024 --slots 512]
+        [--repeats 15]
 
 Three networks with the same columns take steps in turn, so that all of them meet the same disturbances; medians count.
 Every slot of the store is filled beforehand, so that it is searched, read and written as late in a stream. Its share is
@@ -87,11 +88,12 @@ def report(given: argparse.Namespace, models: dict[str, nn.Module], times: dict[
     where = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
     share, filled = 1 - times["without store"] / times["trc2"], int(models["trc2"].episodes.hippocampus.is_filled.sum())
     against, rows = times["experts"] / times["trc2"], chr(10).join(lines)
+    options = " ".join(f"--{name} {value}" for name, value in vars(given).items() if name != "out")
     return f"""# Speed of TRC2
 
-Made by `python benchmarks/trc2_speed.py`; what is compared is in its docstring. Width {given.width}, {given.layers}
-layers, {given.rows} rows of {given.tokens} tokens, medians of {given.repeats} steps, torch {torch.__version__},
-{where}.
+Made by `python benchmarks/trc2_speed.py {options}`; what is
+compared is in its docstring. Width {given.width}, {given.layers} layers, {given.rows} rows of {given.tokens} tokens,
+medians of {given.repeats} steps, torch {torch.__version__}, {where}.
 
 {rows}
 

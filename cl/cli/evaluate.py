@@ -9,7 +9,7 @@ Takes the newest checkpoint of a run on text, finished or not. The numbers are p
 and added to the run's journal and to its MLflow run, as lm_eval/TASK/METRIC (with num_fewshot and limit in the name
 where given) at the number of finished experiences. With out=FILE they are written there only, and the run stays as it
 is.
-Tasks that would run code of theirs are refused. Needs `pip install 'cl-lab[lm-eval]'`.
+Tasks that would run code of theirs are refused. Needs `pip install -e '.[lm-eval]'`.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ast
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,12 +54,19 @@ def strategies() -> Iterator[Entry]:
 
 
 def streams() -> Iterator[Entry]:
-    """Every config in configs/stream/, described by the file that its `_target_` lives in."""
+    """Every config in configs/stream/, described by the file of its `_target_`; by its comment where others share that.
+
+    Streams of images share it too, and say their dataset.
+    """
+    shared = Counter(map(_target, (ROOT / "configs" / "stream").rglob("*.yaml")))
     for config in sorted((ROOT / "configs" / "stream").rglob("*.yaml")):
         path = _target_file(config)
         tree = ast.parse(path.read_text())
         dataset = re.search(r"^dataset: *(\S+)", config.read_text(), re.M)
         line = _first_line(tree) + (f" On {dataset[1]}." if dataset else "")
+        if shared[_target(config)] > 1 and not dataset:
+            comment = _comment(config)
+            line = f"{comment[0].upper()}{comment[1:]}." if comment else line
         name = config.relative_to(ROOT / "configs" / "stream").with_suffix("").as_posix()
         yield Entry(name, line, _relative(path), _settings([tree]))
 
