@@ -41,7 +41,7 @@ def main(words: list[str]) -> int:
         if result.status == "done":
             console = Console()
             console.print("this run is done")
-            show_result(console, result, run_dir)
+            show_result(console, result, run_dir, (config.get("tracking") or {}).get("uri"))
             return 0
     return int(run_with_progress(config, run_dir, resume=True).status != "done")
 

@@ -99,15 +99,18 @@ def run_with_progress(config: dict[str, Any], run_dir: Path, resume: bool = Fals
 
         suite = str(config.get("suite", ""))
         result = execute(config, run_dir, resume=resume, observers=[Pulse(show)], suite=suite, say=bars.console.print)
-    show_result(console, result, run_dir)
+    show_result(console, result, run_dir, (config.get("tracking") or {}).get("uri"))
     return result
 
 
-def show_result(console: Console, result: Result, run_dir: Path) -> None:
-    """R, its summary, and where everything is."""
+def show_result(console: Console, result: Result, run_dir: Path, uri: str | None = None) -> None:
+    """R, its summary, and where everything is; `uri` of another store than that of the working directory."""
     if result.R:
         console.print(matrix_table(result))
         console.print(metrics_line(result), highlight=False)
     console.print(f"run folder: {run_dir}", highlight=False, soft_wrap=True)
     if result.mlflow_run_id:
-        console.print("forgetting curves: `cl ui`", highlight=False)
+        from cl.tracking.check import without_password
+
+        where = f" uri={without_password(uri)}" if uri else ""
+        console.print(f"forgetting curves: `cl ui{where}`", highlight=False, soft_wrap=True)

@@ -67,12 +67,13 @@ def _within_time(uri: str, tried: str, attempt: Callable[[], None]) -> None:
 
 def _no_answer(uri: str, tried: str, reason: str) -> str:
     return (
-        f"tracking.uri={_without_password(uri)!r} does not answer: {tried} failed ({reason}); "
+        f"tracking.uri={without_password(uri)!r} does not answer: {tried} failed ({reason}); "
         "give the address of a running store, or tracking=none"
     )
 
 
-def _without_password(uri: str) -> str:
+def without_password(uri: str) -> str:
+    """An address as it may be printed."""
     password = urlsplit(uri).password
     return uri.replace(f":{password}@", ":***@") if password else uri
 

@@ -108,3 +108,10 @@ def test_numbers_as_people_write_them() -> None:
     _, found = options(["run", "optimizer.lr=1e-3", "steps=5", "out=2024"], "x", ("optimizer.lr", "steps", "out"))
     assert found == {"optimizer.lr": 0.001, "steps": 5, "out": "2024"}
     assert math.isclose(options(["run", "final=-2E+1"], "x", ("final",))[1]["final"], -20)
+
+
+def test_where_the_curves_are_is_said_with_the_store(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main((*TINY[:1], *TINY[2:], "out=one", "tracking.uri=sqlite:///other.db")) == 0
+    assert "forgetting curves: `cl ui uri=sqlite:///other.db`" in capsys.readouterr().out
+    assert main(("resume", "one")) == 0
+    assert "forgetting curves: `cl ui uri=sqlite:///other.db`" in capsys.readouterr().out
