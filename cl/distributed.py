@@ -77,6 +77,12 @@ class World:
         """
         start()
         if not dist.is_initialized() or dist.get_world_size() == 1:
+            if parallel != "none" and "WORLD_SIZE" not in os.environ:
+                warnings.warn(
+                    f"trainer.parallel is {parallel!r} and this is the only process; start several with torchrun, as "
+                    "in `torchrun --nproc_per_node=2 -m cl run ...`",
+                    stacklevel=2,
+                )
             return cls()
         if parallel == "none":
             raise UserError(

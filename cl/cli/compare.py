@@ -10,13 +10,14 @@ Usage: cl compare [strategies=a,b,[c,d]] [seeds=5] [name=value ...]
 
 Every strategy gets the same seeds, so differences are tested in pairs. Each run has a process and a thread of its own;
 one that dies is reported and the others go on. The same command again goes on with what is unfinished and repeats
-nothing. Options of a strategy apply to the runs that contain it.
+nothing. Options of a strategy, those of an experiment too, apply to the runs that contain it.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -109,7 +110,7 @@ def _is_one(value: str) -> bool:
 def _strategy_of(word: str) -> str:
     """Name of the strategy that an option belongs to, or nothing."""
     parts = word.lstrip("+~").partition("=")[0].split(".")
-    return node_name(parts[1]) if parts[0] == "strategy" and len(parts) > 2 else ""
+    return node_name(parts[1]) if parts[0] == "strategy" and len(parts) > 1 else ""
 
 
 def make_plan(request: Mapping[str, Any], words: Sequence[str], own: Mapping[str, Sequence[str]] | None = None) -> Plan:
@@ -122,7 +123,10 @@ def make_plan(request: Mapping[str, Any], words: Sequence[str], own: Mapping[str
     if not compositions:
         raise UserError("strategies is empty; name at least one, such as strategies=naive,replay")
     compositions = [[str(name) for name in names] for names in compositions]
-    _check_words(words, {node_name(name) for names in compositions for name in names})
+    check_words(words, {node_name(name) for names in compositions for name in names})
+    for names in compositions:
+        if len(set(map(node_name, names))) < len(names):
+            raise UserError(f"strategies has [{','.join(names)}], which names a strategy twice")
     labelled = {"+".join(map(node_name, names)): names for names in compositions}
     if len(labelled) < len(compositions):
         raise UserError(f"strategies names a composition twice: {', '.join(labelled)}")
@@ -131,23 +135,36 @@ def make_plan(request: Mapping[str, Any], words: Sequence[str], own: Mapping[str
         for label, names in labelled.items()
     }
     configs = {label: composed("run", each) for label, each in told.items()}
+    for label, config in configs.items():
+        if dropped := _dropped(config, labelled[label]):
+            told[label] += dropped
+            configs[label] = composed("run", told[label])
     reference = request["reference"]
     if reference not in configs and reference != "naive":
         raise UserError(f"reference is {reference!r}; it must be one of {', '.join(configs)}")
-    jobs = request["jobs"] or os.cpu_count() or 1
-    if not isinstance(jobs, int) or jobs < 1:
-        raise UserError(f"jobs is {jobs!r}; it must be an integer of at least 1")
+    jobs = (os.cpu_count() or 1) if request["jobs"] is None else request["jobs"]
+    if type(jobs) is not int or jobs < 1:
+        raise UserError(f"jobs is {jobs!r}; it must be an integer of at least 1, or null for one per core")
 
-    seeds = _seeds(request["seeds"])
+    seeds = seeds_of("seeds", request["seeds"])
     infos = [check(seeded(config, seeds[0])) for config in configs.values()]
     marks = sorted(build.fingerprint(seeded(config, 0)) for config in configs.values())
     suite = f"{infos[0].name}-{hashlib.sha256(' '.join(marks).encode()).hexdigest()[:8]}"
     out = Path(request["out"]) if request["out"] else Path("runs") / "compare" / suite
+    check_writable(out)
     runs = {out / label / f"seed-{seed}": seeded(config, seed) for seed in seeds for label, config in configs.items()}
     return Plan(out, runs, reference, jobs, suite, labelled, told, infos[0].measure)
 
 
-def _check_words(words: Sequence[str], known: set[str]) -> None:
+def _dropped(config: Any, names: Sequence[str]) -> list[str]:
+    """Words that take away the options which an experiment sets of strategies that are not in the composition."""
+    nodes = config.get("strategy") or {}
+    others = [name for name in nodes if name not in map(node_name, names) and "_target_" not in (nodes[name] or {})]
+    return [f"~strategy.{name}" for name in others]
+
+
+def check_words(words: Sequence[str], known: set[str]) -> None:
+    """Refuse settings of a single run, and options of strategies that are not compared."""
     for word in words:
         if word.partition("=")[0].lstrip("+") in ("seed", "strategy"):
             raise UserError(f"{word!r} is for `cl run`; `cl compare` takes strategies=... and seeds=...")
@@ -162,11 +179,14 @@ def words_for(names: Sequence[str], words: Sequence[str]) -> list[str]:
     return [word for word in words if _strategy_of(word) in nodes]
 
 
-def _seeds(given: Any) -> list[int]:
-    seeds = list(range(given)) if isinstance(given, int) and not isinstance(given, bool) else given
-    is_list = isinstance(seeds, list) and all(isinstance(seed, int) and seed >= 0 for seed in seeds)
+def seeds_of(name: str, given: Any, first: int = 0) -> list[int]:
+    """The seeds that a setting asks for: so many from the first on, or those listed."""
+    seeds = list(range(first, first + given)) if type(given) is int else given
+    is_list = isinstance(seeds, list) and all(type(seed) is int and seed >= 0 for seed in seeds)
     if not is_list or not seeds or len(set(seeds)) < len(seeds):
-        raise UserError(f"seeds is {given!r}; it must be a number of seeds of at least 1, or a list of different seeds")
+        raise UserError(
+            f"{name} is {given!r}; it must be a number of seeds of at least 1, or a list of different seeds"
+        )
     return seeds
 
 
@@ -227,7 +247,7 @@ def is_done(folder: Path, config: Mapping[str, Any]) -> bool:
     """Whether a folder holds this very run, finished.
 
     Raises:
-        UserError: it holds a run with other settings.
+        UserError: it holds a run with other settings, or a result that cannot be read.
     """
     from cl.cli.resume import saved_config
 
@@ -235,7 +255,19 @@ def is_done(folder: Path, config: Mapping[str, Any]) -> bool:
         return False
     if build.fingerprint(saved_config(folder)) != build.fingerprint(config):
         raise UserError(f"{folder} holds a run with other settings; choose another folder with out=FOLDER")
-    return (folder / RESULT).is_file() and Result.load(folder / RESULT).status == "done"
+    try:
+        return (folder / RESULT).is_file() and Result.load(folder / RESULT).status == "done"
+    except ValueError as error:
+        raise UserError(f"{error}; delete it, and the same command goes on with that run from its checkpoint") from None
+
+
+def check_writable(folder: Path) -> None:
+    """Refuse a folder in which nothing could be written, before anything runs for it; makes none."""
+    try:
+        with tempfile.TemporaryFile(dir=next(each for each in (folder, *folder.parents) if each.exists())):
+            pass
+    except OSError as error:
+        raise UserError(f"the folder {folder} cannot be written: {error.strerror or error}") from None
 
 
 def prepare_tracking(plan: Plan) -> None:

@@ -3,7 +3,7 @@
 Usage: cl explain [name=value ...] [at=STEP]
 
   cl explain stream=split_digits 'strategy=[derpp,ewc]' at=200
-  cl explain stream=split_digits sensitivity=5 figure=modules.png   which modules react most to a new experience
+  cl explain sensitivity=5 figure=modules.png                       which modules react most to a new experience
 
 Trains silently up to step `at` (default: the first step of the second experience), then takes that step apart. Takes
 every override that `cl run` takes; writes nothing. With sensitivity=STEPS it compares the weights of a whole run every
@@ -13,7 +13,7 @@ STEPS steps instead; `figure=FILE.png` draws what it finds.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import Any
 
@@ -25,7 +25,7 @@ from torch import Tensor
 from cl.cli import build, sensitivity
 from cl.cli.compose import composed, import_from_here, plain
 from cl.cli.plot import curve
-from cl.core import Batch, Output, Part, UserError
+from cl.core import Batch, Output, UserError
 from cl.hooks import Strategy, overrides
 from cl.observe import Observer
 from cl.setup import experience_steps
@@ -51,11 +51,15 @@ HOOKS = (
 
 @dataclass
 class Seen:
-    """What was seen of step `at`."""
+    """What was seen of step `at`, in all its micro-batches together.
+
+    Args:
+        parts: (place in the batch, source, owner) -> rows, weight of their mean cross-entropy.
+    """
 
     at: int
     experience: str = ""
-    parts: Sequence[Part] = ()
+    parts: dict[tuple[int, str, str], tuple[int, float]] = field(default_factory=dict)
     losses: Mapping[str, float] = field(default_factory=dict)
     gradient_before: Tensor | None = None
     gradient_after: Tensor | None = None
@@ -72,9 +76,13 @@ class Head(Strategy):
 
     def on_batch(self, state: TrainState, batch: Batch) -> Batch:
         if state.step == self.seen.at:
-            self._start = Cost(state.spent.forwards, state.spent.backwards)
+            if state.micro_step == 0:
+                self._start = Cost(state.spent.forwards, state.spent.backwards)
             rows = Cost(len(batch), len(batch))
-            self.seen.declared = sum((s.cost(state, len(batch)) for s in self.strategies), start=rows)
+            now = sum((s.cost(state, len(batch)) for s in self.strategies), start=rows)
+            # what is kept is kept once
+            before = replace(self.seen.declared, buffer_bytes=0)
+            self.seen.declared = before + now
         return batch
 
     def on_gradients(self, state: TrainState) -> None:
@@ -102,7 +110,11 @@ class Tail(Strategy):
 
     def penalty(self, state: TrainState, batch: Batch, output: Output) -> None:
         if state.step == self.seen.at and state.experience is not None:
-            self.seen.parts, self.seen.experience = batch.parts, state.experience.name
+            self.seen.experience = state.experience.name
+            for place, part in enumerate(batch.parts):
+                key = (place, part.source.value, part.owner)
+                rows, weight = self.seen.parts.get(key, (0, 0.0))
+                self.seen.parts[key] = (rows + len(part), weight + part.weight * state.share)
 
     def on_gradients(self, state: TrainState) -> None:
         if state.step == self.seen.at:
@@ -170,7 +182,7 @@ def show(console: Console, seen: Seen, strategies: Sequence[Strategy]) -> None:
     """Print what was seen."""
     console.print(f"step {seen.at}, experience {seen.experience!r}", highlight=False)
     console.print(_table("rows", ("source", "added by", "rows", "weight of their mean cross-entropy"), [
-        (part.source.value, part.owner, str(len(part)), f"{part.weight:g}") for part in seen.parts
+        (source, owner, str(rows), f"{weight:g}") for (_, source, owner), (rows, weight) in seen.parts.items()
     ]))  # fmt: skip
     console.print(_table("loss", ("term", "value"), [(name, f"{value:.6g}") for name, value in seen.losses.items()]))
     console.print(_table("gradient and update", ("what", "value"), _gradient_rows(seen)))

@@ -49,6 +49,8 @@ def sweep(plan: Plan, label: str, seeds: Sequence[int], launcher: str) -> list[s
         "hydra.sweep.subdir": "seed-${seed}",
         "+suite": plan.suite,
     }
+    if launcher == "joblib":
+        own = {**own, "hydra.launcher.n_jobs": plan.jobs}
     return [
         sys.executable,
         "-m",

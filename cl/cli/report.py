@@ -23,7 +23,7 @@ from cl.report.style import UNITS
 
 def main(words: list[str]) -> int:
     """Report on one folder."""
-    options = {"out": "", "reference": "naive", "sync": ""}
+    options = {"out": "", "reference": "", "sync": ""}
     folders = [word for word in words if "=" not in word]
     for word in words:
         name, _, value = word.partition("=")
@@ -38,16 +38,25 @@ def main(words: list[str]) -> int:
         raise UserError(f"{folder} is not a folder")
     if options["sync"]:
         _sync(folder, options["sync"], console)
-    report_on(folder, console, options["reference"], Path(options["out"]) if options["out"] else None)
+    out, asked = Path(options["out"]) if options["out"] else None, options["reference"]
+    report_on(folder, console, asked or "naive", out, must_exist=bool(asked))
     return 0
 
 
-def report_on(folder: Path, console: Console, reference: str = "naive", out: Path | None = None) -> None:
-    """Write the report of a folder into it, and print its main table."""
+def report_on(
+    folder: Path, console: Console, reference: str = "naive", out: Path | None = None, *, must_exist: bool = False
+) -> None:
+    """Write the report of a folder into it, and print its main table.
+
+    Args:
+        must_exist: refuse a reference that is none of the strategies, instead of comparing with none.
+    """
     try:
         results = load_results(folder)
     except ValueError as error:
         raise UserError(str(error)) from None
+    if must_exist and reference not in (known := sorted({result.label for result in results})):
+        raise UserError(f"reference is {reference!r}; it must be one of {', '.join(known)}")
     paths = write_report(folder, out or folder / "report", reference=reference, date=str(date.today()))
     rows = comparison_rows(results, reference)
     for section in dict.fromkeys(row.section for row in rows):

@@ -8,7 +8,7 @@ Usage: cl reproduce [NAME ...] [data.root=DIR] [seeds=3] [jobs=N] [out=DIR] [pag
   cl reproduce all page=docs/reproduction.md       also write the table as a Markdown page
 
 Each claim is a config in configs/experiment/ whose `claim` block holds what is expected, how far off it may be, where
-the number comes from and how long it takes. Exit code 1 when a claim does not hold.
+the number comes from and how long it takes. Exit code 1 when a claim does not hold, or a run of it did not finish.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cl.cli import listing
-from cl.cli.compare import Plan, run_all
+from cl.cli.compare import Plan, check, check_writable, is_done, run_all
 from cl.cli.compose import composed, seeded
 from cl.cli.execute import RESULT
 from cl.core import UserError
@@ -123,11 +123,11 @@ def main(words: list[str]) -> int:
     if names:
         needed = {claim.name for claim in claims} | {claim.minus for claim in claims if claim.minus}
         results = run_claims(sorted(needed), options, others, console)
-    rows = [judged(claim, results) for claim in claims]
+    rows = [judged(claim, results, int(options["seeds"])) for claim in claims]
     console.print(_table(rows))
     if options["page"]:
         write_text(Path(options["page"]), page(rows, claims, words, results))
-    return int(any(row[5] == "FAILS" for row in rows))
+    return int(any(row[5] in ("FAILS", "not done") for row in rows))
 
 
 def read_claims(name: str, line: str) -> list[Claim]:
@@ -147,27 +147,35 @@ def run_claims(
     """Results of each experiment, by name; what is done already is not repeated."""
     if not options["seeds"].isdigit() or int(options["seeds"]) < 1:
         raise UserError(f"seeds is {options['seeds']!r}; it must be a number of at least 1")
-    if options["jobs"] and not options["jobs"].isdigit():
+    if options["jobs"] and (not options["jobs"].isdigit() or int(options["jobs"]) < 1):
         raise UserError(f"jobs is {options['jobs']!r}; it must be a number of at least 1")
     seeds, out = range(int(options["seeds"])), Path(options["out"])
+    for folder in [out, *([Path(options["page"]).parent] if options["page"] else [])]:
+        check_writable(folder)
     configs = {name: composed("run", [f"+experiment={name}", *words]) for name in names}
     runs: dict[Path, dict[str, Any]] = {
         out / name / f"seed-{seed}": seeded(config, seed) for name, config in configs.items() for seed in seeds
     }
+    # of each experiment one run is enough to say what is wrong with all
+    for config in {folder.parent: config for folder, config in runs.items() if not is_done(folder, config)}.values():
+        check(config)
     run_all(Plan(out, runs, "naive", int(options["jobs"] or 2), "reproduce"), console)
     found = {name: [out / name / f"seed-{seed}" / RESULT for seed in seeds] for name in names}
     return {name: [Result.load(path) for path in paths if path.is_file()] for name, paths in found.items()}
 
 
-def judged(claim: Claim, results: Mapping[str, Sequence[Result]]) -> tuple[str, ...]:
-    """A line of the table; the verdict is empty for a claim that was not run."""
+def judged(claim: Claim, results: Mapping[str, Sequence[Result]], num_seeds: int = 1) -> tuple[str, ...]:
+    """A line of the table; no verdict for a claim that was not run, and "not done" where a seed is missing."""
     values = _values(claim, results)
     head = (claim.name, claim.line, claim.wanted)
     if not values:
         return (*head, "", "", "" if not results else "not done", claim.source)
     mean = sum(values) / len(values)
     spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
-    return (*head, f"{mean:.2f}{spread}", str(len(values)), verdict(claim, values), claim.source)
+    ours = f"{mean:.2f}{spread}"
+    if len(values) < num_seeds:
+        return (*head, ours, f"{len(values)} of {num_seeds}", "not done", claim.source)
+    return (*head, ours, str(len(values)), verdict(claim, values), claim.source)
 
 
 def verdict(claim: Claim, values: Sequence[float]) -> str:
@@ -211,7 +219,10 @@ def page(
     return (
         f"# Published numbers\n\nMade by `cl reproduce {command} data.root=DATA` on {date.today()}: {len(runs)} runs, "
         f"Python {env['python']}, {versions}.\nOurs: mean ± standard deviation over seeds, in percent. A claim holds "
-        "when the mean is within the tolerance that was fixed before it was run.\n\n"
+        "when the mean is within the tolerance that was fixed before it was run.\n"
+        "A ladder row, where a source names one, is a line of this project's two ordered lists of numbers to reproduce "
+        "(rehearsal;\nhypernetworks and projection), a method card its notes on one method. Neither is in the repository: "
+        "what a row asks for\nstands in the claim's file in `configs/experiment/`.\n\n"
         + "\n".join(f"| {' | '.join(line)} |" for line in lines)
         + "\n\n"
         + "".join(f"- `{name}`: {remark}\n" for name, remark in remarks)

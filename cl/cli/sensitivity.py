@@ -16,6 +16,7 @@ from rich.table import Table
 from torch import Tensor
 
 from cl.cli import build
+from cl.cli.compare import check_writable
 from cl.cli.compose import composed, import_from_here, plain
 from cl.core import Batch, Output, Setting, UserError
 from cl.hooks import Strategy
@@ -72,6 +73,9 @@ def main(words: list[str]) -> int:
     steps = options["sensitivity"]
     if not steps.isdigit() or int(steps) < 1:
         raise UserError(f"sensitivity is {steps!r}; it must be a number of steps between snapshots, at least 1")
+    path = Path(options.get("figure", ""))
+    if options.get("figure"):
+        _check_figure(path)
     overrides = [word for word in words if word.partition("=")[0] not in OPTIONS]
     snapshots = measured(plain(composed("run", overrides)), int(steps))
     show(Console(), snapshots)
@@ -79,12 +83,22 @@ def main(words: list[str]) -> int:
         from cl.report.axes import DPI
         from cl.report.sensitivity_figure import module_sensitivity
 
-        path = Path(options["figure"])
         path.parent.mkdir(parents=True, exist_ok=True)
         values = sensitivity(snapshots.changes, snapshots.late_from)
         module_sensitivity(snapshots.changes, values, snapshots.every).savefig(path, dpi=DPI)
         print(f"figure: {path}")
     return 0
+
+
+def _check_figure(path: Path) -> None:
+    """Refuse what could not be drawn, before a whole run is trained for it."""
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    if path.suffix[1:].lower() not in (kinds := FigureCanvasBase.get_supported_filetypes()) or path.is_dir():
+        raise UserError(
+            f"figure is {str(path)!r}; it must be a file that ends in {', '.join(f'.{kind}' for kind in kinds)}"
+        )
+    check_writable(path.parent)
 
 
 def measured(config: dict[str, Any], every: int) -> Snapshots:

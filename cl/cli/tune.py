@@ -21,7 +21,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from cl.cli.compare import Plan, make_plan, run_all, words_for
+from cl.cli.compare import Plan, check_words, make_plan, run_all, seeds_of, words_for
+from cl.cli.compose import node_name
 from cl.cli.execute import RESULT
 from cl.core import UserError
 from cl.result import Result, write_text
@@ -32,7 +33,11 @@ FIRST_SEED = 1000
 
 @dataclass(frozen=True)
 class Trial:
-    """One combination of settings of one composition, and its runs on the tuning seeds."""
+    """One combination of settings of one composition.
+
+    Args:
+        plan: its runs on the tuning seeds; without any where there is no other setting to choose.
+    """
 
     label: str
     words: tuple[str, ...]
@@ -40,11 +45,12 @@ class Trial:
 
     @property
     def final(self) -> float:
-        """Mean final measure over the seeds; NaN unless every run is done."""
+        """Mean final measure over the seeds; NaN unless every run is done and has one."""
         paths = [folder / RESULT for folder in self.plan.runs]
         results = [Result.load(path) for path in paths if path.is_file()]
         finals = [result.metrics["final"] for result in results if result.status == "done"]
-        return math.fsum(finals) / len(finals) if len(finals) == len(paths) else math.nan
+        known = [final for final in finals if final is not None]
+        return math.fsum(known) / len(known) if known and len(known) == len(paths) else math.nan
 
 
 def tuned(request: Mapping[str, Any], words: Sequence[str], console: Console) -> Plan:
@@ -56,22 +62,26 @@ def tuned(request: Mapping[str, Any], words: Sequence[str], console: Console) ->
     """
     values, seeds = _values(request["tune"]), _seeds(request)
     plan = make_plan(request, words)
+    check_words(list(values), {node_name(name) for names in plan.compositions.values() for name in names})
     folder = plan.out.with_name(f"{plan.out.name}-tuning")
     trials = []
     for label, names in plan.compositions.items():
-        choices = grid(values, names)
-        # with nothing to choose from, a composition needs no trial
-        for choice in choices if len(choices) > 1 else ():
+        choices = [choice for choice in grid(values, names) if choice]
+        for choice in choices:
             own = request | {"strategies": [list(names)], "seeds": seeds, "reference": label}
             own["out"] = str(folder / label / ",".join(choice))
             on = {label: (*choice, request["tune_on"])}
-            trials.append(Trial(label, choice, make_plan(own, words_for(names, words), on)))
+            trial = make_plan(own, words_for(names, words), on)
+            # with nothing to choose from, a composition needs no run
+            trials.append(Trial(label, choice, trial if len(choices) > 1 else replace(trial, runs={})))
     runs = {path: config for trial in trials for path, config in trial.plan.runs.items()}
-    console.print(f"tuning {', '.join(values)} with {request['tune_on']}: {len(runs)} runs", highlight=False)
-    run_all(replace(plan, out=folder, runs=runs, suite=f"{plan.suite}-tuning"), console)
-    chosen = {
-        label: best([trial for trial in trials if trial.label == label], plan.measure) for label in _labels(trials)
-    }
+    if runs:
+        console.print(f"tuning {', '.join(values)} with {request['tune_on']}: {len(runs)} runs", highlight=False)
+        run_all(replace(plan, out=folder, runs=runs, suite=f"{plan.suite}-tuning"), console)
+    chosen = {}
+    for label in _labels(trials):
+        first, *others = [trial for trial in trials if trial.label == label]
+        chosen[label] = best([first, *others], plan.measure) if others else first
     _write(plan.out / "tuning.json", trials, chosen, request)
     console.print(_table(trials, chosen))
     return make_plan(request | {"out": str(plan.out)}, words, {label: trial.words for label, trial in chosen.items()})
@@ -85,7 +95,9 @@ def best(trials: Sequence[Trial], measure: str) -> Trial:
     """The trial with the best mean; of equals the one listed first."""
     done = [trial for trial in trials if not math.isnan(trial.final)]
     if not done:
-        raise UserError(f"no setting of {trials[0].label} could be trained to the end; tune over other values")
+        raise UserError(
+            f"no setting of {trials[0].label} could be trained to the end with a finite measure; tune over other values"
+        )
     return (min if measure == "loss" else max)(done, key=lambda trial: trial.final)
 
 
@@ -96,9 +108,23 @@ def grid(values: Mapping[str, Sequence[Any]], names: Sequence[str]) -> list[tupl
         >>> grid({"optimizer.lr": [0.1, 0.2], "strategy.ewc.strength": [1]}, ["replay"])
         [('optimizer.lr=0.1',), ('optimizer.lr=0.2',)]
     """
-    columns = [[f"{key}={value}" for value in column] for key, column in values.items()]
+    columns = [[f"{key}={_written(value)}" for value in column] for key, column in values.items()]
     columns = [column for column in columns if words_for(names, column)]
     return list(itertools.product(*columns))
+
+
+def _written(value: Any) -> str:
+    """A value as Hydra reads it.
+
+    Example:
+        >>> _written(None), _written(True), _written("cosine"), _written([1, "a"])
+        ('null', 'true', 'cosine', "[1, 'a']")
+    """
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{key}: {_written(each)}" for key, each in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(repr(each) if isinstance(each, str) else _written(each) for each in value) + "]"
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _values(given: Any) -> dict[str, list[Any]]:
@@ -111,20 +137,19 @@ def _values(given: Any) -> dict[str, list[Any]]:
 
 
 def _seeds(request: Mapping[str, Any]) -> list[int]:
-    given, used = request["tune_seeds"], request["seeds"]
-    seeds = [FIRST_SEED + k for k in range(given)] if isinstance(given, int) else given
-    shared = sorted(set(seeds or ()) & set(range(used) if isinstance(used, int) else used))
-    if not seeds or shared:
-        why = f"the comparison uses {', '.join(map(str, shared))} too" if shared else "that is none"
+    given = request["tune_seeds"]
+    used, seeds = seeds_of("seeds", request["seeds"]), seeds_of("tune_seeds", given, FIRST_SEED)
+    if shared := sorted(set(seeds) & set(used)):
+        why = f"the comparison uses {', '.join(map(str, shared))} too"
         raise UserError(f"tune_seeds is {given!r}; it must be a number of seeds, or a list of other seeds: {why}")
-    return list(seeds)
+    return seeds
 
 
 def _write(path: Path, trials: Sequence[Trial], chosen: Mapping[str, Trial], request: Mapping[str, Any]) -> None:
     """Note what was tried and chosen; other compositions in the folder keep their lines."""
     known = json.loads(path.read_text()) if path.is_file() else {}
     for label, winner in chosen.items():
-        tried = {" ".join(trial.words): trial.final for trial in trials if trial.label == label}
+        tried = {" ".join(trial.words): trial.final for trial in trials if trial.label == label and trial.plan.runs}
         known[label] = {
             "chosen": list(winner.words),
             "tried": {setting: None if math.isnan(final) else final for setting, final in tried.items()},
@@ -142,6 +167,6 @@ def _table(trials: Sequence[Trial], chosen: Mapping[str, Trial]) -> Table:
     table.add_column("final", no_wrap=True, justify="right")
     table.add_column("", no_wrap=True)
     for trial in trials:
-        final = "failed" if math.isnan(trial.final) else f"{trial.final:.4f}"
+        final = f"{trial.final:.4f}" if math.isfinite(trial.final) else "failed" if trial.plan.runs else ""
         table.add_row(trial.label, " ".join(trial.words), final, "chosen" if trial is chosen[trial.label] else "")
     return table

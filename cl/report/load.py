@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from cl.metrics.matrix import EvalTable
-from cl.report.variants import name_variants
+from cl.report.variants import CONFIG_FILE, name_variants
 from cl.result import Result
 
 RESULT_FILE = "result.json"
@@ -20,7 +20,7 @@ class Loaded:
 
     Args:
         results: every readable run, oldest file first, so that of two runs of one seed the later one is the newer.
-        warnings: one sentence per file that could not be read.
+        warnings: one sentence per file that could not be read, or that was left out.
     """
 
     results: list[Result]
@@ -29,6 +29,9 @@ class Loaded:
 
 def load_folder(folder: Path | str) -> Loaded:
     """Read every result under a folder; runs that differ only in a setting get it added to their strategy's name.
+
+    A run that goes on from another one (`cl extend`, `cl rewarm`, `cl fork_anneal`) lies beside it by default and is no
+    seed of the comparison there: it is left out, with a warning, unless the folder holds nothing else.
 
     Args:
         folder: searched recursively; may itself be a run folder.
@@ -43,14 +46,30 @@ def load_folder(folder: Path | str) -> Loaded:
     if not paths:
         raise ValueError(f"there is no {RESULT_FILE} under {folder}; give the folder of a run or of a comparison")
     found, warnings = [], []
+    branches = [path for path in paths if _is_branch(path)]
+    if len(branches) < len(paths):
+        paths = [path for path in paths if path not in branches]
+        warnings += [
+            f"{path.parent} goes on from another run and is left out; `cl report {path.parent}` shows it"
+            for path in branches
+        ]
     for path in paths:
         try:
             found.append((path, _read(path)))
         except (ValueError, OSError) as error:
             warnings.append(str(error))
     if not found:
-        raise ValueError(warnings[0])
+        raise ValueError(warnings[-1])
     return Loaded(name_variants(found), warnings)
+
+
+def _is_branch(path: Path) -> bool:
+    """Whether the config beside a result says where its run began."""
+    config = path.with_name(CONFIG_FILE)
+    try:
+        return any(line.startswith("origin:") for line in config.read_text().splitlines())
+    except (OSError, UnicodeDecodeError):
+        return False
 
 
 def load_results(folder: Path | str) -> list[Result]:

@@ -151,6 +151,19 @@ CASES = {
     "comparison of twice the same": ((*COMPARE, "strategies=naive,naive"), "names a composition twice: naive"),
     "comparison without seeds": ((*COMPARE, "seeds=0"), "seeds is 0; it must be a number of seeds of at least 1"),
     "comparison without workers": ((*COMPARE, "jobs=0.5"), "jobs is 0.5; it must be an integer of at least 1"),
+    "comparison with no worker": ((*COMPARE, "jobs=0"), "jobs is 0; it must be an integer of at least 1, or null"),
+    "composition of twice the same": (
+        (*COMPARE, "strategies=[[naive,naive]]"),
+        "strategies has [naive,naive], which names a strategy twice",
+    ),
+    "comparison in a place that cannot be written": (
+        (*COMPARE, "strategies=naive", "seeds=1", "out=/proc/x"),
+        "the folder /proc/x cannot be written",
+    ),
+    "options of a strategy that is not compared": (
+        (*COMPARE, "strategies=naive", "+strategy.ewc={strength: 1}"),
+        "is for ewc, which is not compared; strategies are naive",
+    ),
     "option for a strategy that is not compared": (
         (*COMPARE, "strategies=naive,replay", "strategy.ewc.strength=1"),
         "is for ewc, which is not compared; strategies are naive, replay",
@@ -164,6 +177,27 @@ CASES = {
     "report on no folder": (("report", "absent"), "absent is not a folder"),
     "unknown list": (("list", "optimisers"), "'optimisers' is no list; the lists are streams, strategies"),
     "step beyond the run": (("explain", "debug=tiny", "at=1000"), "at is '1000'; it must be a step from 0 to"),
+    "figure of unknown kind": (
+        ("explain", "debug=tiny", "sensitivity=2", "figure=y.xyz"),
+        "figure is 'y.xyz'; it must be a file that ends in ",
+    ),
+    "figure in a place that cannot be written": (
+        ("explain", "debug=tiny", "sensitivity=2", "figure=/proc/x/y.png"),
+        "the folder /proc/x cannot be written",
+    ),
+    "claim without a worker": (("reproduce", "split_mnist_sgd", "jobs=0"), "jobs is '0'; it must be a number of at"),
+    "claim without data": (
+        ("reproduce", "split_mnist_sgd", "tracking=none", "data.root=null"),
+        "data set mnist needs data.root",
+    ),
+    "claim in a place that cannot be written": (
+        ("reproduce", "split_mnist_sgd", "tracking=none", "out=/proc/x"),
+        "the folder /proc/x cannot be written",
+    ),
+    "page in a place that cannot be written": (
+        ("reproduce", "split_mnist_sgd", "tracking=none", "page=/proc/x/page.md"),
+        "the folder /proc/x cannot be written",
+    ),
     "unknown claim": (("reproduce", "cold_fusion"), "'cold_fusion' is no claim; the claims are all"),
     "port that is no port": (("ui", "port=99999"), "port is '99999'; it must be a number from 1 to 65535"),
     "no store to show": (("ui",), "there is no store at"),

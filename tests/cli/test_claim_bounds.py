@@ -2,6 +2,7 @@
 
 import pytest
 
+from cl.cli.main import main
 from cl.cli.reproduce import Claim, judged, page
 from cl.result import Result
 
@@ -39,6 +40,21 @@ def test_difference_is_paired_and_the_bound_is_said():
     assert (
         judged(Claim("ours", "line", expected=3.5, tolerance=0.1, each_above=3.2, minus="theirs"), runs)[5] == "FAILS"
     )
+
+
+def test_a_claim_with_a_missing_seed_is_not_done():
+    runs = {"ours": [result("ours", 0, 0.03)]}
+    row = judged(Claim("ours", "line", expected=3, tolerance=1), runs, num_seeds=3)
+    assert row[3:6] == ("3.00", "1 of 3", "not done")
+    assert judged(Claim("ours", "line", expected=3, tolerance=1), {"ours": []}, num_seeds=3)[5] == "not done"
+
+
+def test_failed_runs_are_no_success(monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("cl.cli.reproduce.check", lambda config: None)
+    monkeypatch.setattr("cl.cli.reproduce.run_all", lambda plan, console: {str(each): "failed" for each in plan.runs})
+    assert main(["reproduce", "split_mnist_sgd", "tracking=none"]) == 1
+    assert "not done" in capsys.readouterr().out
 
 
 def test_a_recalled_number_is_printed_and_never_asserted():

@@ -117,6 +117,16 @@ def test_explain_counts_what_it_declares(capsys: pytest.CaptureFixture[str]) -> 
     assert not list(Path().iterdir())
 
 
+def test_explain_adds_up_the_micro_batches_of_a_step(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("explain", "debug=tiny", "strategy=replay", "strategy.replay.replay_batch_size=16")
+    assert main((*words, "trainer.accumulation=4")) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    (current,) = [row for row in rows if row[:1] == ["current"]]
+    (replayed,) = [row for row in rows if row[:2] == ["replay", "replay"] and len(row) == 4]
+    assert [int(current[-2]), int(replayed[-2])] == [4 * 64, 4 * 16] and current[-1] == replayed[-1] == "1"
+    assert ["forwards", "320", "320"] in rows and ["backwards", "320", "320"] in rows
+
+
 def test_doctor_finds_this_machine_healthy(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(("doctor",)) == 0
     said = capsys.readouterr().out

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -142,6 +143,66 @@ def test_a_launcher_is_told_the_names_and_what_was_chosen() -> None:
     command = sweep(plan, theirs, [0], "joblib")
     assert "strategy=[avalanche/EWC]" in command
     assert not {"optimizer.lr=0.02", "strategy.replay.capacity=50"} & set(command)
+
+
+def test_the_number_of_processes_is_told_to_joblib() -> None:
+    plan = make_plan(plain(composed("compare", ["strategies=[naive]", "jobs=3"])), [])
+    assert "hydra.launcher.n_jobs=3" in sweep(plan, "naive", [0], "joblib")
+    assert "n_jobs" not in " ".join(sweep(plan, "naive", [0], "submitit_slurm"))
+
+
+def test_options_of_an_experiment_concern_the_strategies_that_have_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cl.cli.compare.check", lambda config: SimpleNamespace(name="s", measure="accuracy"))
+    words = ["+experiment=split_mnist_er_200"]
+    plan = make_plan(plain(composed("compare", ["strategies=[naive,replay,[naive,replay]]", "seeds=1", *words])), words)
+    strategy = {folder.parent.name: config["strategy"] for folder, config in plan.runs.items()}
+    assert list(strategy["naive"]) == ["naive"]
+    assert list(strategy["replay"]) == ["replay"] and strategy["replay"]["replay"]["capacity"] == 200
+    assert list(strategy["naive+replay"]) == ["naive", "replay"]
+    # a launcher composes for itself
+    assert "~strategy.replay" in sweep(plan, "naive", [0], "joblib")
+
+
+def test_a_file_in_the_way_is_named_before_anything_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("out").write_text("")
+    assert main(("compare", *TINY, "strategies=naive", "seeds=1")) == 2
+    said = capsys.readouterr()
+    assert said.err == "cl: the folder out cannot be written: Not a directory\n" and not said.out
+
+
+def test_a_folder_may_be_called_by_a_number(capsys: pytest.CaptureFixture[str]) -> None:
+    words, others = split_words(["out=2024"])
+    assert plain(composed("compare", words))["out"] == "2024" and not others
+    assert plain(composed("compare", split_words(["out=null"])[0]))["out"] is None
+
+
+def test_a_result_that_cannot_be_read_is_named_with_its_remedy(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("compare", *TINY, "strategies=naive", "seeds=1")
+    assert main(words) == 0
+    path = Path("out/naive/seed-0/result.json")
+    whole = Result.load(path)
+    path.write_text("{")
+    assert main(words) == 2
+    said = capsys.readouterr().err
+    assert f"{path} is not a result file" in said and "delete it, and the same command goes on with that run" in said
+    path.unlink()
+    assert main(words) == 0
+    assert Result.load(path).R == whole.R
+
+
+def test_branches_beside_the_runs_are_no_part_of_the_comparison(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("compare", *TINY, "strategies=naive,replay", "seeds=1", "schedule=linear", "schedule.final=0.2")
+    assert main(words) == 0
+    assert main(("fork_anneal", "out/naive/seed-0", "steps=2")) == 0
+    (branch,) = Path("out/naive").glob("seed-0-*")
+    capsys.readouterr()
+    assert main(("report", "out", "reference=naive")) == 0
+    said = capsys.readouterr().out
+    assert "naive(" not in said and "final - naive" in said and "is left out" in said
+    assert main(("report", "out", "reference=nonsense")) == 2
+    assert "reference is 'nonsense'; it must be one of naive, replay" in capsys.readouterr().err
+    assert main(("report", str(branch))) == 0
+    assert "left out" not in capsys.readouterr().out
 
 
 @pytest.mark.slow

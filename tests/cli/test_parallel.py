@@ -74,7 +74,8 @@ def test_processes_without_a_wrapper_are_refused_in_one_sentence(
 def test_one_process_may_ask_for_a_wrapper_and_trains_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """So that the config of a run of several goes on in one."""
     monkeypatch.chdir(tmp_path)
-    assert main((*RUN, "strategy=derpp", "trainer.parallel=fsdp", "hydra.run.dir=run")) == 0
+    with pytest.warns(UserWarning, match="trainer.parallel is 'fsdp' and this is the only process; start several with"):
+        assert main((*RUN, "strategy=derpp", "trainer.parallel=fsdp", "hydra.run.dir=run")) == 0
 
 
 def test_options_are_checked() -> None:

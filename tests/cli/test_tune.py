@@ -7,9 +7,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from rich.console import Console
 
+from cl.cli.compose import composed, plain
 from cl.cli.main import main
-from cl.cli.tune import best, grid
+from cl.cli.tune import Trial, best, grid, tuned
 from cl.core import UserError
 from cl.result import Result
 
@@ -72,11 +74,52 @@ def test_settings_of_a_strategy_concern_its_compositions_only() -> None:
     assert grid({"strategy.replay.capacity": [5]}, ["naive"]) == [()]
 
 
+def test_a_single_value_is_applied_without_a_trial() -> None:
+    assert main((*TINY, "strategies=naive", "seeds=1", "tune={optimizer.lr: [0.05]}")) == 0
+    noted = json.loads(Path("out/tuning.json").read_text())
+    assert noted["naive"]["chosen"] == ["optimizer.lr=0.05"] and noted["naive"]["tried"] == {}
+    assert "lr: 0.05\n" in Path("out/naive/seed-0/config.yaml").read_text()
+    assert not Path("out-tuning").exists()
+
+
+def test_a_single_value_is_applied_beside_the_trials_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cl.cli.tune.run_all", lambda plan, console: runs.extend(plan.runs))
+    monkeypatch.setattr("cl.cli.tune.best", lambda trials, measure: trials[1])
+    runs: list[Path] = []
+    values = {"optimizer.lr": [0.05], "strategy.derpp.alpha": [0.1, 0.5]}
+    request = plain(composed("compare", ["strategies=[naive,derpp]", "seeds=1", "out=out", "debug=tiny"]))
+    plan = tuned(request | {"tune": values}, ["debug=tiny"], Console())
+    assert {path.parents[2].name for path in runs} == {"derpp"} and len(runs) == 2
+    config = {path.parent.name: each for path, each in plan.runs.items()}
+    assert {each["optimizer"]["lr"] for each in config.values()} == {0.05}
+    assert config["derpp"]["strategy"]["derpp"]["alpha"] == 0.5
+    noted = json.loads(Path("out/tuning.json").read_text())
+    assert noted["naive"]["chosen"] == ["optimizer.lr=0.05"]
+
+
+def test_a_trial_that_diverged_has_no_measure_and_is_never_chosen(tmp_path: Path) -> None:
+    names = ("s", ["naive"], "mlp", "domain_incremental", 0, ["a"], ["a"], [0], "accuracy")
+    trials = []
+    for final in (None, 0.2):
+        folder = tmp_path / str(final)
+        Result(*names, metrics={"final": final}, status="done").save(folder / "result.json")
+        trials.append(Trial("naive", (), SimpleNamespace(runs={folder: {}})))
+    assert best(trials, "accuracy") is trials[1]
+    with pytest.raises(UserError, match="no setting of naive could be trained to the end with a finite measure"):
+        best(trials[:1], "accuracy")
+
+
+def test_values_are_written_as_hydra_reads_them() -> None:
+    for value in (None, True, 0.1, "cosine", [1, None, "a b"], {"a": [False, 2]}):
+        ((word,),) = grid({"trainer.clip_norm": [value]}, ["naive"])
+        assert plain(composed("run", [word]))["trainer"]["clip_norm"] == value
+
+
 def test_the_best_has_the_highest_accuracy_or_the_lowest_loss() -> None:
     trials = [SimpleNamespace(label="x", final=value) for value in (0.4, float("nan"), 0.7, 0.7)]
     assert best(trials, "accuracy") is trials[2]
     assert best(trials, "loss") is trials[0]
-    with pytest.raises(UserError, match="no setting of x could be trained to the end"):
+    with pytest.raises(UserError, match="no setting of x could be trained to the end with a finite measure"):
         best(trials[1:2], "accuracy")
 
 
@@ -89,6 +132,13 @@ def test_the_best_has_the_highest_accuracy_or_the_lowest_loss() -> None:
         (("tune={optimizer.lr: [0.1, 0.2]}", "tune_seeds=0"), "tune_seeds is 0"),
         (("tune={optimizer.lr: [0.1, 0.2]}", "tune_on=stream.eval_on=train"), "eval_on is 'train'"),
         (("tune={optimizer.rate: [0.1, 0.2]}",), "rate"),
+        (
+            ("tune={strategy.replya.capacity: [5, 6]}",),
+            "'strategy.replya.capacity' is for replya, which is not compared",
+        ),
+        (("tune={optimizer.lr: [0.1, 0.2]}", "seeds=2.5"), "seeds is 2.5; it must be a number of seeds of at least 1"),
+        (("tune={optimizer.lr: [0.1, 0.2]}", "seeds=null"), "seeds is None; it must be a number of seeds of at least"),
+        (("tune={optimizer.lr: [0.1, 0.2]}", "tune_seeds=2.5"), "tune_seeds is 2.5; it must be a number of seeds"),
     ],
 )
 def test_bad_requests_are_one_sentence(

@@ -93,6 +93,17 @@ def test_a_finished_run_replaces_its_failed_predecessor(make_result):
     assert section.unfinished() == [lost]
 
 
+def test_a_branch_is_left_out_beside_other_runs_and_shown_alone(tmp_path, make_result):
+    save([make_result("naive", 0), make_result("replay", 0), make_result("naive", 0)], tmp_path)
+    (tmp_path / "run-2" / "config.yaml").write_text("trainer: {max_steps: 30}\norigin:\n  verb: extend\n")
+    loaded = load_folder(tmp_path)
+    assert [r.label for r in loaded.results] == ["naive", "replay"]
+    (said,) = loaded.warnings
+    assert said.startswith(f"{tmp_path / 'run-2'} goes on from another run and is left out")
+    alone = load_folder(tmp_path / "run-2")
+    assert [r.label for r in alone.results] == ["naive"] and not alone.warnings
+
+
 def config(path, **parts):
     path.write_text(json.dumps(parts))
 
