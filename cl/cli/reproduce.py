@@ -221,8 +221,8 @@ def page(
         f"Python {env['python']}, {versions}.\nOurs: mean ± standard deviation over seeds, in percent. A claim holds "
         "when the mean is within the tolerance that was fixed before it was run.\n"
         "A ladder row, where a source names one, is a line of this project's two ordered lists of numbers to reproduce "
-        "(rehearsal;\nhypernetworks and projection), a method card its notes on one method. Neither is in the repository: "
-        "what a row asks for\nstands in the claim's file in `configs/experiment/`.\n\n"
+        "(rehearsal;\nhypernetworks and projection), a method card its notes on one method. Neither is in the "
+        "repository: what a row asks for\nstands in the claim's file in `configs/experiment/`.\n\n"
         + "\n".join(f"| {' | '.join(line)} |" for line in lines)
         + "\n\n"
         + "".join(f"- `{name}`: {remark}\n" for name, remark in remarks)
