@@ -83,6 +83,7 @@ def main(words: list[str]) -> None:
         "naive": [],
         "gpm": [Gpm()],
         "owm": [Owm()],
+        "hebbian, projection alone": [Hebbian(growth=[70, 70, 70], inner_steps=5, learn_every=10**9)],
         "hebbian": [Hebbian(growth=[70, 70, 70], inner_steps=5)],
         "hebbian, every third batch": [Hebbian(growth=[70, 70, 70], inner_steps=5, learn_every=3)],
         "hebbian, 1 inner step": [Hebbian(growth=[70, 70, 70], inner_steps=1)],
