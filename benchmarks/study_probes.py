@@ -12,6 +12,7 @@ and the same command goes on where it was stopped.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -195,6 +196,7 @@ def plot(study: Probes) -> None:
     figure, panels = plt.subplots(1, len(asked), figsize=(11, 5), layout="constrained", squeeze=False)
     points = {}
     for axes, probe in zip(panels[0], asked, strict=True):
+        ends = []
         for name in MEMORIES:
             targets = [target for _, _, target in study.plan([probe], [name])]
             found = {target: study.results(probe, name, target) for target in targets}
@@ -207,9 +209,15 @@ def plot(study: Probes) -> None:
             if line:
                 sizes, accuracies, domains = zip(*line, strict=True)
                 (points[label],) = axes.plot(sizes, accuracies, marker="o", color=color, lw=1)
-                axes.annotate(name, (sizes[-1], accuracies[-1]), fontsize=7, xytext=(4, 2), textcoords="offset points")
+                ends.append((int(2 * math.log10(sizes[-1])), accuracies[-1], sizes[-1], name))
                 axes.set(xscale="log", title=f"{probe}, {domains[0]}", xlabel="bytes of state", ylabel="accuracy, %")
         axes.spines[["top", "right"]].set_visible(False)
+        last = (0, -math.inf)
+        for place, accuracy, size, name in sorted(ends):
+            # names of points that lie close together stand above each other
+            height = max(accuracy, last[1] + 2.8) if place == last[0] else accuracy
+            axes.annotate(name, (size, accuracy), fontsize=7, xytext=(1.08 * size, height))
+            last = (place, height)
     figure.legend(points.values(), points, fontsize=8, ncols=2, loc="outside lower center", frameon=False)
     study.page.mkdir(parents=True, exist_ok=True)
     figure.savefig(study.page / FIGURE, dpi=110)
@@ -227,8 +235,8 @@ def page(study: Probes) -> str:
         "low number may mean slow to learn as well as unable. The memories that are matrices, ridge and titans see "
         "neighbours through a short convolution; attention, recurrences, rmt and armt do not, and must learn first "
         "that a value stands beside its key. In mqar a guess among the values of a row is one in as many as it has "
-        "pairs, and whether a run gets beyond it within these steps differs from seed to seed. In s5 the first letter of "
-        "a word is the first product, 6 % of a word of 16, and nobody learnt more.\n",
+        "pairs, and whether a run gets beyond it within these steps differs from seed to seed. In s5 the first letter "
+        "of a word is the first product, 6 % of a word of 16, and nobody learnt more.\n",
     ]
     parts.append(f"![Accuracy over bytes of state, a line for a memory at two sizes]({FIGURE})\n")
     for probe in PROBES:
