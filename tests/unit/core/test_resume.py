@@ -89,7 +89,7 @@ def test_a_killed_run_goes_on_exactly(killed, whole, at):
 
 
 def test_killed_before_the_first_checkpoint_there_is_nothing_to_go_on_from(killed):
-    with pytest.raises(UserError, match="holds no readable checkpoint; remove .* and start the run again"):
+    with pytest.raises(UserError, match=r"holds no readable checkpoint; remove .* and start the run again"):
         run(killed / "w1", resume=True)
 
 
