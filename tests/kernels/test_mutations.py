@@ -68,8 +68,9 @@ MUTATIONS = [
     ),
     (f"{NEWTON}/adjoint.py", "entry[b, t - begin] = 0", "pass", "newton_gru", "chunked"),
     (f"{NEWTON}/adjoint.py", "part[b, t - begin] += d", "pass", "newton_lstm", "chunked"),
-    (f"{NEWTON}/adjoint.py", ".addcmul_(x, total)", "", "newton_lstm", "chunked"),
-    (f"{NEWTON}/adjoint.py", "move(gate, (zero, one))", "move(gate, (one, one))", "newton_lstm", "chunked"),
+    (f"{NEWTON}/adjoint.py", ".addcmul_(x, t)", "", "newton_lstm", "chunked"),
+    (f"{NEWTON}/adjoint.py", "t[0] = h[1] = 1", "t[0] = h[0] = 1", "newton_lstm", "chunked"),
+    ("linear_scan/chunked.py", "product[:, :-1] *= chunks[:, 1:, 0]", "pass", "newton_gru", "chunked"),
     (f"{NEWTON}/cells.py", 'addcmul(p["gate"], p["r"]', 'addcmul(p["gate"], 0 * p["r"]', "newton_gru", "chunked"),
     (f"{NEWTON}/cells.py", "u += self.recur.back(1, dr)", "pass", "newton_block_gru", "chunked"),
     # Newton only changes how fast, never what: a wrong derivative costs iterations and nothing else
