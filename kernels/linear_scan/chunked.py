@@ -17,7 +17,7 @@ from torch import Tensor
 
 from kernels.common.checks import state_dtype
 
-# no power of two: rows that lie so many bytes apart would share few sets of the cache (a tenth of the time)
+# no power of two: rows that lie so many bytes apart would share few sets of the cache (a tenth of a walk)
 CHUNK = 40
 
 
