@@ -4,12 +4,14 @@
 
 Buffers: insertion and a draw at batch 64 and capacity 10,000 take at most 5 % of a step. Fisher information: one pass
 takes at most a tenth of the loop over rows, as far as batches allow: it needs the gradients of a batch by what layers
-return, so its limit is one plain forward and backward of the same batches, which is timed beside it. power_law with
-1,000 experiences starts in under a second.
+return, so its limit is one plain forward and backward of the same batches, which is timed beside it; in processor time of
+one thread, and in wall time of as many as torch takes by itself. power_law with 1,000 experiences starts in under a
+second.
 """
 
 from __future__ import annotations
 
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -48,12 +50,13 @@ NETWORKS: dict[str, tuple[Callable[..., nn.Module], int, int]] = {
 
 
 def best(call: Callable[[], Any], repeats: int) -> float:
-    """Seconds of the fastest of some calls."""
+    """Seconds of the fastest of some calls: of the processor on one thread, of the clock on several."""
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     times = []
     for _ in range(repeats):
-        begin = time.process_time()
+        begin = clock()
         call()
-        times.append(time.process_time() - begin)
+        times.append(clock() - begin)
     return min(times)
 
 
@@ -136,18 +139,22 @@ def fishers() -> list[str]:
     lines = [
         "## Fisher information",
         "",
-        "| network | row by row, µs a row | in one pass, µs a row | ratio | "
+        "| network | threads | row by row, µs a row | in one pass, µs a row | ratio | "
         "batches forward and backward alone, µs a row | highest ratio possible | largest difference |",
-        "|---" * 7 + "|",
+        "|---" * 8 + "|",
     ]
-    for name, (backbone, num_rows, num_alone) in NETWORKS.items():
-        learnt = Learnt(num_rows, num_alone)
-        run([learnt], Setting.CLASS_INCREMENTAL, 1, backbone, num_rows)
-        each, one, plain = (1e6 * seconds for seconds in (learnt.alone_s, learnt.together_s, learnt.plain_s))
-        lines.append(
-            f"| {name} | {each:.0f} | {one:.1f} | {each / one:.1f}x | {plain:.1f} | {each / plain:.1f}x | "
-            f"{learnt.apart:.0e} |"
-        )
+    before = torch.get_num_threads()
+    for threads in sorted({1, os.cpu_count() or 1}):
+        torch.set_num_threads(threads)
+        for name, (backbone, num_rows, num_alone) in NETWORKS.items():
+            learnt = Learnt(num_rows, num_alone)
+            run([learnt], Setting.CLASS_INCREMENTAL, 1, backbone, num_rows)
+            each, one, plain = (1e6 * seconds for seconds in (learnt.alone_s, learnt.together_s, learnt.plain_s))
+            lines.append(
+                f"| {name} | {threads} | {each:.0f} | {one:.1f} | {each / one:.1f}x | {plain:.1f} | "
+                f"{each / plain:.1f}x | {learnt.apart:.0e} |"
+            )
+    torch.set_num_threads(before)
     return lines
 
 
