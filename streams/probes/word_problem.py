@@ -4,7 +4,9 @@
 
 Z2 is parity; S3, A4, S4, A5 and S5 are permutations. Rows are short in training and longer where it is measured: a
 network that carries the state goes on as before, one that has learnt short cuts does not. No diagonal recurrence with
-positive decays can hold parity, and none with a commutative transition the words of S5.
+positive decays can hold parity, and none with a commutative transition the words of S5. With all elements as letters a
+network must first learn their whole table of products, 14,400 entries in S5; with the swaps of neighbours, which reach
+every permutation, 480.
 
 Source: Merrill, Petty & Sabharwal, "The Illusion of State in State-Space Models", 2024 (A5, S5); Grazzi et al.,
     "Unlocking State-Tracking in Linear RNNs Through Negative Eigenvalues", 2024 (parity). Differences: lengths.
@@ -26,6 +28,9 @@ from streams.probes._sequences import Part, probe, require_integers
 GROUPS = {"z2": (2, False), "s3": (3, False), "a4": (4, True), "s4": (4, False), "a5": (5, True), "s5": (5, False)}
 """Name -> number of things that are permuted, and whether by even permutations only."""
 ASKED = ("every", "last")
+LETTERS = ("all", "swaps")
+WITH_SWAPS = ("s3", "s4", "s5")
+"""An even group has none, and words of the only one of z2 would all be alike."""
 
 
 def word_problem(
@@ -33,6 +38,7 @@ def word_problem(
     lengths: Sequence[int] = (16,),
     test_lengths: Sequence[int] = (32, 64, 128, 256),
     asked: str = "every",
+    letters: str = "all",
     train_rows: int = 20_000,
     eval_rows: int = 500,
     seed: int = 0,
@@ -44,6 +50,7 @@ def word_problem(
         lengths: tokens of a row, of each experience.
         test_lengths: further ones to measure on.
         asked: the product after "every" token, or only after the "last" one.
+        letters: what words are made of: "all" elements, or "swaps" of two neighbours (s3, s4, s5).
         train_rows, eval_rows: of every experience, and of every domain.
 
     Raises:
@@ -51,13 +58,16 @@ def word_problem(
     """
     require_choice("stream.group", group, tuple(GROUPS))
     require_choice("stream.asked", asked, ASKED)
+    require_choice("stream.letters", letters, LETTERS)
+    if letters == "swaps":
+        require_choice("stream.group (of words of swaps)", group, WITH_SWAPS)
     chosen = require_integers("lengths", lengths)
     further = require_integers("test_lengths", test_lengths) if test_lengths else []
     for name, value in (("train_rows", train_rows), ("eval_rows", eval_rows)):
         require_integer(f"stream.{name}", value, smallest=4)
 
     def part(length: int, num_rows: int, filled_to: int = 0) -> Part:
-        return Part(f"{group} words of {length}", partial(words, group, length, asked), num_rows, filled_to)
+        return Part(f"{group} words of {length}", partial(words, group, length, asked, letters), num_rows, filled_to)
 
     train = [part(length, train_rows, max(chosen)) for length in chosen]
     test = [part(length, eval_rows) for length in dict.fromkeys(chosen + further)]
@@ -94,10 +104,24 @@ def table(group: str) -> Tensor:
     return torch.tensor([[number[tuple(g[x] for x in f)] for g in every] for f in every])
 
 
-def words(group: str, length: int, asked: str, num_rows: int, generator: Generator) -> tuple[Tensor, Tensor]:
-    """Rows of `length` elements, drawn alike."""
+@lru_cache(maxsize=8)
+def swaps(group: str) -> Tensor:
+    """Numbers of the permutations that swap two neighbours and leave the rest.
+
+    Example:
+        >>> [elements("s3")[i] for i in swaps("s3")]
+        [(0, 2, 1), (1, 0, 2)]
+    """
+    return torch.tensor([i for i, each in enumerate(elements(group)) if _inversions(each) == 1])
+
+
+def words(
+    group: str, length: int, asked: str, letters: str, num_rows: int, generator: Generator
+) -> tuple[Tensor, Tensor]:
+    """Rows of `length` letters, drawn alike."""
     product = table(group)
-    inputs = torch.randint(len(product), (num_rows, length), generator=generator)
+    alphabet = swaps(group) if letters == "swaps" else torch.arange(len(product))
+    inputs = alphabet[torch.randint(len(alphabet), (num_rows, length), generator=generator)]
     targets = inputs.clone()
     for t in range(1, length):
         targets[:, t] = product[targets[:, t - 1], inputs[:, t]]

@@ -174,6 +174,21 @@ def test_words_are_products_of_permutations(group):
     ]
 
 
+@pytest.mark.parametrize(("group", "size"), [("s3", 3), ("s4", 4), ("s5", 5)])
+def test_words_of_swaps_move_two_neighbours_with_every_letter(group, size):
+    every, seen = elements(group), set()
+    stream = word_problem(group, [6], [12], letters="swaps", train_rows=50, eval_rows=20)
+    for item in every_set(stream):
+        for inputs, targets in rows(item):
+            products = [tuple(range(size)), *(every[target] for target in targets)]
+            for before, after in itertools.pairwise(products):
+                places = [i for i in range(size) if before[i] != after[i]]
+                assert len(places) == 2
+                assert abs(before[places[0]] - before[places[1]]) == 1, "the letter comes after what was there"
+            seen |= set(inputs)
+    assert len(seen) == size - 1
+
+
 def test_parity_is_the_smallest_group():
     for inputs, targets in rows(made("parity", train_rows=20, eval_rows=20).eval_sets[2]):
         assert targets == [total % 2 for total in itertools.accumulate(inputs)]
@@ -314,6 +329,12 @@ def test_experiences_that_come_again_are_told_apart():
         (selectivity, {"length": 20}, "stream.length is 20; it must be an integer of at least 28"),
         (word_problem, {"group": "s6"}, "stream.group is 's6'; it must be one of z2, s3"),
         (word_problem, {"asked": "first"}, "stream.asked is 'first'; it must be one of every, last"),
+        (word_problem, {"letters": "few"}, "stream.letters is 'few'; it must be one of all, swaps"),
+        (
+            word_problem,
+            {"group": "a5", "letters": "swaps"},
+            "stream.group (of words of swaps) is 'a5'; it must be one of s3, s4, s5",
+        ),
         (word_problem, {"lengths": []}, "stream.lengths is []; it must be a list of integers"),
         (needle, {"distractors": 16}, "stream.distractors is 16; it must be below stream.keys=16"),
         (needle, {"segment": 4}, "stream.segment is 4; it must be an integer of at least 8"),
