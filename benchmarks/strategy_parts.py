@@ -4,9 +4,8 @@
 
 Buffers: insertion and a draw at batch 64 and capacity 10,000 take at most 5 % of a step. Fisher information: one pass
 takes at most a tenth of the loop over rows, as far as batches allow: it needs the gradients of a batch by what layers
-return, so its limit is one plain forward and backward of the same batches, which is timed beside it; in processor time of
-one thread, and in wall time of as many as torch takes by itself. power_law with 1,000 experiences starts in under a
-second.
+return, so its limit is one plain forward and backward of the same batches, which is timed beside it; in processor time
+of one thread, and in wall time of one for every core. power_law with 1,000 experiences starts in under a second.
 """
 
 from __future__ import annotations
