@@ -39,6 +39,7 @@ class Segment:
         reset: (B, T) True where a document starts, except at the first token: there the memory is fresh already.
         is_new: (B,) rows whose first token starts a document.
         is_whole: the memory that it leaves behind is wanted.
+        has_resets: rows have separators; without any, `reset` is False everywhere.
     """
 
     raw: Tensor
@@ -47,6 +48,12 @@ class Segment:
     is_new: Tensor
     is_whole: bool
     mode: str
+    has_resets: bool
+
+    @property
+    def own_reset(self) -> Tensor | None:
+        """`reset` for a decoder that sees these tokens only; None without separators, where attention needs no mask."""
+        return self.reset if self.has_resets else None
 
     @property
     def continues(self) -> Tensor:
@@ -86,7 +93,8 @@ class Segmented(Gpt):
     Args:
         segment: T, tokens.
         truncate: k, segments after which the memory is detached; None never does.
-        is_replayed: keep the memories at the borders only, and read each segment again in the backward pass.
+        is_replayed: keep the memories at the borders only, and read each segment but the last again in the backward
+            pass.
         decoder: options of `Gpt`.
 
     Raises:
@@ -175,8 +183,10 @@ class Segmented(Gpt):
         memory, number = state["memory"], int(state["segments"])
         pieces, total = list(raw.split(self.segment, 1)), Auxiliary()
         read = []
-        for piece in pieces:
-            if self.is_replayed and self.training and torch.is_grad_enabled():
+        is_replayed = self.is_replayed and self.training and torch.is_grad_enabled()
+        for place, piece in enumerate(pieces, 1):
+            # the last one's activations are what the backward pass asks for first
+            if is_replayed and place < len(pieces):
                 out = checkpoint(self._read_piece, piece, memory, mode, use_reentrant=False)
             else:
                 out = self._read_piece(piece, memory, mode)
@@ -200,7 +210,8 @@ class Segmented(Gpt):
             fresh = {name: value for name, value in self.fresh_memory(len(raw)).items() if name != "decoder"}
             memory = memory | where_rows(is_new_B, fresh, memory)
             reset_BT[:, 0] = False
-        part = Segment(raw, self.embed(raw), reset_BT, is_new_B, raw.shape[1] == self.segment, mode)
+        is_whole = raw.shape[1] == self.segment
+        part = Segment(raw, self.embed(raw), reset_BT, is_new_B, is_whole, mode, found is not None)
         return self.read_segment(part, memory)
 
     @property
@@ -261,11 +272,12 @@ class CrossAttention(nn.Module):
             layer(each).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
             for layer, each in ((self.query, self.norm(x_BTD)), (self.key, memory_BmD), (self.value, memory_BmD))
         )
-        score_BHTm = kept(q @ k.transpose(2, 3)) / q.shape[-1] ** 0.5
+        # a softmax over a few neighbours in memory takes several times one over rows of tokens
+        score_BHmT = kept(k @ q.mT) / q.shape[-1] ** 0.5
         if is_filled is not None:
-            # a row that may not look anywhere gets weights of zero, not of nan
-            score_BHTm = score_BHTm.masked_fill(~is_filled, torch.finfo(score_BHTm.dtype).min)
-        weight_BHTm = score_BHTm.softmax(-1)
+            # a token that may not look anywhere gets weights of zero, not of nan
+            score_BHmT = score_BHmT.masked_fill(~is_filled.mT, torch.finfo(score_BHmT.dtype).min)
+        weight_BHTm = score_BHmT.softmax(2).mT
         if is_filled is not None:
             weight_BHTm = weight_BHTm * is_filled
         read_BTD: Tensor = self.out((weight_BHTm.to(v.dtype) @ v).transpose(1, 2).flatten(2))

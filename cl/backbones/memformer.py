@@ -72,8 +72,9 @@ class Memformer(Segmented):
         total, x_BTD = Auxiliary(), part.x
         slots_BmD = memory["slots"].to(x_BTD.dtype)
         for number, reader in enumerate(self.reads):
-            x_BTD = x_BTD + reader(x_BTD, slots_BmD)[0] * part.continues.unsqueeze(2)
-            x_BTD, _ = self.through(number, x_BTD, None, part.reset, part.mode, total)
+            seen_BTD = reader(x_BTD, slots_BmD)[0]
+            x_BTD = x_BTD + (seen_BTD * part.continues.unsqueeze(2) if part.has_resets else seen_BTD)
+            x_BTD, _ = self.through(number, x_BTD, None, part.own_reset, part.mode, total)
         read_BTD = self.norm(x_BTD)
         return read_BTD, self._written(part, memory, read_BTD) if part.is_whole else memory, total
 

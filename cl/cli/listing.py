@@ -120,8 +120,8 @@ def main(words: list[str]) -> int:
     """Print the lists asked for, all of them when none is."""
     options = dict(word.split("=", 1) for word in words if "=" in word)
     chosen = [word for word in words if "=" not in word]
-    for word in (*chosen, *options):
-        if word not in LISTS and word != "format":
+    for word in words:
+        if word not in LISTS and not word.startswith("format="):
             return _refuse(f"{word!r} is no list; the lists are {', '.join(LISTS)}")
     style = options.get("format", "table")
     if style not in ("table", "markdown"):

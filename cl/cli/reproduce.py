@@ -109,6 +109,11 @@ def main(words: list[str]) -> int:
             others.append(word)
         else:
             names.append(word)
+    for name in ("seeds", "jobs"):
+        if options[name] and (not options[name].isdigit() or int(options[name]) < 1):
+            raise UserError(f"{name} is {options[name]!r}; it must be a number of at least 1")
+    if others and not names:
+        raise UserError(f"{' '.join(others)}: nothing is run without the name of a claim, or `all`")
     known = {entry.name: read_claims(entry.name, entry.line) for entry in listing.experiments()}
     known = {name: claims for name, claims in known.items() if claims}
     for name in names:
@@ -145,10 +150,6 @@ def run_claims(
     names: Sequence[str], options: Mapping[str, str], words: Sequence[str], console: Console
 ) -> dict[str, list[Result]]:
     """Results of each experiment, by name; what is done already is not repeated."""
-    if not options["seeds"].isdigit() or int(options["seeds"]) < 1:
-        raise UserError(f"seeds is {options['seeds']!r}; it must be a number of at least 1")
-    if options["jobs"] and (not options["jobs"].isdigit() or int(options["jobs"]) < 1):
-        raise UserError(f"jobs is {options['jobs']!r}; it must be a number of at least 1")
     seeds, out = range(int(options["seeds"])), Path(options["out"])
     for folder in [out, *([Path(options["page"]).parent] if options["page"] else [])]:
         check_writable(folder)

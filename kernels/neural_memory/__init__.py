@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from kernels.common.checks import require_alike, require_cu_seqlens, require_shape, state_dtype
 from kernels.common.dispatch import Decision, choose, explained_by
-from kernels.neural_memory import chunked, schedule
+from kernels.neural_memory import chunked, schedule, walk
 from kernels.neural_memory.model import ACTIVATIONS, LOSSES, Model
 from kernels.neural_memory.reference import neural_memory_reference
 from kernels.neural_memory.schedule import NeuralMemoryState, Row
@@ -234,13 +235,13 @@ def dispatch(
     """Run flat tokens on a decided backend."""
     if backend == "reference":
         return neural_memory_reference(tokens, rows, state, chunk, model)
-    make: Any = chunked.engine
-    if backend == "triton":
-        from kernels.neural_memory import triton
+    if backend == "chunked":
+        advance, whole = partial(chunked.advance, model=model), partial(walk.walk, model=model)
+        return schedule.run(advance, tokens, rows, state, chunk, chunked.PIECE, checkpoint, whole)
+    from kernels.neural_memory import triton
 
-        make = triton.engine
     is_plain = len(state.weights) == 1 and not state.momentum and model.norm is None and model.loss == "l2"
-    advance, most = make(model, is_plain)
+    advance, most = triton.engine(model, is_plain)
     return schedule.run(advance, tokens, rows, state, chunk, most, checkpoint)
 
 

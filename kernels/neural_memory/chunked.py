@@ -71,11 +71,11 @@ def coefficients(piece: Piece) -> Coefficients:
     lower = torch.ones_like(piece.beta).expand(*piece.beta.shape[:3], piece.beta.shape[2]).tril()
     keep, into = (lower, torch.ones_like(piece.beta)) if piece.g is None else _Decays.apply(piece.g)
     if piece.momentum is None:
-        return Coefficients(into, keep * piece.beta.mT)
+        return Coefficients(into, keep)
     speed, into_speed = _Decays.apply(piece.momentum)
     moving = keep if piece.valid is None else keep * piece.valid.mT
     step, carry = moving @ speed, moving @ into_speed
-    return Coefficients(into, step * piece.beta.mT, carry, into_speed[:, :, -1:], speed[:, :, -1:].mT * piece.beta)
+    return Coefficients(into, step, carry, into_speed[:, :, -1:], speed[:, :, -1:].mT)
 
 
 # (queries h, keys x, slopes delta of one layer, W, P, coefficients) -> h W_t for every token t, W and P after the piece
@@ -105,7 +105,7 @@ def advance(
 ) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
     """The step of `schedule.run`: keys through the weights of the chunk's start, queries through their own."""
     found = answer(piece.k, len(now), lambda i, h: h @ start[i], model)
-    deltas, c = slopes(found, piece.v, start, model), coefficients(piece)
+    deltas, c = slopes(found, piece.v, start, model, piece.beta), coefficients(piece)
     after: list[Tensor] = []
     pushed: list[Tensor] = []
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import gelu, silu
+from torch.nn.functional import gelu, layer_norm, silu
 
 ACTIVATIONS = ("gelu", "silu")
 LOSSES = ("l2", "huber", "lp")
@@ -58,7 +58,7 @@ def answer(x: Tensor, layers: int, product: Callable[[int, Tensor], Tensor], mod
         h = products[-1] if layer == layers - 1 else _activate(products[-1], model.activation)
     if model.norm is not None:
         gamma, bias = (p[:, None] for p in model.norm)
-        h = x + _normalised(h)[0] * gamma + bias
+        h = torch.addcmul(x + bias, layer_norm(h, h.shape[-1:], eps=NORM_EPS), gamma)
     return Answer(h, inputs, products)
 
 
@@ -78,9 +78,13 @@ def _loss_slope(error: Tensor, model: Model) -> Tensor:
     return error.sign() * error.abs().pow(model.threshold - 1)
 
 
-def slopes(found: Answer, target: Tensor, weights: Sequence[Tensor], model: Model) -> list[Tensor]:
-    """d loss / d products of every layer: the gradient of W_l is the outer product of inputs_l and this."""
+def slopes(
+    found: Answer, target: Tensor, weights: Sequence[Tensor], model: Model, step: Tensor | None = None
+) -> list[Tensor]:
+    """d loss / d products of every layer, times `step`: that of W_l is the outer product of inputs_l and this."""
     delta = _loss_slope(found.output - target, model)
+    if step is not None:
+        delta = delta * step
     if model.norm is not None:
         y, inverse = _normalised(found.products[-1])
         inner = delta * model.norm[0][:, None]

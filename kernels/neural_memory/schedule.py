@@ -74,16 +74,16 @@ def join(states: Sequence[NeuralMemoryState]) -> NeuralMemoryState:
     return NeuralMemoryState(groups[0], groups[1], groups[2], tuple(p for s in states for p in s.position))
 
 
-def _where(rows: list[bool], yes: tuple[Tensor, ...], no: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+def where(rows: list[bool], yes: tuple[Tensor, ...], no: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     if all(rows):
         return yes
     if not any(rows):
         return no
-    mask = torch.tensor(rows, device=yes[0].device)[:, None, None, None]
+    mask = torch.tensor(rows, device=yes[0].device).view(-1, *[1] * (yes[0].dim() - 1))
     return tuple(torch.where(mask, a, b) for a, b in zip(yes, no, strict=True))
 
 
-class _Aligned:
+class Aligned:
     """Sequences of one bucket as [S, H, L, X] on the grid of chunks."""
 
     def __init__(self, rows: Sequence[Row], chunk: int, device: torch.device):
@@ -99,6 +99,14 @@ class _Aligned:
         self.is_full = all(r.position == 0 and r.length == self.length for r in rows)
         begins = torch.tensor([r.begin - r.position for r in rows], device=device)[:, None]
         self.index = None if self.dense else ((begins + token) * self.valid)
+
+    def entered(self, chunk: int) -> list[list[bool]]:
+        """Per chunk, which sequences begin it here: not where the last call did, nor behind their end."""
+        ends = [r.position + r.length for r in self.rows]
+        return [
+            [(begin > 0 or r.position == 0) and begin < end for r, end in zip(self.rows, ends, strict=True)]
+            for begin in range(0, self.length, chunk)
+        ]
 
     def gather(self, x_NX: Tensor | None) -> Tensor | None:
         """[N, H, X] to [S, H, L, X], zeros where idle."""
@@ -118,6 +126,10 @@ class _Aligned:
         if self.index is None:
             return out[:, spans[0][1] : spans[0][2]].flatten(0, 1)
         return torch.cat([out[i, a:b] for i, a, b in spans])
+
+
+# (tokens [S, H, L, X], their grid, state, chunk) -> output [S, H, L, V], state; its position is not read
+Walk = Callable[[Sequence[Tensor | None], Aligned, NeuralMemoryState, int], tuple[Tensor, NeuralMemoryState]]
 
 
 def _buckets(rows: Sequence[Row], chunk: int) -> list[list[int]]:
@@ -144,6 +156,7 @@ def run(
     chunk: int,
     most: int | None,
     save_memory: bool,
+    walk: Walk | None = None,
 ) -> tuple[Tensor, NeuralMemoryState]:
     """Run all sequences over flat tokens q, k, v, beta, g, momentum [N, H, X] (the last two may be None).
 
@@ -155,11 +168,16 @@ def run(
     states: list[NeuralMemoryState] = []
     order: list[int] = []
     for bucket in _buckets(rows, chunk):
-        grid = _Aligned([rows[s] for s in bucket], chunk, device)
-        part = state.take(bucket)
-        out, after = _run_bucket(advance, [grid.gather(x) for x in tokens], grid, part, chunk, most, save_memory)
+        grid = Aligned([rows[s] for s in bucket], chunk, device)
+        part, aligned = state.take(bucket), [grid.gather(x) for x in tokens]
+        if walk is None or save_memory:
+            out, after = _run_bucket(advance, aligned, grid, part, chunk, most, save_memory)
+        else:
+            out, after = walk(aligned, grid, part, chunk)
         outs.append(grid.tokens(out))
-        states.append(after)
+        position = tuple((r.position + r.length) % chunk for r in grid.rows)
+        start = where([p == 0 for p in position], after.weights, after.start)
+        states.append(NeuralMemoryState(after.weights, after.momentum, start, position))
         order += bucket
     idle = [s for s, row in enumerate(rows) if not row.length]
     if idle:
@@ -175,28 +193,24 @@ def run(
 def _run_bucket(
     advance: Advance,
     tokens: Sequence[Tensor | None],
-    grid: _Aligned,
+    grid: Aligned,
     state: NeuralMemoryState,
     chunk: int,
     most: int | None,
     save_memory: bool,
 ) -> tuple[Tensor, NeuralMemoryState]:
     now, momentum, start = state[:3]
-    ends = [r.position + r.length for r in grid.rows]
     size = min(most or chunk, chunk)
     outs = []
-    for begin in range(0, grid.length, chunk):
-        entered = [(begin > 0 or r.position == 0) and begin < end for r, end in zip(grid.rows, ends, strict=True)]
-        start = _where(entered, now, start)
+    for begin, entered in zip(range(0, grid.length, chunk), grid.entered(chunk), strict=True):
+        start = where(entered, now, start)
         for t in range(begin, begin + chunk, size):
             cut = slice(t, min(t + size, begin + chunk))
             values = [None if x is None else x[:, :, cut] for x in tokens]
             valid = None if grid.is_full else grid.valid[:, None, cut, None]
             out, now, momentum = _call(advance, values, valid, now, momentum, start, save_memory)
             outs.append(out)
-    position = tuple(end % chunk for end in ends)
-    start = _where([p == 0 for p in position], now, start)
-    return torch.cat(outs, dim=2), NeuralMemoryState(now, momentum, start, position)
+    return torch.cat(outs, dim=2), NeuralMemoryState(now, momentum, start, ())
 
 
 def _call(

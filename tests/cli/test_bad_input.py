@@ -176,6 +176,9 @@ CASES = {
     "report on nothing": (("report", "."), "there is no result.json under"),
     "report on no folder": (("report", "absent"), "absent is not a folder"),
     "unknown list": (("list", "optimisers"), "'optimisers' is no list; the lists are streams, strategies"),
+    "list with a value": (("list", "streams=3"), "'streams=3' is no list; the lists are streams, strategies"),
+    "claims without a name": (("reproduce", "seeds=abc"), "seeds is 'abc'; it must be a number of at least 1"),
+    "settings without a claim": (("reproduce", "sedes=3"), "sedes=3: nothing is run without the name of a claim"),
     "step beyond the run": (("explain", "debug=tiny", "at=1000"), "at is '1000'; it must be a step from 0 to"),
     "figure of unknown kind": (
         ("explain", "debug=tiny", "sensitivity=2", "figure=y.xyz"),
