@@ -77,10 +77,10 @@ def main(words: list[str]) -> int:
 
 def record(run_dir: Path, scores: Mapping[str, Mapping[str, float]], experiences: int, remark: str) -> str:
     """Add the scores to the run's journal and to the store that it was logged to; returns what happened."""
-    from cl.tracking.scores import keep_points, score_points, send, store_of
+    from cl.tracking.scores import keep_points, score_points, send
 
     keep_points(run_dir, score_points(scores, experiences, remark))
-    return send(run_dir, (saved_config(run_dir).get("tracking") or {}).get("uri") or store_of(run_dir))
+    return send(run_dir, (saved_config(run_dir).get("tracking") or {}).get("uri"))
 
 
 def show(console: Console, scores: Mapping[str, Mapping[str, float]], step: int, out: Path) -> None:

@@ -104,13 +104,15 @@ def run_with_progress(config: dict[str, Any], run_dir: Path, resume: bool = Fals
 
 
 def show_result(console: Console, result: Result, run_dir: Path, uri: str | None = None) -> None:
-    """R, its summary, and where everything is; `uri` of another store than that of the working directory."""
+    """R, its summary, and where everything is; `uri` of the store where the config names one."""
     if result.R:
         console.print(matrix_table(result))
         console.print(metrics_line(result), highlight=False)
     console.print(f"run folder: {run_dir}", highlight=False, soft_wrap=True)
     if result.mlflow_run_id:
         from cl.tracking.check import without_password
+        from cl.tracking.store import default_uri, store_of
 
-        where = f" uri={without_password(uri)}" if uri else ""
+        found = uri or store_of(run_dir, result.mlflow_run_id)
+        where = "" if found == default_uri() else f" uri={without_password(found)}"
         console.print(f"forgetting curves: `cl ui{where}`", highlight=False, soft_wrap=True)

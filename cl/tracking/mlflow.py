@@ -11,7 +11,7 @@ from cl.result import Result
 from cl.tracking.base import EVERY_STEPS, FLUSH_EVERY_S, JOURNAL, Recorder, Stamped, first_line, read_journal
 from cl.tracking.check import check_store
 from cl.tracking.points import is_settled, points
-from cl.tracking.store import absolute_uri, default_uri, prepare_store
+from cl.tracking.store import absolute_uri, default_uri, prepare_store, store_of
 from cl.tracking.stored_run import StoredRun
 
 
@@ -23,7 +23,8 @@ class MLflowTracker(Recorder):
     on unlogged, and `sync` completes it later from what is on disk.
 
     Args:
-        uri: any tracking address; None takes the embedded store of the working directory.
+        uri: any tracking address; None takes the embedded store of the working directory, and for a run that goes on
+            the one that holds it.
         experiment: name of the MLflow experiment, made when absent; the stream's name when None, since a chart that
             averages over different streams says nothing.
         run_dir: the run's folder, for artifacts and for the points of an earlier attempt (`Journal`).
@@ -47,7 +48,7 @@ class MLflowTracker(Recorder):
         flush_every_s: float = FLUSH_EVERY_S,
     ) -> None:
         super().__init__(every_steps, flush_every_s)
-        self.uri = absolute_uri(uri or default_uri())
+        self.uri, self.is_chosen = absolute_uri(uri or default_uri()), uri is not None
         self.experiment, self.suite = experiment, suite
         self.run_dir = None if run_dir is None else Path(run_dir)
         self._run: StoredRun | None = None
@@ -67,6 +68,8 @@ class MLflowTracker(Recorder):
             self._guard(self._run.upload, self.run_dir)
 
     def open(self, result: Result, settings: Mapping[str, Any]) -> None:
+        if result.mlflow_run_id and self.run_dir and not self.is_chosen:
+            self.uri = store_of(self.run_dir, result.mlflow_run_id)
         prepare_store(self.uri)
         self._run = StoredRun.open(self.uri, self.experiment, result, settings, self.suite)
         result.mlflow_run_id = self._run.id

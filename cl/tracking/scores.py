@@ -11,7 +11,7 @@ from cl.result import Result
 from cl.tracking.base import JOURNAL, Stamped, line_of, read_journal
 from cl.tracking.mlflow import sync
 from cl.tracking.points import Point, defined, legal_name
-from cl.tracking.store import DATABASE, default_uri
+from cl.tracking.store import default_uri, store_of
 
 SECTION = "lm_eval/"
 
@@ -53,20 +53,16 @@ def keep_points(run_dir: Path, found: Iterable[Point]) -> int:
     return len(new)
 
 
-def store_of(run_dir: Path) -> str:
-    """The embedded store above a run's folder, wherever the command is given; that of the working directory if none."""
-    above = (folder for folder in run_dir.resolve().parents if (folder / DATABASE).is_file())
-    return default_uri(next(above, "."))
-
-
-def send(run_dir: Path, uri: str) -> str:
+def send(run_dir: Path, uri: str | None = None) -> str:
     """Complete the run in its store, if it has one; returns the sentence that says what happened.
 
     Args:
-        uri: of the store that the run was logged to.
+        uri: of the store that the run was logged to; None looks for the embedded one.
     """
-    if Result.load(run_dir / "result.json").mlflow_run_id is None:
-        return f"the run is in no store; `cl report {run_dir} sync={uri}` puts it into one"
+    run_id = Result.load(run_dir / "result.json").mlflow_run_id
+    if run_id is None:
+        return f"the run is in no store; `cl report {run_dir} sync={uri or default_uri()}` puts it into one"
+    uri = uri or store_of(run_dir, run_id)
     try:
         return f"in MLflow as {SECTION}... of run {sync(run_dir, uri)}"
     except UserError as error:

@@ -59,6 +59,13 @@ def default_uri(folder: str | Path = ".") -> str:
     return f"sqlite:///{Path(folder).resolve() / DATABASE}"
 
 
+def store_of(run_dir: Path, run_id: str) -> str:
+    """The embedded store that holds a run, wherever a command is given: that of the working directory, or one above the
+    run's folder; the former where none holds it."""
+    folders = (Path(), *run_dir.resolve().parents)
+    return default_uri(next((folder for folder in folders if _holds(folder / DATABASE, run_id)), "."))
+
+
 def absolute_uri(uri: str) -> str:
     """The same store from any working directory; only SQLite addresses depend on it."""
     path = sqlite_path(uri)
@@ -200,6 +207,16 @@ def _publish(draft: Path, path: Path) -> None:
         # a file system without hard links
         if not path.exists():
             os.replace(draft, path)
+
+
+def _holds(path: Path, run_id: str) -> bool:
+    if not path.is_file():
+        return False
+    try:
+        with closing(sqlite3.connect(path, timeout=5.0)) as connection:
+            return connection.execute("select 1 from runs where run_uuid = ?", (run_id,)).fetchone() is not None
+    except sqlite3.DatabaseError:
+        return False
 
 
 def _has_tables(path: Path) -> bool:

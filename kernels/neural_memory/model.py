@@ -5,9 +5,11 @@ Written by hand so that the gradient of the inner loss, an outer product per tok
 Legend: S sequences, H heads, c tokens, K/V key/value width; layer l maps inputs_l [S, H, c, in] by W_l [S, H, in, out].
 """
 
-import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+# mypy: disable-error-code="no-untyped-call"
+# torch leaves autograd.Function.apply without types
 
 import torch
 from torch import Tensor
@@ -39,14 +41,14 @@ def _activate(x: Tensor, kind: str) -> Tensor:
     return gelu(x) if kind == "gelu" else silu(x)
 
 
-def _slope(x: Tensor, kind: str) -> Tensor:
-    """Derivative of the activation."""
+def _before_activation(delta: Tensor, x: Tensor, kind: str) -> Tensor:
+    """delta times the derivative of the activation at x."""
     if kind == "gelu":
-        density = torch.exp(-x.square() / 2) / math.sqrt(2 * math.pi)
-        below: Tensor = torch.special.ndtr(x)
-        return below + x * density
+        # torch's own pass, which has derivatives of all orders; that of silu has none
+        found: Tensor = torch.ops.aten.gelu_backward(delta, x)
+        return found
     s = torch.sigmoid(x)
-    return s * (1 + x * (1 - s))
+    return delta * (s * (1 + x * (1 - s)))
 
 
 def answer(x: Tensor, layers: int, product: Callable[[int, Tensor], Tensor], model: Model) -> Answer:
@@ -62,11 +64,46 @@ def answer(x: Tensor, layers: int, product: Callable[[int, Tensor], Tensor], mod
     return Answer(h, inputs, products)
 
 
-def _normalised(y: Tensor) -> tuple[Tensor, Tensor]:
-    """LayerNorm without its parameters, and one over the standard deviation."""
+def _before_norm_plain(y: Tensor, delta: Tensor) -> Tensor:
+    """delta through LayerNorm without its parameters, to its input y."""
     centred = y - y.mean(-1, keepdim=True)
     inverse = (centred.square().mean(-1, keepdim=True) + NORM_EPS).rsqrt()
-    return centred * inverse, inverse
+    y = centred * inverse
+    return (delta - delta.mean(-1, keepdim=True) - y * (delta * y).mean(-1, keepdim=True)) * inverse
+
+
+class _BeforeNorm(torch.autograd.Function):
+    """The same in torch's own passes, whose second derivatives torch has wrong: the first are by hand, the others plain.
+
+    With P the symmetric map delta - mean(delta) - y mean(delta y) of the normalised y and r = 1 / deviation it is r P,
+    and for a cotangent u the gradients are r P u and r P s - r y mean(u r P delta), s = -r (u mean(delta y) + delta
+    mean(u y)).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, delta: Tensor) -> Tensor:
+        y, mean, inverse = torch.native_layer_norm(x, x.shape[-1:], None, None, NORM_EPS)
+        found = _through(delta, x, mean, inverse)
+        ctx.save_for_backward(x, delta, y, mean, inverse, found)
+        return found
+
+    @staticmethod
+    def backward(ctx: Any, u: Tensor) -> tuple[Tensor, Tensor]:
+        x, delta, y, mean, inverse, found = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            given = [z if z.requires_grad else z.detach().requires_grad_() for z in (x, delta)]
+            dx, ddelta = torch.autograd.grad(_before_norm_plain(*given), given, u, create_graph=True)
+            return dx, ddelta
+        s = u * (delta * y).mean(-1, keepdim=True)
+        s.addcmul_(delta, (u * y).mean(-1, keepdim=True)).mul_(-inverse)
+        dx = _through(s, x, mean, inverse)
+        return dx.addcmul_(y, (u * found).mean(-1, keepdim=True).mul_(-inverse)), _through(u, x, mean, inverse)
+
+
+def _through(delta: Tensor, x: Tensor, mean: Tensor, inverse: Tensor) -> Tensor:
+    backward = torch.ops.aten.native_layer_norm_backward
+    found: Tensor = backward(delta, x, x.shape[-1:], mean, inverse, None, None, [True, False, False])[0]
+    return found
 
 
 def _loss_slope(error: Tensor, model: Model) -> Tensor:
@@ -86,11 +123,9 @@ def slopes(
     if step is not None:
         delta = delta * step
     if model.norm is not None:
-        y, inverse = _normalised(found.products[-1])
-        inner = delta * model.norm[0][:, None]
-        delta = (inner - inner.mean(-1, keepdim=True) - y * (inner * y).mean(-1, keepdim=True)) * inverse
+        delta = _BeforeNorm.apply(found.products[-1], delta * model.norm[0][:, None])
     deltas = [delta]
     for layer in range(len(weights) - 1, 0, -1):
-        delta = (delta @ weights[layer].mT) * _slope(found.products[layer - 1], model.activation)
+        delta = _before_activation(delta @ weights[layer].mT, found.products[layer - 1], model.activation)
         deltas.insert(0, delta)
     return deltas

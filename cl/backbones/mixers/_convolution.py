@@ -11,6 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+PIECE = 512
+"""Tokens at a time, where the gradient of the weights is summed."""
+
 
 class ShortConvolution(nn.Module):
     """y_t = silu(sum_j w_j * x_{t-j}) over the last `size` tokens of the document, each channel by itself.
@@ -88,11 +91,15 @@ class _Depthwise(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy_BTC: Tensor) -> tuple[Tensor | None, Tensor | None]:
         x_BSC, weight_CJ = ctx.saved_tensors
-        num_taps, num_tokens = weight_CJ.shape[1], dy_BTC.shape[1]
+        taps = range(weight_CJ.shape[1])
         dx = dweight = None
         if ctx.needs_input_grad[0]:
-            dx = _as_image(dy_BTC, weight_CJ.flip(1), padding=num_taps - 1)
+            dx = _as_image(dy_BTC, weight_CJ.flip(1), padding=len(taps) - 1)
         if ctx.needs_input_grad[1]:
-            seen = (x_BSC[:, tap : tap + num_tokens] for tap in range(num_taps))
-            dweight = torch.stack([(dy_BTC * x_BTC).sum((0, 1)) for x_BTC in seen], 1)
+            # so few tokens at a time that their products stay in the cache
+            parts = [
+                torch.stack([(dy_BPC * x_BSC[:, start + tap :][:, : dy_BPC.shape[1]]).sum((0, 1)) for tap in taps], 1)
+                for start, dy_BPC in zip(range(0, dy_BTC.shape[1], PIECE), dy_BTC.split(PIECE, 1), strict=True)
+            ]
+            dweight = torch.stack(parts).sum(0)
         return dx, dweight

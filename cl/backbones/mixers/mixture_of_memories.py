@@ -6,7 +6,7 @@ width, V value width of a head.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -159,23 +159,46 @@ class MixtureOfMemories(Mixer):
         length_S = packing.cu_seqlens.diff().long()
         document_N = torch.arange(num_documents, device=length_S.device).repeat_interleave(length_S)
         fresh, weight_NE = self.first._fresh_memory(shape[0]), weight_BTE.flatten(0, 1)
-        v = tokens[0]["v"]
-        total = weight_NE.new_zeros(weight_NE.shape[0], *v.shape[2:])
+        total = weight_NE.new_zeros(weight_NE.shape[0], *tokens[0]["v"].shape[2:])
         after = {}
-        for slot in range(self.num_slots):
-            begun = packing.start(memories[str(slot)], fresh)
-            (chosen_N,) = weight_NE[:, slot].nonzero(as_tuple=True)
-            if len(chosen_N):
-                counts = torch.bincount(document_N[chosen_N], minlength=num_documents)
-                cu_seqlens = torch.nn.functional.pad(counts.cumsum(0), (1, 0)).to(torch.int32)
-                flat = {name: each.flatten(0, 1)[chosen_N].unsqueeze(0) for name, each in tokens[slot].items()}
+        for slots in self._together():
+            # by memory, then by time: to the kernel the documents of all these memories are sequences of one row
+            slot_M, chosen_M = weight_NE[:, slots].T.nonzero(as_tuple=True)
+            counts_ES = torch.bincount(
+                slot_M * num_documents + document_N[chosen_M], minlength=len(slots) * num_documents
+            ).view(len(slots), -1)
+            begun = mapped(_joined, *(packing.start(memories[str(slot)], fresh) for slot in slots))
+            if len(chosen_M):
+                chosen = chosen_M.split(counts_ES.sum(1).tolist())
+                flat = {name: _gathered([tokens[slot][name] for slot in slots], chosen) for name in tokens[0]}
                 q, k, v = (flat.pop(name) for name in ("q", "k", "v"))
+                cu_seqlens = torch.nn.functional.pad(counts_ES.flatten().cumsum(0), (1, 0)).to(torch.int32)
                 how = {"cu_seqlens": cu_seqlens, "chunk": self.first.chunk}
-                o_1NHV, begun = self._rule(slot).chunk(begun, q, k, v, flat, **how)
-                weighed = weight_NE[chosen_N, slot][:, None, None] * o_1NHV[0].to(total.dtype)
-                total = total.index_add(0, chosen_N, weighed)
-            after[str(slot)] = packing.end(begun)
+                o_1MHV, begun = self._rule(slots[0]).chunk(begun, q, k, v, flat, **how)
+                weight_M11 = _gathered([weight_NE[None, :, slot] for slot in slots], chosen)[0, :, None, None]
+                total = total.index_add(0, chosen_M, weight_M11 * o_1MHV[0].to(total.dtype))
+            apart = mapped(lambda each: each.unflatten(0, (len(slots), num_documents)), begun)  # noqa: B023
+            for place, slot in enumerate(slots):
+                after[str(slot)] = packing.end(mapped(lambda each: each[place], apart))  # noqa: B023
         return total.view(*shape, *total.shape[1:]), after
+
+    def _together(self) -> list[list[int]]:
+        """Memories that one call of a rule can run: all, unless their rules have weights of their own besides gates."""
+        slots = list(range(self.num_slots))
+        is_one = not self.separate or next(self.first.rule.parameters(recurse=False), None) is None
+        return [slots] if is_one else [[slot] for slot in slots]
+
+
+def _joined(*parts: Tensor) -> Tensor:
+    return torch.cat(parts)
+
+
+def _gathered(sources: list[Tensor], chosen: Sequence[Tensor]) -> Tensor:
+    """Rows of several (B, T, X), each of its own, in one row (1, M, X)."""
+    if all(source is sources[0] for source in sources):
+        return sources[0].flatten(0, 1).index_select(0, torch.cat(chosen)).unsqueeze(0)
+    rows = [source.flatten(0, 1).index_select(0, own) for source, own in zip(sources, chosen, strict=True)]
+    return torch.cat(rows).unsqueeze(0)
 
 
 class Slot(nn.Module):

@@ -135,6 +135,27 @@ def test_resume_does_not_double(store, client, make_result, tell, run_dir):
     assert only_run(client, "resume").info.status == "FINISHED"
 
 
+def test_a_run_that_goes_on_elsewhere_finds_its_store(store, client, make_result, tell, tmp_path, monkeypatch):
+    home, other = tmp_path / "home", tmp_path / "other"
+    run_dir = home / "runs" / "one"
+    for folder in (run_dir, other):
+        folder.mkdir(parents=True)
+    for folder in (tmp_path, home):
+        shutil.copy(sqlite_path(store), folder / "mlruns.db")
+    (run_dir / "config.yaml").write_text("seed: 7\n")
+    monkeypatch.chdir(home)
+    result, first = make_result(), MLflowTracker(experiment="moved", run_dir=run_dir)
+    tell([first], result, stop_at=14)
+    first.flush()
+    monkeypatch.chdir(other)
+    again = MLflowTracker(experiment="moved", run_dir=run_dir)
+    tell([again], make_result(R=result.R, mlflow_run_id=first.run_id), first=1, steps_done=4)
+    assert again.uri == default_uri(home), "neither that of the working directory nor the nearest to the root"
+    assert not any(other.iterdir())
+    tell([fresh := MLflowTracker(experiment="moved", run_dir=run_dir)], make_result())
+    assert fresh.uri == default_uri(other)
+
+
 def test_resume_brings_what_was_not_flushed(store, client, make_result, tell, run_dir):
     memory = Memory(every_steps=4)
     tell([memory], make_result())
