@@ -51,11 +51,14 @@ class Strategy:
             sees a share of the rows, and `on_step_end` no logits: `World.joined` puts those of all shares together. A
             `penalty` that is a mean over rows is multiplied by their `Part.share`. Under "fsdp" parameters and
             gradients are shards. Not inherited.
+        moves_weights: it changes weights outside of the loop's steps too, by training, undoing or merging of its own.
+            Strategies that must keep weights as they are refuse to stand beside it.
     """
 
     settings: ClassVar[frozenset[Setting]] = ALL_SETTINGS
     contract: ClassVar[Contract] = Contract()
     parallel: ClassVar[frozenset[str]] = frozenset()
+    moves_weights: ClassVar[bool] = False
 
     name: str = ""
     """Tag of its batch parts, its penalty and its generator: the file name, or the config node it was made from."""

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from cl.core import UserError
+from cl.hooks import Strategy
 
 
 def require(is_fine: bool, name: str, value: Any, allowed: str) -> None:
@@ -44,6 +45,16 @@ def require_number(name: str, value: Any, above: float | None = None) -> None:
         require(is_number and value >= 0, name, value, "a finite number of at least 0")
     else:
         require(is_number and value > above, name, value, f"a finite number above {above:g}")
+
+
+def require_at_rest(keeper: Strategy, strategies: Sequence[Strategy]) -> None:
+    """No other strategy of the run changes, outside of the loop's steps, weights that `keeper` keeps as they are."""
+    for other in strategies:
+        if other.moves_weights:
+            raise UserError(
+                f"{keeper.name} keeps weights as they are, and {other.name} would change them in passes of its own; "
+                "leave one of the two out"
+            )
 
 
 def require_choice(name: str, value: Any, choices: Sequence[str]) -> None:

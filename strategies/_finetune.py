@@ -39,6 +39,8 @@ class Finetune(Rehearsal):
         auto_frac: most of the parameters that "auto" takes.
     """
 
+    moves_weights = True
+
     def __init__(
         self,
         modules: str | Sequence[str] = "auto",

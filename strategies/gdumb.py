@@ -47,6 +47,7 @@ class Gdumb(Strategy):
     the first weights.
     """
 
+    moves_weights = True
     contract = Contract(toy={"capacity": 300}, why_not_zero="it changes the data, not the loss", forgets_less_by=0.2)
 
     def __init__(self, capacity: int = 1000) -> None:

@@ -60,6 +60,7 @@ class RecallMerge(Strategy):
     of the network is kept for each experience.
     """
 
+    moves_weights = True
     contract = Contract(
         toy={"clusters": 20, "num_rows": 100, "start": "merged"},
         why_not_zero="models are merged at the end of every experience, whatever the arguments are",

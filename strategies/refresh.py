@@ -71,6 +71,7 @@ class Refresh(Strategy):
     strategies add); at the end of an experience importance_rows rows forward and backward.
     """
 
+    moves_weights = True
     contract = Contract(
         toy={"delta": 1e-3, "importance_rows": 64},
         zero={"delta": 0.0, "noise": 0.0},

@@ -28,12 +28,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from cl.core import Batch, Output, StreamInfo, UserError
-from cl.hooks import Contract, Strategy
+from cl.hooks import Contract, Strategy, overrides
 from cl.state import Cost, TrainState, tensor_bytes
-from strategies._checks import require, require_choice, require_count, require_number
-from strategies._finetune import Finetune
+from strategies._checks import require, require_at_rest, require_choice, require_count, require_number
 from strategies._relevance import RelevanceNet
-from strategies.trace_replay import TraceReplay
 
 BOUNDARIES = ("given", "detected")
 
@@ -53,7 +51,7 @@ class Rmn(Strategy):
 
     Raises:
         UserError: a value outside its range, a layer that is neither linear nor convolutional, or a strategy beside it
-            that trains outside of the loop's steps.
+            that moves weights outside of the loop's steps or wraps the network that it has masked.
 
     Cost: no rows in training; prediction without task labels takes one pass for each map. One byte per weight and map,
     for all `max_maps` from the start.
@@ -92,11 +90,13 @@ class Rmn(Strategy):
         """Of each map, `count`, `sum` and `squares` of the inputs it was learnt on (detected)."""
 
     def check_beside(self, strategies: Sequence[Strategy]) -> None:
-        for other in strategies:
-            if isinstance(other, Finetune | TraceReplay):
+        require_at_rest(self, strategies)
+        behind = strategies[list(strategies).index(self) + 1 :]
+        for other in behind:
+            if overrides(other, "wrap"):
                 raise UserError(
-                    f"{self.name} keeps finished tasks as they are, and {other.name} trains in passes of its own that "
-                    "would change them; leave one of the two out"
+                    f"{self.name} masks the network, and {other.name} behind it puts something around it that has no "
+                    "map; leave one of the two out"
                 )
 
     # around the network

@@ -36,6 +36,7 @@ class TraceReplay(Strategy):
     Cost: no rows per step; after experience t the kept rows of t earlier experiences and the general rows, once.
     """
 
+    moves_weights = True
     settings = frozenset(Setting)
     contract = Contract(
         toy={"rate": 25.0, "general": False}, zero={"rate": 0.0, "general": False}, forgets_less_by=0.15

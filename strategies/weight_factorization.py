@@ -15,6 +15,7 @@ them, but running statistics move. Heads of single tasks are trained as they are
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -23,9 +24,10 @@ from torch import Tensor, nn
 from cl.core import StreamInfo, UserError
 from cl.hooks import Contract, Strategy
 from cl.state import Cost, TrainState, tensor_bytes
-from strategies._checks import require_choice, require_count, require_number
+from strategies._checks import require_at_rest, require_choice, require_count, require_number
 from strategies._factors import FactorNet, Factors
 from strategies._quadratic import Vectors, copied
+from strategies.update_periods import UpdatePeriods
 
 STARTS = ("base", "merged")
 
@@ -40,7 +42,8 @@ class WeightFactorization(Strategy):
             from what is "merged", to which its own factors are added.
 
     Raises:
-        UserError: a value outside its range, or a network without linear and convolutional layers.
+        UserError: a value outside its range, a network without linear and convolutional layers, or a strategy beside it
+            that moves weights outside of the loop's steps, carries gradients on or generates the weights.
 
     Cost: no rows; the factors of every experience, and with start="base" a copy of the network, are kept.
     """
@@ -62,8 +65,25 @@ class WeightFactorization(Strategy):
         self.is_awake = False
         """Whether factors are learnt now."""
 
+    def check_beside(self, strategies: Sequence[Strategy]) -> None:
+        require_at_rest(self, strategies)
+        for other in strategies:
+            if isinstance(other, UpdatePeriods):
+                raise UserError(
+                    f"{self.name} freezes the network when an experience begins, and {other.name} would still step it "
+                    "by gradients of the one before; leave one of the two out"
+                )
+
     def wrap(self, backbone: nn.Module, info: StreamInfo) -> nn.Module:
         return FactorNet(backbone, self.rank, self.name)
+
+    def check_model(self, model: nn.Module, info: StreamInfo) -> None:
+        net = _net(model)
+        if not set(net.names) <= {name for name, _ in net.backbone.named_parameters()}:
+            raise UserError(
+                f"{self.name} factorises weights, and a strategy behind it generates them instead; leave one of the "
+                "two out"
+            )
 
     def on_resume(self, state: TrainState) -> None:
         _net(state.model).is_frozen = self.is_awake

@@ -88,37 +88,53 @@ def states_before(states_TX: Tensor, cu: Tensor, start_SX: Tensor | None, reset:
 class Group:
     """Sequences of similar length, padded to one length, so that a dense algorithm can run them as a batch."""
 
-    def __init__(self, rows: list[int], begins: list[int], lengths: list[int], chunk_rows: list[int], chunk: int):
-        chunks = -(-max(lengths) // chunk)
-        self.chunks = chunks
-        self.rows = torch.tensor(rows)
-        position = torch.arange(chunks * chunk)[None]
-        self.valid_SL = position < torch.tensor(lengths)[:, None]
-        self.index_SL = (torch.tensor(begins)[:, None] + position) * self.valid_SL
+    def __init__(
+        self, rows: list[int], begins: list[int], lengths: list[int], chunk_rows: list[int], chunk: int, like: Tensor
+    ):
+        size = [-(-length // chunk) for length in lengths]
+        self.chunks = max(size)
+        self.rows = torch.tensor(rows, device=like.device)
+        self.tokens = _Padded(begins, lengths, self.chunks * chunk, like)
         # a sequence shorter than the group has fewer chunks of its own; its surplus rows are never stored
-        row = torch.arange(chunks)[None]
-        self.own_SN = row < (torch.tensor(lengths)[:, None] + chunk - 1) // chunk
-        self.chunk_SN = (torch.tensor(chunk_rows)[:, None] + row) * self.own_SN
+        self.states = _Padded(chunk_rows, size, self.chunks, like)
 
     def gather(self, x_BTX: Tensor | None) -> Tensor | None:
         """Rows of the packed tensor as [S, L, X], zeros in the padding (a zero token changes no state)."""
-        if x_BTX is None:
-            return None
-        padded = x_BTX[0][self.index_SL]
-        return padded.masked_fill_(~self.valid_SL.view(*self.valid_SL.shape, *[1] * (x_BTX.dim() - 2)), 0)
+        return None if x_BTX is None else self.tokens.take(x_BTX[0])
 
     def scatter(self, out_BTX: Tensor, padded_SLX: Tensor) -> None:
         """Write the valid part of [S, L, X] back to its packed place."""
-        out_BTX[0, self.index_SL[self.valid_SL]] = padded_SLX[:, : self.valid_SL.shape[1]][self.valid_SL]
+        self.tokens.put(out_BTX[0], padded_SLX)
 
     def take_chunks(self, states_RX: Tensor) -> Tensor:
         """Saved chunk states as [S, N, X]."""
-        taken = states_RX[self.chunk_SN]
-        return taken.masked_fill_(~self.own_SN.view(*self.own_SN.shape, *[1] * (states_RX.dim() - 1)), 0)
+        return self.states.take(states_RX)
 
     def put_chunks(self, states_RX: Tensor, padded_SNX: Tensor) -> None:
         """Store chunk states of [S, N, X] in their packed rows."""
-        states_RX[self.chunk_SN[self.own_SN]] = padded_SNX[self.own_SN]
+        self.states.put(states_RX, padded_SNX)
+
+
+class _Padded:
+    """Stretches of packed rows side by side: S of them, padded to L rows. Whole rows are copied as they lie."""
+
+    def __init__(self, begins: list[int], lengths: list[int], longest: int, like: Tensor):
+        position = torch.arange(longest)[None]
+        valid_SL = position < torch.tensor(lengths)[:, None]
+        index_SL = (torch.tensor(begins)[:, None] + position) * valid_SL
+        self.shape = index_SL.shape
+        self.index, self.packed = index_SL.flatten().to(like.device), index_SL[valid_SL].to(like.device)
+        self.own, self.padding = (each.flatten().nonzero()[:, 0].to(like.device) for each in (valid_SL, ~valid_SL))
+
+    def take(self, x_RX: Tensor) -> Tensor:
+        """[S, L, X], zeros in the padding."""
+        padded = x_RX.index_select(0, self.index)
+        return padded.index_fill_(0, self.padding, 0).view(*self.shape, *x_RX.shape[1:])
+
+    def put(self, out_RX: Tensor, padded_SLX: Tensor) -> None:
+        """The rows of [S, L, X] that are no padding, where they belong."""
+        rows = padded_SLX[:, : self.shape[1]].flatten(0, 1)
+        out_RX.index_copy_(0, self.packed, rows.index_select(0, self.own))
 
 
 def groups(cu_seqlens: Tensor, chunk: int) -> Iterator[Group]:
@@ -136,4 +152,5 @@ def groups(cu_seqlens: Tensor, chunk: int) -> Iterator[Group]:
             [offsets[s + 1] - offsets[s] for s in rows],
             [first_chunk[s] for s in rows],
             chunk,
+            cu_seqlens,
         )

@@ -36,9 +36,9 @@ class _Decays(torch.autograd.Function):
     def forward(ctx: Any, g_SHc1: Tensor) -> tuple[Tensor, Tensor]:
         # in float64 the difference of running sums is as good as the sum over the interval
         run = g_SHc1.double().cumsum(2)
-        above = torch.ones(run.shape[2], run.shape[2], dtype=torch.bool, device=run.device).triu(1)
-        between = (run - run.mT).masked_fill(above, -torch.inf).exp().to(g_SHc1.dtype)
-        into = run.exp().to(g_SHc1.dtype)
+        # above the diagonal the sum is positive: cut to 0, since exp is slow where it leaves the range of floats
+        between = (run - run.mT).to(g_SHc1.dtype).clamp_(max=0).exp_().tril_()
+        into = run.to(g_SHc1.dtype).exp_()
         ctx.save_for_backward(between, into)
         return between, into
 
@@ -47,7 +47,7 @@ class _Decays(torch.autograd.Function):
         between, into = ctx.saved_tensors
         lower = torch.ones_like(between[0, 0]).tril()
         # entry (t, i) holds the decays of i < s <= t
-        held = (((between * dbetween).tril(-1) @ lower.mT.triu(1)) * lower).sum(2)
+        held = ((between * dbetween).tril_(-1) @ lower.mT.triu(1)).mul_(lower).sum(2)
         dg: Tensor = held[..., None] + lower.mT @ (into * dinto)
         return dg
 
@@ -66,14 +66,15 @@ class Coefficients(NamedTuple):
     push: Tensor | None = None
 
 
-def coefficients(piece: Piece) -> Coefficients:
-    """From the gates: two stacked decays, the same for every layer."""
-    lower = torch.ones_like(piece.beta).expand(*piece.beta.shape[:3], piece.beta.shape[2]).tril()
-    keep, into = (lower, torch.ones_like(piece.beta)) if piece.g is None else _Decays.apply(piece.g)
-    if piece.momentum is None:
+def coefficients(g: Tensor | None, momentum: Tensor | None, valid: Tensor | None, like: Tensor) -> Coefficients:
+    """From the gates [S, H, c, 1]: two stacked decays, the same for every layer; `like` is [S, H, c, X]."""
+    one = torch.ones_like(like[..., :1])
+    lower = one.expand(*like.shape[:3], like.shape[2]).tril()
+    keep, into = (lower, one) if g is None else _Decays.apply(g)
+    if momentum is None:
         return Coefficients(into, keep)
-    speed, into_speed = _Decays.apply(piece.momentum)
-    moving = keep if piece.valid is None else keep * piece.valid.mT
+    speed, into_speed = _Decays.apply(momentum)
+    moving = keep if valid is None else keep * valid.mT
     step, carry = moving @ speed, moving @ into_speed
     return Coefficients(into, step, carry, into_speed[:, :, -1:], speed[:, :, -1:].mT)
 
@@ -105,7 +106,8 @@ def advance(
 ) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
     """The step of `schedule.run`: keys through the weights of the chunk's start, queries through their own."""
     found = answer(piece.k, len(now), lambda i, h: h @ start[i], model)
-    deltas, c = slopes(found, piece.v, start, model, piece.beta), coefficients(piece)
+    deltas = slopes(found, piece.v, start, model, piece.beta)
+    c = coefficients(piece.g, piece.momentum, piece.valid, piece.q)
     after: list[Tensor] = []
     pushed: list[Tensor] = []
 

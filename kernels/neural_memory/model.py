@@ -6,10 +6,7 @@ Legend: S sequences, H heads, c tokens, K/V key/value width; layer l maps inputs
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
-
-# mypy: disable-error-code="no-untyped-call"
-# torch leaves autograd.Function.apply without types
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -53,57 +50,30 @@ def _before_activation(delta: Tensor, x: Tensor, kind: str) -> Tensor:
 
 def answer(x: Tensor, layers: int, product: Callable[[int, Tensor], Tensor], model: Model) -> Answer:
     """Run x through the layers; `product(l, inputs)` multiplies with layer l, whatever form its matrix has."""
+    found = before_norm(x, layers, product, model)
+    if model.norm is None:
+        return found
+    gamma, bias = (p[:, None] for p in model.norm)
+    normed = layer_norm(found.output, found.output.shape[-1:], eps=NORM_EPS)
+    return found._replace(output=torch.addcmul(x + bias, normed, gamma))
+
+
+def before_norm(x: Tensor, layers: int, product: Callable[[int, Tensor], Tensor], model: Model) -> Answer:
+    """`answer` but for the norm and what comes behind it: the output is the last product."""
     inputs, products, h = [], [], x
     for layer in range(layers):
         inputs.append(h)
         products.append(product(layer, h))
         h = products[-1] if layer == layers - 1 else _activate(products[-1], model.activation)
-    if model.norm is not None:
-        gamma, bias = (p[:, None] for p in model.norm)
-        h = torch.addcmul(x + bias, layer_norm(h, h.shape[-1:], eps=NORM_EPS), gamma)
     return Answer(h, inputs, products)
 
 
-def _before_norm_plain(y: Tensor, delta: Tensor) -> Tensor:
-    """delta through LayerNorm without its parameters, to its input y."""
-    centred = y - y.mean(-1, keepdim=True)
+def through_norm(x: Tensor, delta: Tensor) -> Tensor:
+    """The gradient delta by LayerNorm (without its parameters) of x, taken to x."""
+    centred = x - x.mean(-1, keepdim=True)
     inverse = (centred.square().mean(-1, keepdim=True) + NORM_EPS).rsqrt()
     y = centred * inverse
     return (delta - delta.mean(-1, keepdim=True) - y * (delta * y).mean(-1, keepdim=True)) * inverse
-
-
-class _BeforeNorm(torch.autograd.Function):
-    """The same in torch's own passes, whose second derivatives torch has wrong: the first are by hand, the others plain.
-
-    With P the symmetric map delta - mean(delta) - y mean(delta y) of the normalised y and r = 1 / deviation it is r P,
-    and for a cotangent u the gradients are r P u and r P s - r y mean(u r P delta), s = -r (u mean(delta y) + delta
-    mean(u y)).
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, delta: Tensor) -> Tensor:
-        y, mean, inverse = torch.native_layer_norm(x, x.shape[-1:], None, None, NORM_EPS)
-        found = _through(delta, x, mean, inverse)
-        ctx.save_for_backward(x, delta, y, mean, inverse, found)
-        return found
-
-    @staticmethod
-    def backward(ctx: Any, u: Tensor) -> tuple[Tensor, Tensor]:
-        x, delta, y, mean, inverse, found = ctx.saved_tensors
-        if torch.is_grad_enabled():
-            given = [z if z.requires_grad else z.detach().requires_grad_() for z in (x, delta)]
-            dx, ddelta = torch.autograd.grad(_before_norm_plain(*given), given, u, create_graph=True)
-            return dx, ddelta
-        s = u * (delta * y).mean(-1, keepdim=True)
-        s.addcmul_(delta, (u * y).mean(-1, keepdim=True)).mul_(-inverse)
-        dx = _through(s, x, mean, inverse)
-        return dx.addcmul_(y, (u * found).mean(-1, keepdim=True).mul_(-inverse)), _through(u, x, mean, inverse)
-
-
-def _through(delta: Tensor, x: Tensor, mean: Tensor, inverse: Tensor) -> Tensor:
-    backward = torch.ops.aten.native_layer_norm_backward
-    found: Tensor = backward(delta, x, x.shape[-1:], mean, inverse, None, None, [True, False, False])[0]
-    return found
 
 
 def _loss_slope(error: Tensor, model: Model) -> Tensor:
@@ -123,9 +93,16 @@ def slopes(
     if step is not None:
         delta = delta * step
     if model.norm is not None:
-        delta = _BeforeNorm.apply(found.products[-1], delta * model.norm[0][:, None])
+        delta = through_norm(found.products[-1], delta * model.norm[0][:, None])
+    return to_all_layers(delta, found.products, weights, model)
+
+
+def to_all_layers(
+    delta: Tensor, products: Sequence[Tensor], weights: Sequence[Tensor], model: Model
+) -> list[Tensor]:
+    """From the slope of the last product those of all."""
     deltas = [delta]
     for layer in range(len(weights) - 1, 0, -1):
-        delta = _before_activation(delta @ weights[layer].mT, found.products[layer - 1], model.activation)
+        delta = _before_activation(delta @ weights[layer].mT, products[layer - 1], model.activation)
         deltas.insert(0, delta)
     return deltas

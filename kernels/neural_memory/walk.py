@@ -19,9 +19,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from kernels.neural_memory import normed
 from kernels.neural_memory.chunked import PIECE, coefficients
-from kernels.neural_memory.model import Answer, Model, answer, slopes
-from kernels.neural_memory.schedule import Aligned, NeuralMemoryState, Piece, where
+from kernels.neural_memory.model import Model, answer, before_norm, slopes, to_all_layers
+from kernels.neural_memory.schedule import Aligned, NeuralMemoryState, where
 
 # tokens of a section: what it makes fits into a cache
 SECTION = 1024
@@ -30,8 +31,8 @@ SECTION = 1024
 class Gates(NamedTuple):
     """What the gates of a section come to. `None` is one: nothing is lost, and tokens have no momentum.
 
-    step [N * Z, p, c, c]: of token i in the weights at token t. read [N * Z, p, c, 2]: of weights and momentum before
-    the piece in the weights at token t. write [N * Z, p, c, 2]: of token i in both after the piece. move
+    step [M, c, c], M = N * Z * p, or [c, c]: of token i in the weights at token t. read [N, Z, p, c, 2]: of weights and
+    momentum before the piece in the weights at token t. write, alike: of token i in both after the piece. move
     [N, Z, p, 2, 2]: of both before the piece in both after it.
     """
 
@@ -41,41 +42,86 @@ class Gates(NamedTuple):
     move: Tensor | None
 
 
-def _gates(piece: Piece, chunks: int) -> Gates:
-    if piece.g is None and piece.momentum is None:
-        size = piece.q.shape[2]
-        return Gates(piece.q.new_ones(size, size).tril(), None, None, None)
-    c = coefficients(piece)
-    last = c.step[:, :, -1:].mT
+def _gates(g: Tensor | None, momentum: Tensor | None, valid: Tensor | None, like: Tensor) -> Gates:
+    if g is None and momentum is None:
+        return Gates(like.new_ones(like.shape[3], like.shape[3]).tril(), None, None, None)
+    lead = like.shape[:2]
+    c = coefficients(*(None if x is None else x.flatten(0, 1) for x in (g, momentum, valid)), like.flatten(0, 1))
+    step, last = c.step.flatten(0, 1), c.step[:, :, -1:].mT
     if c.carry is None or c.slowed is None or c.push is None:
-        return Gates(c.step, c.into, last, c.into[:, :, -1:].unflatten(0, (chunks, -1)))
-    read = torch.cat([c.into, c.carry], -1)
-    still = torch.cat([torch.zeros_like(c.slowed), c.slowed], -1)
-    move = torch.cat([read[:, :, -1:], still], -2)
-    return Gates(c.step, read, torch.cat([last, c.push], -1), move.unflatten(0, (chunks, -1)))
+        parts = (c.into, last, c.into[:, :, -1:])
+    else:
+        read = torch.cat([c.into, c.carry], -1)
+        still = torch.cat([torch.zeros_like(c.slowed), c.slowed], -1)
+        parts = (read, torch.cat([last, c.push], -1), torch.cat([read[:, :, -1:], still], -2))
+    return Gates(step, *(x.unflatten(0, lead) for x in parts))
 
 
 def _weighted(x: Tensor, weight: Tensor | None) -> Tensor:
-    """x [M, c, K] times every weight [M, c, 2], side by side [M, c, 2 K]."""
+    """x [..., c, K] times every weight [..., c, 2], side by side [..., c, 2 K]."""
     return x if weight is None else (x.unsqueeze(-2) * weight.unsqueeze(-1)).flatten(-2)
 
 
-def _moved(now: Tensor, pushes: Tensor, move: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Weights and momentum [Z, 2, in * out] before every piece of a chunk [Z, p, 2, in * out], and after the last."""
+class _Walked(NamedTuple):
+    """One chunk, per layer: inputs and slopes [Z, p * c, X], weights with momentum before its pieces [Z, p, 2, X]."""
+
+    inputs: list[Tensor]
+    deltas: list[Tensor]
+    before: list[Tensor]
+
+
+def _pushed(
+    now: Tensor, x_mT: Tensor, delta: Tensor, move: Tensor | None, width: int
+) -> tuple[Tensor, Tensor]:
+    """Weights with momentum before every piece of a chunk, and after the last: x_mT [Z * p, 2 in, c]."""
+    heads, kinds = now.shape[:2]
+    pieces = x_mT.shape[0] // heads
+    if move is None and pieces == 1:
+        after = torch.baddbmm(now.view(heads, -1, width), x_mT, delta, alpha=-1)
+        return now.unsqueeze(1), after.view(now.shape)
+    pushes = torch.bmm(x_mT, delta.reshape(heads * pieces, -1, width)).view(heads, pieces, kinds, -1)
+    moves = [None] * pieces if move is None else move.unbind(1)
     before = []
-    moves = [None] * pushes.shape[1] if move is None else move.unbind(1)
     for push, factors in zip(pushes.unbind(1), moves, strict=True):
         before.append(now)
         now = now - push if factors is None else torch.baddbmm(push, factors, now, beta=-1)
     return torch.stack(before, 1), now
 
 
-class _Walked(NamedTuple):
-    """Of every layer, for all pieces of a section: inputs and slopes [M, c, X], weights and momentum before [M, 2, X]."""
+class _Keys:
+    """Keys, values and gates of a section by chunk: all that does not wait for the weights."""
 
-    inputs: list[Tensor]
-    deltas: list[Tensor]
-    before: list[Tensor]
+    def __init__(self, k: Tensor, v: Tensor, beta: Tensor, gates: Gates, model: Model):
+        self.model, size = model, k.shape[3]
+        self.write = [None] * k.shape[0] if gates.write is None else gates.write.flatten(1, 2).unbind(0)
+        self.move = [None] * k.shape[0] if gates.move is None else gates.move.unbind(0)
+        written = _weighted(k, gates.write)
+        self.written = written.flatten(1, 2).mT.unbind(0)
+        k, v, beta = (x.flatten(2, 3) for x in (k, v, beta))
+        self.is_normed = model.norm is not None and model.loss == "l2"
+        targets = (v, beta) if not self.is_normed else normed.targets(k, v, beta, model.norm)
+        self.k, self.targets, self.size = k.unbind(0), list(zip(*(x.unbind(0) for x in targets), strict=True)), size
+
+    def slopes(self, n: int, start: tuple[Tensor, ...]) -> tuple[list[Tensor], list[Tensor]]:
+        """Inputs of every layer for the keys of chunk n, and the slopes of every product, times the step."""
+        run = before_norm if self.is_normed else answer
+        found = run(self.k[n], len(start), lambda i, h: torch.bmm(h, start[i]), self.model)
+        if not self.is_normed:
+            value, step = self.targets[n]
+            return found.inputs, slopes(found, value, start, self.model, step)
+        delta = normed.slope(found.output, *self.targets[n])
+        return found.inputs, to_all_layers(delta, found.products, start, self.model)
+
+    def walk(self, n: int, now: list[Tensor], start: tuple[Tensor, ...]) -> tuple[_Walked, list[Tensor]]:
+        """Chunk n: what its queries will ask for, and weights with momentum after it."""
+        inputs, deltas = self.slopes(n, start)
+        before, after = [], []
+        for i, (m, x, delta) in enumerate(zip(now, inputs, deltas, strict=True)):
+            x_mT = self.written[n] if i == 0 else _weighted(x.view(-1, self.size, x.shape[-1]), self.write[n]).mT
+            was, m = _pushed(m, x_mT, delta, self.move[n], delta.shape[-1])
+            before.append(was)
+            after.append(m)
+        return _Walked(inputs, deltas, before), after
 
 
 def _section(
@@ -92,42 +138,32 @@ def _section(
     assert k is not None
     assert v is not None
     assert beta is not None
-    chunks, heads, pieces, size = q.shape[:4]
-    wide = [None if x is None else x.flatten(0, 1) for x in (q, k, v, beta, g, momentum, valid)]
-    gates = _gates(Piece(*wide), chunks)  # type: ignore[arg-type]
-    write = None if gates.write is None else gates.write.view(chunks, heads * pieces, size, -1)
-    move = None if gates.move is None else gates.move
-    keys = _weighted(k.flatten(0, 2), None if write is None else write.flatten(0, 1))
-    written = keys.unflatten(0, (chunks, -1)).unbind(0)
-    whole = [x.flatten(2, 3).unbind(0) for x in (k, v, beta)]
-    found: list[tuple[Answer, list[Tensor], list[Tensor]]] = []
-    for n in range(chunks):
-        shapes = [w.shape for w in start]
-        first = tuple(m[:, 0].view(shape) for m, shape in zip(now, shapes, strict=True))
-        start = where(entered[n], first, start)
-        key, value, step = (x[n] for x in whole)
-        answered = answer(key, len(start), lambda i, h, start=start: torch.bmm(h, start[i]), model)
-        deltas = slopes(answered, value, start, model, step)
-        befores = []
-        for i, (x, delta) in enumerate(zip(answered.inputs, deltas, strict=True)):
-            mine = written[n] if i == 0 else _weighted(x.view(-1, size, x.shape[-1]), None if write is None else write[n])
-            push = torch.bmm(mine.mT, delta.view(-1, size, delta.shape[-1]))
-            before, now[i] = _moved(now[i], push.view(heads, pieces, *now[i].shape[1:]), None if move is None else move[n])
-            befores.append(before)
-        found.append((answered, deltas, befores))
-    inputs = [k if i == 0 else torch.stack([f[0].inputs[i] for f in found]) for i in range(len(start))]
-    deltas = [torch.stack([f[1][i] for f in found]) for i in range(len(start))]
-    before = [torch.stack([f[2][i] for f in found]) for i in range(len(start))]
-    inputs, deltas = ([x.view(-1, size, x.shape[-1]) for x in xs] for xs in (inputs, deltas))
+    gates = _gates(g, momentum, valid, q)
+    keys, walked = _Keys(k, v, beta, gates, model), []
+    for n, rows in enumerate(entered):
+        start = where(rows, tuple(_weights(m, w) for m, w in zip(now, start, strict=True)), start)
+        found, now = keys.walk(n, now, start)
+        walked.append(found)
+    # [M, c, X], M = N * Z * p
+    flat = q.shape[0] * q.shape[1] * q.shape[2], q.shape[3]
+    inputs = [k, *(torch.stack(xs) for xs in list(zip(*(w.inputs for w in walked), strict=True))[1:])]
+    inputs = [x.view(*flat, -1) for x in inputs]
+    deltas = [torch.stack(xs).view(*flat, -1) for xs in zip(*(w.deltas for w in walked), strict=True)]
+    before = [torch.stack(xs) for xs in zip(*(w.before for w in walked), strict=True)]
+    read = None if gates.read is None else gates.read.flatten(0, 2)
 
     def product(i: int, h: Tensor) -> Tensor:
-        h = h.reshape(-1, size, h.shape[-1])
-        read = None if gates.read is None else gates.read.flatten(0, 1)
-        out = torch.bmm(_weighted(h, read), before[i].view(h.shape[0], -1, deltas[i].shape[-1]))
-        scores = torch.bmm(h, inputs[i].mT) * (gates.step if gates.step.dim() == 2 else gates.step.flatten(0, 1))
-        return torch.baddbmm(out, scores, deltas[i], alpha=-1).view(chunks, heads, pieces * size, -1)
+        h = h.reshape(*flat, -1)
+        out = torch.bmm(_weighted(h, read), before[i].view(flat[0], -1, deltas[i].shape[-1]))
+        scores = torch.bmm(h, inputs[i].mT) * gates.step
+        return torch.baddbmm(out, scores, deltas[i], alpha=-1).view(*q.shape[:2], -1, deltas[i].shape[-1])
 
     return answer(q.flatten(2, 3), len(start), product, model).output, now, start
+
+
+def _weights(m: Tensor, like: Tensor) -> Tensor:
+    """The weights [Z, in, out] of a layer, without its momentum."""
+    return (m if m.shape[1] == 1 else m[:, 0]).view(like.shape)
 
 
 def walk(

@@ -29,7 +29,7 @@ MUTATIONS = [
     ("delta_rule/chunked.py", ", value=-1).mul_(scale_MC1)", ").mul_(scale_MC1)", "normalized", "chunked"),
     ("linear_scan/chunked.py", "gate[0, first] = 0", "pass", "scan_real", "chunked"),
     ("linear_scan/chunked.py", ".conj().resolve_conj().contiguous(), h", ".contiguous(), h", "scan_complex", "chunked"),
-    ("common/varlen.py", "padded.masked_fill_(", "padded.clone().masked_fill_(", None, "chunked"),
+    ("common/varlen.py", "padded.index_fill_(", "padded.clone().index_fill_(", None, "chunked"),
     (
         "common/triton_device.py",
         "else i[:, None] >= i[None, :]\n",

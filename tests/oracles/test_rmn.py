@@ -9,10 +9,7 @@ import torch
 
 from cl.core import Setting, UserError
 from cl.testing import toy_stream
-from strategies.fpf import Fpf
-from strategies.kfpf import Kfpf
 from strategies.rmn import Rmn, _add, _jump, _net
-from strategies.trace_replay import TraceReplay
 from streams.permuted import permuted
 
 SETTINGS = [Setting.DOMAIN_INCREMENTAL, Setting.TASK_INCREMENTAL]
@@ -185,14 +182,6 @@ def test_declared_bytes_are_those_of_the_maps(lab):
     weights = 12 * 64 + 12 + 12 * 4 + 4
     assert sum(each.numel() * each.element_size() for each in maps) == 5 * weights
     assert rmn.cost(trainer.state, 16).buffer_bytes == 5 * weights
-
-
-@pytest.mark.parametrize("other", [TraceReplay(), Fpf(), Kfpf()], ids=lambda other: other.name)
-def test_passes_outside_of_the_loop_are_refused(lab, other):
-    message = rf"rmn keeps finished tasks as they are, and {other.name} trains in passes of its own"
-    for pair in ([Rmn(), other], [other, Rmn()]):
-        with pytest.raises(UserError, match=message):
-            lab.run(pair)
 
 
 @pytest.mark.parametrize(

@@ -9,11 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cl.backbones._heads import require_width
 from cl.backbones._mixer import Lifetime, Mixer, in_full_precision
-from cl.backbones._state import Packing, State, mapped, where_rows
+from cl.backbones._state import Packing, State, mapped, rows_of, where_rows
+from cl.backbones.memory_rules._rule import Rule
 from cl.backbones.mixers._convolution import ShortConvolution
 from cl.backbones.mixers.linear_memory import LinearMemory
 from cl.core import UserError
@@ -133,7 +135,7 @@ class MixtureOfMemories(Mixer):
             every.append({"q": first["q"], **own})
         return every, tails
 
-    def _rule(self, slot: int) -> nn.Module:
+    def _rule(self, slot: int) -> Rule:
         return self.others[slot - 1].rule if slot and self.separate else self.first.rule
 
     def _step(
@@ -155,42 +157,49 @@ class MixtureOfMemories(Mixer):
     ) -> tuple[Tensor, State]:
         shape = weight_BTE.shape[:2]
         packing = Packing.of(torch.zeros(shape, dtype=torch.bool, device=weight_BTE.device) if reset is None else reset)
-        num_documents = packing.cu_seqlens.shape[0] - 1
-        length_S = packing.cu_seqlens.diff().long()
-        document_N = torch.arange(num_documents, device=length_S.device).repeat_interleave(length_S)
         fresh, weight_NE = self.first._fresh_memory(shape[0]), weight_BTE.flatten(0, 1)
+        begun = [packing.start(memories[str(slot)], fresh) for slot in range(self.num_slots)]
         total = weight_NE.new_zeros(weight_NE.shape[0], *tokens[0]["v"].shape[2:])
-        after = {}
+        after: State = {}
         for slots in self._together():
-            # by memory, then by time: to the kernel the documents of all these memories are sequences of one row
-            slot_M, chosen_M = weight_NE[:, slots].T.nonzero(as_tuple=True)
-            counts_ES = torch.bincount(
-                slot_M * num_documents + document_N[chosen_M], minlength=len(slots) * num_documents
-            ).view(len(slots), -1)
-            begun = mapped(_joined, *(packing.start(memories[str(slot)], fresh) for slot in slots))
-            if len(chosen_M):
-                chosen = chosen_M.split(counts_ES.sum(1).tolist())
-                flat = {name: _gathered([tokens[slot][name] for slot in slots], chosen) for name in tokens[0]}
-                q, k, v = (flat.pop(name) for name in ("q", "k", "v"))
-                cu_seqlens = torch.nn.functional.pad(counts_ES.flatten().cumsum(0), (1, 0)).to(torch.int32)
-                how = {"cu_seqlens": cu_seqlens, "chunk": self.first.chunk}
-                o_1MHV, begun = self._rule(slots[0]).chunk(begun, q, k, v, flat, **how)
-                weight_M11 = _gathered([weight_NE[None, :, slot] for slot in slots], chosen)[0, :, None, None]
-                total = total.index_add(0, chosen_M, weight_M11 * o_1MHV[0].to(total.dtype))
-            apart = mapped(lambda each: each.unflatten(0, (len(slots), num_documents)), begun)  # noqa: B023
+            state = mapped(lambda *each: torch.stack(each), *(begun[slot] for slot in slots))
+            weight_EN, own = weight_NE[:, slots].T, [tokens[slot] for slot in slots]
+            total, state = self._run(self._rule(slots[0]), own, weight_EN, state, packing, total)
             for place, slot in enumerate(slots):
-                after[str(slot)] = packing.end(mapped(lambda each: each[place], apart))  # noqa: B023
+                after[str(slot)] = packing.end(mapped(lambda each: each[place], state))  # noqa: B023
         return total.view(*shape, *total.shape[1:]), after
+
+    def _run(
+        self, rule: Rule, tokens: list[dict[str, Tensor]], weight_EN: Tensor, state: State, packing: Packing, to: Tensor
+    ) -> tuple[Tensor, State]:
+        """`to` (N, H, V) with what some memories answer their tokens, and those memories (E, S, ...) after them.
+
+        By memory, then by time: to the rule the documents of all these memories are sequences of one row.
+        """
+        length_S = packing.cu_seqlens.diff().long()
+        document_N = torch.arange(len(length_S), device=length_S.device).repeat_interleave(length_S)
+        memory_M, chosen_M = weight_EN.nonzero(as_tuple=True)
+        size = (len(tokens), len(length_S))
+        counts = torch.bincount(memory_M * size[1] + document_N[chosen_M], minlength=size[0] * size[1])
+        # documents without a token here are none to the rule
+        (filled,) = counts.nonzero(as_tuple=True)
+        if not len(filled):
+            return to, state
+        chosen = chosen_M.split(counts.view(size).sum(1).tolist())
+        flat = {name: _gathered([own[name] for own in tokens], chosen) for name in tokens[0]}
+        q, k, v = (flat.pop(name) for name in ("q", "k", "v"))
+        cu_seqlens = F.pad(counts[filled].cumsum(0), (1, 0)).to(torch.int32)
+        state = mapped(lambda each: each.flatten(0, 1), state)
+        o_1MHV, left = rule.chunk(rows_of(state, filled), q, k, v, flat, cu_seqlens=cu_seqlens, chunk=self.first.chunk)
+        state = mapped(lambda old, new: old.index_copy(0, filled, new).unflatten(0, size), state, left)
+        weight_M11 = weight_EN[memory_M, chosen_M, None, None]
+        return to.index_add(0, chosen_M, weight_M11 * o_1MHV[0].to(to.dtype)), state
 
     def _together(self) -> list[list[int]]:
         """Memories that one call of a rule can run: all, unless their rules have weights of their own besides gates."""
         slots = list(range(self.num_slots))
         is_one = not self.separate or next(self.first.rule.parameters(recurse=False), None) is None
         return [slots] if is_one else [[slot] for slot in slots]
-
-
-def _joined(*parts: Tensor) -> Tensor:
-    return torch.cat(parts)
 
 
 def _gathered(sources: list[Tensor], chosen: Sequence[Tensor]) -> Tensor:

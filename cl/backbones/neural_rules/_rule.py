@@ -131,7 +131,8 @@ class NeuralRule(nn.Module):
 
     def features(self, x_BTHK: Tensor) -> Tensor:
         """What the memory is asked with: keys and queries of length 1, and their products."""
-        return F.normalize(monomials(F.normalize(wide(x_BTHK), dim=-1), self.degree), dim=-1)
+        unit_BTHK = _unit(wide(x_BTHK))
+        return unit_BTHK if self.degree == 1 else _unit(monomials(unit_BTHK, self.degree))
 
     def gates(self, x_BTD: Tensor) -> Gates:
         """Step sizes, log decays, weights in the window and thresholds, (B, T, H) each."""
@@ -218,6 +219,11 @@ class NeuralRule(nn.Module):
             omega, tail = omega.squeeze(-1), {"tail": {name: left for name, (_, left) in seen.items()}}
         threshold = gates.get("threshold", torch.full_like(eta, self.threshold))
         return Tokens(q, k, v, omega, eta, gates.get("g"), gates.get("momentum"), threshold), tail
+
+
+def _unit(x: Tensor) -> Tensor:
+    """x of length 1: `F.normalize` with one division a vector, whose backward takes half the time."""
+    return x * torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(1e-12).reciprocal()
 
 
 def require_above(rule: str, option: str, value: object, bound: float) -> None:
