@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cl.core import Setting
+from cl.core import IGNORED, Setting
 from cl.hooks import Contract
 from cl.state import TrainState
 from strategies._checks import require, require_number
@@ -60,5 +60,9 @@ class Mas(DataImportance):
 
 
 def squared_length(logits_BC: Tensor, targets_B: Tensor) -> Tensor:
-    """Mean over rows, and over the tokens of text, of the squared length of the outputs."""
-    return logits_BC.square().sum(-1).mean()
+    """Mean over rows, and over the tokens of text that are asked for, of the squared length of the outputs."""
+    lengths_B = logits_BC.square().sum(-1)
+    if targets_B.dim() < 2:
+        return lengths_B.mean()
+    is_asked_BT = targets_B != IGNORED
+    return (lengths_B * is_asked_BT).sum() / is_asked_BT.sum().clamp(min=1)

@@ -7,8 +7,8 @@ from copy import deepcopy
 import pytest
 import torch
 
-from cl.core import Setting
-from strategies.mas import Mas
+from cl.core import IGNORED, Setting
+from strategies.mas import Mas, squared_length
 
 SETTINGS = [Setting.CLASS_INCREMENTAL, Setting.TASK_INCREMENTAL]
 
@@ -70,3 +70,11 @@ def test_labels_are_not_read(lab):
 def test_the_oracle_needs_the_penalty(lab, monkeypatch):
     monkeypatch.setattr(Mas, "penalty", lambda *_: None)
     lab.dies(lambda: check(lab, SETTINGS[0]))
+
+
+def test_what_is_not_asked_for_does_not_count():
+    logits = torch.tensor([[[1.0, 2.0], [3.0, 0.0], [9.0, 9.0]]])
+    targets = torch.tensor([[0, 1, IGNORED]])
+    assert squared_length(logits, targets).item() == (5 + 9) / 2
+    assert squared_length(logits, torch.full_like(targets, IGNORED)).item() == 0
+    assert squared_length(logits[0], targets[0]).item() == pytest.approx((5 + 9 + 162) / 3), "rows of images have labels"
