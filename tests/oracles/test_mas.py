@@ -77,4 +77,4 @@ def test_what_is_not_asked_for_does_not_count():
     targets = torch.tensor([[0, 1, IGNORED]])
     assert squared_length(logits, targets).item() == (5 + 9) / 2
     assert squared_length(logits, torch.full_like(targets, IGNORED)).item() == 0
-    assert squared_length(logits[0], targets[0]).item() == pytest.approx((5 + 9 + 162) / 3), "rows of images have labels"
+    assert squared_length(logits[0], targets[0]).item() == pytest.approx((5 + 9 + 162) / 3), "images"
