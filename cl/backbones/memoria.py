@@ -130,7 +130,7 @@ class Memoria(Segmented):
             found_BTD, weight_BHTN = reader(norm(x_BTD), data_BND, asks & reminded_BN[:, None, None])
             x_BTD = x_BTD + found_BTD
             looks = looks + weight_BHTN.detach().mean(1).sum(1) / num_asking
-            x_BTD, _ = self.through(number, x_BTD, None, part.reset, part.mode, total)
+            x_BTD, _ = self.through(number, x_BTD, None, part.own_reset, part.mode, total)
         read_BTD = self.norm(x_BTD)
         if not part.is_whole:
             return read_BTD, memory, total
