@@ -34,7 +34,7 @@ def test_single_precision_takes_it_and_only_what_is_asked():
 
 def test_rows_one_by_one_under_vmap():
     x, layer = torch.randn(3, 12, 4), ShortConvolution(4, 4)
-    tail, parameters = torch.zeros(1, 3, 4), dict(layer.named_parameters())
+    tail, parameters = torch.zeros(1, 3, 4), {name: p.detach() for name, p in layer.named_parameters()}
 
     def loss(parameters, row):
         y, _ = torch.func.functional_call(layer, parameters, (row[None], tail, None))
