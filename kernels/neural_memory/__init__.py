@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -140,9 +139,10 @@ def neural_memory(
         ValueError: shapes, kinds or devices disagree, or the backend asked for cannot run.
 
     Cost: per token about three passes through the memory and 4C more products of its width; T / chunk steps in a row,
-        on a card of 48 launches (96 in the backward) for two layers with momentum on Triton, 82 (196) chunked.
+        on a card of 48 launches (96 in the backward) for two layers with momentum on Triton. Chunked, only the keys
+        take steps in a row, from chunk to chunk.
     Source: TTT, Titans; losses of Miras. Differences: no biases inside (append a constant to k and q); retention is the
-        decay only. No hand-written backward: autograd goes through the inner gradient, second derivatives exist, and
+        decay only. Chunked, autograd goes through the inner gradient, second derivatives exist, and
         torch.compile traces the loop over chunks, one copy per piece, so compile time grows with T / chunk; with packed
         sequences it stops at the offsets (no fullgraph). Backend "triton" has first derivatives only, by hand in its
         kernels.
@@ -241,8 +241,8 @@ def dispatch(
     from kernels.neural_memory import triton
 
     is_plain = len(state.weights) == 1 and not state.momentum and model.norm is None and model.loss == "l2"
-    advance, most = triton.engine(model, is_plain)
-    return schedule.run(advance, tokens, rows, state, chunk, most, checkpoint)
+    kernels, most = triton.engine(model, is_plain)
+    return schedule.run(kernels, tokens, rows, state, chunk, most, checkpoint)
 
 
 # on top of the op, and importing it

@@ -1,9 +1,10 @@
-"""A piece of a chunk at once, on any device: the dual form, for any depth, under autograd.
+"""A piece of a chunk at once: the dual form, for any depth, under autograd. On Triton, and where pieces are made again.
 
 All gradients of a chunk are taken at its starting weights, so W at token t is a weighted sum of outer products,
 W_t = a_t W + b_t P - sum over i <= t of c_ti x_i (x) delta_i, and is only ever multiplied, never formed:
-h W_t = a_t (h W) + b_t (h P) - ((h X^T) * c) delta. With momentum the weights are two stacked decays,
-c_ti = beta_i * sum over s in [i, t] of (decay of (s, t]) * (momentum of (i, s]); without it c is the decay alone.
+h W_t = a_t (h W) + b_t (h P) - ((h X^T) * c) delta. The step beta_i is in delta_i: slopes are linear in it. With
+momentum the coefficients are two stacked decays, c_ti = sum over s in [i, t] of (decay of (s, t]) * (momentum of
+(i, s]); without it c is the decay alone.
 
 Legend: S sequences, H heads, c tokens of the piece; W weights, P momentum [S, H, in, out].
 """
@@ -12,14 +13,13 @@ Legend: S sequences, H heads, c tokens of the piece; W weights, P momentum [S, H
 # torch leaves autograd.Function.apply without types
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from kernels.neural_memory.model import Model, answer, slopes
-from kernels.neural_memory.schedule import Advance, Piece
+from kernels.neural_memory.schedule import Piece
 
 # tokens of a piece: coefficients are [c, c]
 PIECE = 64
@@ -119,8 +119,3 @@ def advance(
 
     output = answer(piece.q, len(now), product, model).output
     return output, tuple(after), tuple(pushed)
-
-
-def engine(model: Model, is_plain: bool) -> tuple[Advance, int | None]:
-    """The step of `schedule.run` and the most tokens of a piece; `is_plain`: one layer, l2, no momentum, no norm."""
-    return partial(advance, model=model), PIECE

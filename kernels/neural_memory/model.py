@@ -97,9 +97,7 @@ def slopes(
     return to_all_layers(delta, found.products, weights, model)
 
 
-def to_all_layers(
-    delta: Tensor, products: Sequence[Tensor], weights: Sequence[Tensor], model: Model
-) -> list[Tensor]:
+def to_all_layers(delta: Tensor, products: Sequence[Tensor], weights: Sequence[Tensor], model: Model) -> list[Tensor]:
     """From the slope of the last product those of all."""
     deltas = [delta]
     for layer in range(len(weights) - 1, 0, -1):

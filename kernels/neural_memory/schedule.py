@@ -75,6 +75,7 @@ def join(states: Sequence[NeuralMemoryState]) -> NeuralMemoryState:
 
 
 def where(rows: list[bool], yes: tuple[Tensor, ...], no: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Of some rows of every tensor these, of the others those."""
     if all(rows):
         return yes
     if not any(rows):
@@ -161,7 +162,8 @@ def run(
     """Run all sequences over flat tokens q, k, v, beta, g, momentum [N, H, X] (the last two may be None).
 
     Returns outputs [N, H, V] and the state after every sequence. `most` bounds the tokens of a piece; `save_memory`
-    keeps the states between pieces only and computes the rest again in the backward.
+    keeps the states between pieces only and computes the rest again in the backward. Without that, `walk` takes the
+    place of `advance` where there is one.
     """
     device = tokens[0].device if tokens[0] is not None else torch.device("cpu")
     outs: list[Tensor] = []

@@ -28,7 +28,9 @@ def _attend(
 
 
 def engine(model: Model, is_plain: bool) -> tuple[Advance, int | None]:
-    """As `chunked.engine`; the kernels of linear attention cut a chunk themselves."""
+    """The step of `schedule.run` and the most tokens of a piece, but for the kernels of linear attention, which cut a
+    chunk themselves; `is_plain`: one layer, l2, no momentum, no norm.
+    """
     if is_plain:
         return partial(_attend, backend="triton"), None
     return partial(chunked.advance, model=model, layer=layer), chunked.PIECE

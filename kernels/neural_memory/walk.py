@@ -24,7 +24,7 @@ from kernels.neural_memory.chunked import PIECE, coefficients
 from kernels.neural_memory.model import Model, answer, before_norm, slopes, to_all_layers
 from kernels.neural_memory.schedule import Aligned, NeuralMemoryState, where
 
-# tokens of a section: what it makes fits into a cache
+# tokens of a section: bounds what is held at once without gradients; 512 to 8192 take the same time
 SECTION = 1024
 
 
@@ -46,7 +46,8 @@ def _gates(g: Tensor | None, momentum: Tensor | None, valid: Tensor | None, like
     if g is None and momentum is None:
         return Gates(like.new_ones(like.shape[3], like.shape[3]).tril(), None, None, None)
     lead = like.shape[:2]
-    c = coefficients(*(None if x is None else x.flatten(0, 1) for x in (g, momentum, valid)), like.flatten(0, 1))
+    g, momentum, valid = (None if x is None else x.flatten(0, 1) for x in (g, momentum, valid))
+    c = coefficients(g, momentum, valid, like.flatten(0, 1))
     step, last = c.step.flatten(0, 1), c.step[:, :, -1:].mT
     if c.carry is None or c.slowed is None or c.push is None:
         parts = (c.into, last, c.into[:, :, -1:])
@@ -70,9 +71,7 @@ class _Walked(NamedTuple):
     before: list[Tensor]
 
 
-def _pushed(
-    now: Tensor, x_mT: Tensor, delta: Tensor, move: Tensor | None, width: int
-) -> tuple[Tensor, Tensor]:
+def _pushed(now: Tensor, x_mT: Tensor, delta: Tensor, move: Tensor | None, width: int) -> tuple[Tensor, Tensor]:
     """Weights with momentum before every piece of a chunk, and after the last: x_mT [Z * p, 2 in, c]."""
     heads, kinds = now.shape[:2]
     pieces = x_mT.shape[0] // heads
@@ -92,15 +91,14 @@ class _Keys:
     """Keys, values and gates of a section by chunk: all that does not wait for the weights."""
 
     def __init__(self, k: Tensor, v: Tensor, beta: Tensor, gates: Gates, model: Model):
-        self.model, size = model, k.shape[3]
-        self.write = [None] * k.shape[0] if gates.write is None else gates.write.flatten(1, 2).unbind(0)
-        self.move = [None] * k.shape[0] if gates.move is None else gates.move.unbind(0)
-        written = _weighted(k, gates.write)
-        self.written = written.flatten(1, 2).mT.unbind(0)
+        self.model, self.size, none = model, k.shape[3], [None] * k.shape[0]
+        self.write = none if gates.write is None else gates.write.flatten(1, 2).unbind(0)
+        self.move = none if gates.move is None else gates.move.unbind(0)
+        self.written = _weighted(k, gates.write).flatten(1, 2).mT.unbind(0)
         k, v, beta = (x.flatten(2, 3) for x in (k, v, beta))
         self.is_normed = model.norm is not None and model.loss == "l2"
-        targets = (v, beta) if not self.is_normed else normed.targets(k, v, beta, model.norm)
-        self.k, self.targets, self.size = k.unbind(0), list(zip(*(x.unbind(0) for x in targets), strict=True)), size
+        targets = normed.targets(k, v, beta, model.norm) if model.norm and self.is_normed else (v, beta)
+        self.k, self.targets = k.unbind(0), list(zip(*(x.unbind(0) for x in targets), strict=True))
 
     def slopes(self, n: int, start: tuple[Tensor, ...]) -> tuple[list[Tensor], list[Tensor]]:
         """Inputs of every layer for the keys of chunk n, and the slopes of every product, times the step."""
@@ -171,7 +169,7 @@ def walk(
 ) -> tuple[Tensor, NeuralMemoryState]:
     """Tokens q, k, v, beta, g, momentum [S, H, L, X]: outputs [S, H, L, V], and the state after them.
 
-    The last one's chunk start is that of every sequence's last chunk, finished or not.
+    Its chunk start is that of every sequence's last chunk, finished or not; its position is left out.
     """
     rows, heads = state.weights[0].shape[:2]
     pieces = -(-chunk // PIECE)
@@ -199,10 +197,9 @@ def walk(
         out, now, start = _section(given[:6], given[6], now, start, entered[i * step : (i + 1) * step], wide)
         outs.append(out)
     out = torch.cat(outs).unflatten(1, (rows, heads))[:, :, :, :chunk]
-    after = [
-        tuple(m[:, j].view(w.shape) for m, w in zip(now, state.weights, strict=True)) for j in range(now[0].shape[1])
-    ]
-    start = tuple(x.view(w.shape) for x, w in zip(start, state.weights, strict=True))
-    return out.permute(1, 2, 0, 3, 4).flatten(2, 3), NeuralMemoryState(
-        after[0], after[1] if state.momentum else (), start, ()
+    weights, *momentum, start = (
+        tuple(x.view(w.shape) for x, w in zip(group, state.weights, strict=True))
+        for group in (*zip(*(m.unbind(1) for m in now), strict=True), start)
     )
+    after = NeuralMemoryState(weights, momentum[0] if momentum else (), start, ())
+    return out.permute(1, 2, 0, 3, 4).flatten(2, 3), after
