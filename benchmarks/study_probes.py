@@ -92,8 +92,10 @@ def page(study: Probes) -> str:
         "the others' does not. Training is short: a low number may mean slow to learn as well as unable. The memories "
         "that are matrices, ridge and titans see neighbours through a short convolution; attention, recurrences, rmt "
         "and armt do not, and must learn first that a value stands beside its key. In mqar a guess among the values of "
-        "a row is one in as many as it has pairs. Words of s5 are made of swaps of neighbours: with all 120 elements "
-        "as letters nobody learnt more than the first letter of a word in as many steps, recurrences included.\n",
+        "a row is one in as many as it has pairs. Words of s5 are made of swaps of neighbours; with all 120 elements "
+        "as letters nobody learnt more than the first letter of a word in as many steps. Beyond the length of training "
+        "the state is carried by what can: recurrences that are not linear, and the delta rule with beta to 2, whose "
+        "step can be a reflection, which a swap is, and a change of sign, which parity is.\n",
     ]
     parts.append(f"![Accuracy over bytes of state, a line for a memory at two sizes]({FIGURE})\n")
     for probe in PROBES:
