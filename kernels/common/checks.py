@@ -14,15 +14,36 @@ def require_shape(op: str, name: str, tensor: Tensor, shape: tuple[int, ...], le
         raise ValueError(f"{op}: {name} must be {legend} = {list(shape)}, got {list(tensor.shape)}")
 
 
-def require_alike(op: str, tensors: dict[str, Tensor | None]) -> None:
-    """Raise unless all given tensors are on one device and none is an integer or a boolean."""
+def require_alike(op: str, tensors: dict[str, Tensor | None], *, or_complex: bool = False) -> None:
+    """Raise unless all that is given are tensors on one device, real and floating point (`or_complex`: or complex)."""
     given = [(name, t) for name, t in tensors.items() if t is not None]
     first_name, first = given[0]
     for name, t in given:
+        if not isinstance(t, Tensor):
+            raise ValueError(f"{op}: {name} must be a tensor, got {type(t).__name__}")
         if t.device != first.device:
             raise ValueError(f"{op}: {name} is on {t.device} but {first_name} is on {first.device}")
         if not (t.is_floating_point() or t.is_complex()):
             raise ValueError(f"{op}: {name} must be floating point, got {t.dtype}")
+        if t.is_complex() and not or_complex:
+            raise ValueError(f"{op}: complex inputs are for linear_scan, got {name} {t.dtype}")
+
+
+def require_reset(op: str, reset: Tensor | None, like: Tensor) -> None:
+    """Raise unless `reset` holds one flag per token of `like` [B, T, ...], on its device."""
+    if reset is None:
+        return
+    require_shape(op, "reset", reset, tuple(like.shape[:2]), "[B, T]")
+    if reset.dtype != torch.bool:
+        raise ValueError(f"{op}: reset must be bool, got {reset.dtype}")
+    if reset.device != like.device:
+        raise ValueError(f"{op}: reset is on {reset.device} but the inputs are on {like.device}")
+
+
+def require_scale(op: str, scale: float | None) -> None:
+    """Raise where `scale` is a tensor: it would be read as a number, and what it learns be lost without a word."""
+    if isinstance(scale, Tensor):
+        raise ValueError(f"{op}: scale must be a number, got a tensor, which has no gradient here; multiply q by it")
 
 
 def require_cu_seqlens(op: str, cu_seqlens: Tensor | None, batch: int, length: int) -> None:
@@ -32,6 +53,8 @@ def require_cu_seqlens(op: str, cu_seqlens: Tensor | None, batch: int, length: i
     """
     if cu_seqlens is None:
         return
+    if not isinstance(cu_seqlens, Tensor):
+        raise ValueError(f"{op}: cu_seqlens must be a tensor, got {type(cu_seqlens).__name__}")
     if cu_seqlens.dim() != 1 or cu_seqlens.dtype not in (torch.int32, torch.int64) or cu_seqlens.shape[0] < 2:
         raise ValueError(
             f"{op}: cu_seqlens must be 1-D int32 or int64 of at least two offsets, "
@@ -56,9 +79,9 @@ def require_cu_seqlens(op: str, cu_seqlens: Tensor | None, batch: int, length: i
 
 def state_dtype(dtype: torch.dtype) -> torch.dtype:
     """Dtype of states and of all inner arithmetic: float32, except float64 for float64 inputs (and complex alike)."""
-    if dtype in (torch.float64, torch.complex64, torch.complex128):
+    if dtype in (torch.float64, torch.complex128):
         return dtype
-    return torch.float32
+    return torch.complex64 if dtype.is_complex else torch.float32
 
 
 def cotangents(*given: tuple[Tensor | None, Tensor]) -> list[Tensor]:
@@ -81,8 +104,10 @@ def matrix_state_plan(
     g: Tensor | None,
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
+    scale: float | None = None,
 ) -> str | None:
     """Check the arguments of an op with state [B, H, K, V]; returns why Triton cannot take them, None if it can."""
+    require_alike(op, {"q": q, "k": k, "v": v, "beta": beta, "g": g, "initial_state": initial_state})
     if q.dim() != 4 or min(q.shape) < 1:
         raise ValueError(f"{op}: q must be [B, T, H, K] with no empty size, got {list(q.shape)}")
     require_shape(op, "k", k, tuple(q.shape), "the shape of q")
@@ -100,10 +125,8 @@ def matrix_state_plan(
     if initial_state is not None:
         shape = (sequences, q.shape[2], q.shape[3], v.shape[3])
         require_shape(op, "initial_state", initial_state, shape, "[sequences, H, K, V]")
-    require_alike(op, {"q": q, "k": k, "v": v, "beta": beta, "g": g, "initial_state": initial_state})
     for name, t in (("k", k), ("v", v)):
         if t.dtype != q.dtype:
             raise ValueError(f"{op}: q, k and v must share one dtype, got {q.dtype} and {name} {t.dtype}")
-    if q.is_complex():
-        raise ValueError(f"{op}: complex inputs are for linear_scan, got {q.dtype}")
+    require_scale(op, scale)
     return None

@@ -105,8 +105,8 @@ class ScalarDecay(Decay):
         end_M1 = run_MC[:, -1:]
         factors = (run_MC, end_M1 - run_MC, end_M1)
         super().__init__(*(x.to(dtype).exp()[..., None] for x in factors))
-        # above the diagonal the sum is positive: cut to 0, since exp is slow where it leaves the range of floats
-        self.mask_MCC = (run_MC[:, :, None] - run_MC[:, None, :]).to(dtype).clamp_(max=0).exp_().tril_()
+        # above the diagonal there is no interval: cut before too, since exp is slow where it leaves the range of floats
+        self.mask_MCC = (run_MC[:, :, None] - run_MC[:, None, :]).to(dtype).tril_().exp_().tril_()
         self.lower = triangle(chunk, g_MC1)
         self.upper = triangle(chunk, g_MC1, strict=True).mT
 
@@ -296,10 +296,18 @@ class ChannelDecay(Decay):
         return dg.view_as(self.g)
 
 
+# e to the power of it is zero in every dtype
+WIPED = -800.0
+
+
 def decay_of(g_BTHG: Tensor | None, like_BTHK: Tensor, chunk: int) -> Decay:
-    """The decay of a call; no gate at all is a gate of zero."""
+    """The decay of a call; no gate at all is a gate of zero.
+
+    What lies below `WIPED` (-1e30 of a mask, the -inf of log 0) is cut to it, which changes no factor: in sums it would
+    swallow the digits of the gates beside it.
+    """
     if g_BTHG is None:
         g_BTHG = like_BTHK.new_zeros(*like_BTHK.shape[:3])
     if g_BTHG.dim() == 3:
-        return ScalarDecay(to_chunks(g_BTHG[..., None], chunk))
-    return ChannelDecay(to_chunks(g_BTHG, chunk))
+        return ScalarDecay(to_chunks(g_BTHG[..., None], chunk).clamp_(min=WIPED))
+    return ChannelDecay(to_chunks(g_BTHG, chunk).clamp_(min=WIPED))

@@ -4,8 +4,8 @@ import importlib.util
 import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from functools import partial
-from typing import Any, Final
+from functools import partial, wraps
+from typing import Any, Final, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,6 +15,8 @@ CPU_CHUNK: Final = 32
 TRITON_CHUNKS: Final = (16, 32, 64)
 # looked up, not imported: a CPU user never pays for triton
 HAS_TRITON: Final = importlib.util.find_spec("triton") is not None
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,8 @@ def choose(
     wish = os.environ.get("KERNELS_BACKEND", "auto") if backend == "auto" else backend
     if wish not in BACKENDS:
         raise ValueError(f"{op}: unknown backend {wish!r}; use one of {', '.join(BACKENDS)}")
+    if chunk is not None and not isinstance(chunk, int):
+        raise ValueError(f"{op}: chunk must be a whole number, got {chunk!r}")
     if chunk is not None and (chunk < 1 or (chunk & (chunk - 1) and not any_chunk)):
         kind = "at least 1" if any_chunk else "a power of two"
         raise ValueError(f"{op}: chunk must be {kind}, got {chunk}")
@@ -109,6 +113,25 @@ def _triton_obstacle(tensor: Tensor, chunk: int | None) -> str | None:
     if chunk is not None and chunk not in TRITON_CHUNKS:
         return f"has chunks {', '.join(map(str, TRITON_CHUNKS))}, got {chunk}"
     return None
+
+
+def without_autocast(body: Callable[P, R]) -> Callable[P, R]:
+    """Run a body in the dtypes it is written in: autocast around a call would take its products to 16 bits.
+
+    The first tensor among the arguments, or in a list there, says on which device.
+    """
+
+    @wraps(body)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        flat = (each for given in args for each in (given if isinstance(given, list) else (given,)))
+        device = next(each for each in flat if isinstance(each, Tensor)).device.type
+        # asked first: entering costs as much as a small call
+        if not torch.is_autocast_enabled(device):
+            return body(*args, **kwargs)
+        with torch.autocast(device, enabled=False):
+            return body(*args, **kwargs)
+
+    return run
 
 
 def explained_by(plan: Callable[..., Decision]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

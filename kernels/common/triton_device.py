@@ -82,11 +82,19 @@ def store_state(ptr, x, row, h, H, K, V, k0, v0, BK: tl.constexpr, BV: tl.conste
     tl.store(ptr + at, x, mask=(k < K)[:, None] & (v < V)[None, :])
 
 
+# e to the power of it is zero in float32
+WIPED = tl.constexpr(-105.0)
+
+
 @triton.jit
 def load_gate(
     g_ptr, t0, end, h, H, K, k0, HAS_GATE: tl.constexpr, CHANNEL: tl.constexpr, C: tl.constexpr, BK: tl.constexpr
 ):
-    """Log decays of tokens t0 .. t0+C; zero where there is no token, no channel, no gate."""
+    """Log decays of tokens t0 .. t0+C; zero where there is no token, no channel, no gate.
+
+    Those that wipe a state are cut to where e^g is just zero: as long as it stands in a running sum, a large one takes
+    the digits of the gates behind it, and -inf makes them NaN.
+    """
     t = t0 + tl.arange(0, C)
     if CHANNEL:
         k = k0 + tl.arange(0, BK)
@@ -96,7 +104,7 @@ def load_gate(
         g = tl.load(g_ptr + (t * H + h)[:, None], mask=(t < end)[:, None], other=0.0).to(tl.float32)
     else:
         g = tl.zeros([C, 1], tl.float32)
-    return g
+    return tl.where(g < WIPED, WIPED, g)
 
 
 # 3.6 fails on the scan of a single column; as a vector it costs later versions registers

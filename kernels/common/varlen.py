@@ -24,10 +24,15 @@ def cu_seqlens_from_reset(reset_BT: Tensor) -> Tensor:
     Returns:
         cu_seqlens int32 [S + 1].
 
+    Raises:
+        ValueError: not [B, T], or no token.
+
     Example:
         >>> cu_seqlens_from_reset(torch.tensor([[False, False, True], [False, True, False]])).tolist()
         [0, 2, 3, 4, 6]
     """
+    if reset_BT.dim() != 2 or reset_BT.shape[1] < 1:
+        raise ValueError(f"cu_seqlens_from_reset: reset must be [B, T] with T >= 1, got {list(reset_BT.shape)}")
     starts_BT = reset_BT.bool().clone()
     starts_BT[:, 0] = True
     ends = torch.tensor([reset_BT.numel()], device=reset_BT.device)

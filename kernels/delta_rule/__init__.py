@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from kernels.common.checks import cotangents, last_like, matrix_state_plan
-from kernels.common.dispatch import Decision, choose, explained_by, matrix_chunk
+from kernels.common.dispatch import Decision, choose, explained_by, matrix_chunk, without_autocast
 from kernels.common.varlen import empty_outputs
 from kernels.delta_rule import chunked
 from kernels.delta_rule.reference import delta_rule_reference
@@ -32,7 +32,7 @@ def _plan(
     chunk: int | None = None,
     backend: str = "auto",
 ) -> Decision:
-    refusal = matrix_state_plan(OP, q, k, v, beta, g, initial_state, cu_seqlens)
+    refusal = matrix_state_plan(OP, q, k, v, beta, g, initial_state, cu_seqlens, scale)
     if refusal is None and q.shape[3] > MOST_K:
         refusal = f"needs K <= {MOST_K}, got {q.shape[3]} (or split heads)"
     own = matrix_chunk(v.dtype, per_channel=g is not None and g.dim() == 4, wide=True)
@@ -63,7 +63,8 @@ def delta_rule(
             itself explodes. See `normalize`.
         v: values [B, T, H, V].
         beta: step size [B, T, H], in [0, 1], or [0, 2] for negative eigenvalues.
-        g: log decay, at most 0: None (DeltaNet), [B, T, H] or constant [H] (Gated DeltaNet), [B, T, H, K] (KDA).
+        g: log decay, at most 0: None (DeltaNet), [B, T, H] or constant [H] (Gated DeltaNet), [B, T, H, K] (KDA); -inf
+            wipes the state.
         scale: factor of q; None takes K ** -0.5.
         normalize: divide every q and k by sqrt(|x|^2 + 1e-6) inside the kernels, so that no normalised copy is ever
             written; the gradients are those of the q and k given.
@@ -124,6 +125,7 @@ def _engine(backend: str) -> Any:
 
 
 @torch.library.custom_op("cl_kernels::delta_rule", mutates_args=())
+@without_autocast
 def _forward(
     q: Tensor,
     k: Tensor,
@@ -149,6 +151,7 @@ def _(q: Tensor, _k: Tensor, v: Tensor, *given: Any) -> tuple[Tensor, Tensor, Te
 
 
 @torch.library.custom_op("cl_kernels::delta_rule_backward", mutates_args=())
+@without_autocast
 def _backward(
     do: Tensor,
     dfinal: Tensor,

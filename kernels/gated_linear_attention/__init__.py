@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from kernels.common.checks import cotangents, last_like, matrix_state_plan
-from kernels.common.dispatch import Decision, choose, explained_by, matrix_chunk
+from kernels.common.dispatch import Decision, choose, explained_by, matrix_chunk, without_autocast
 from kernels.common.varlen import empty_outputs
 from kernels.gated_linear_attention import chunked
 from kernels.gated_linear_attention.reference import gated_linear_attention_reference
@@ -28,7 +28,7 @@ def _plan(
     chunk: int | None = None,
     backend: str = "auto",
 ) -> Decision:
-    refusal = matrix_state_plan(OP, q, k, v, None, g, initial_state, cu_seqlens)
+    refusal = matrix_state_plan(OP, q, k, v, None, g, initial_state, cu_seqlens, scale)
     own = matrix_chunk(v.dtype, per_channel=g is not None and g.dim() == 4, wide=False)
     return choose(OP, backend, v, chunk=chunk, length=q.shape[1], refusal=refusal, triton_chunk=own)
 
@@ -52,7 +52,8 @@ def gated_linear_attention(
         q: queries [B, T, H, K]; k: keys, same shape.
         v: values [B, T, H, V].
         g: log decay, at most 0: per head and token [B, T, H] (Mamba-2, mLSTM), constant per head [H] (RetNet, see
-            `retention_decay`), per channel [B, T, H, K] (GLA), or None for no decay. Not checked: above 0 may overflow.
+            `retention_decay`), per channel [B, T, H, K] (GLA), or None for no decay; -inf wipes the state. Not checked:
+            above 0 may overflow.
         scale: factor of q; None takes K ** -0.5.
         initial_state: [B, H, K, V] (per sequence when packed); zeros when None.
         cu_seqlens: offsets [S + 1] of sequences packed into one row (B == 1); empty sequences are allowed.
@@ -100,6 +101,7 @@ def _engine(backend: str) -> Any:
 
 
 @torch.library.custom_op("cl_kernels::gated_linear_attention", mutates_args=())
+@without_autocast
 def _forward(
     q: Tensor,
     k: Tensor,
@@ -123,6 +125,7 @@ def _(q: Tensor, _k: Tensor, v: Tensor, *given: Any) -> tuple[Tensor, Tensor, Te
 
 
 @torch.library.custom_op("cl_kernels::gated_linear_attention_backward", mutates_args=())
+@without_autocast
 def _backward(
     do: Tensor,
     dfinal: Tensor,

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.common.checks import require_alike, require_cu_seqlens, require_shape, state_dtype
+from kernels.common.checks import require_alike, require_cu_seqlens, require_reset, require_shape, state_dtype
 from kernels.common.dispatch import Decision, choose, explained_by
 from kernels.linear_scan import chunked
 from kernels.linear_scan.reference import linear_scan_reference
@@ -26,18 +26,19 @@ def _plan(
     chunk: int | None = None,
     backend: str = "auto",
 ) -> Decision:
+    require_alike(OP, {"u": u, "a": a, "initial_state": initial_state}, or_complex=True)
     if u.dim() < 2 or u.shape[1] < 1:
         raise ValueError(f"{OP}: u must be [B, T, ...] with T >= 1, got {list(u.shape)}")
     require_shape(OP, "a", a, tuple(u.shape), "the shape of u")
-    require_alike(OP, {"u": u, "a": a, "initial_state": initial_state})
     if a.is_complex() != u.is_complex():
         raise ValueError(f"{OP}: a and u must both be real or both complex, got {a.dtype} and {u.dtype}")
     require_cu_seqlens(OP, cu_seqlens, u.shape[0], u.shape[1])
     sequences = u.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     if initial_state is not None:
         require_shape(OP, "initial_state", initial_state, (sequences, *u.shape[2:]), "[sequences, ...]")
-    if reset is not None:
-        require_shape(OP, "reset", reset, tuple(u.shape[:2]), "[B, T]")
+        if initial_state.is_complex() and not u.is_complex():
+            raise ValueError(f"{OP}: initial_state must be real like u, got {initial_state.dtype} and {u.dtype}")
+    require_reset(OP, reset, u)
     decision = choose(OP, backend, u, chunk=chunk, triton_chunk=32, any_chunk=True)
     is_own = decision.backend == "chunked" and chunk is None
     return replace(decision, chunk=chunked.CHUNK) if is_own else decision
@@ -88,8 +89,10 @@ def linear_scan(
     )
     if reset is not None:
         a = a.masked_fill(reset.reshape(*reset.shape, *[1] * (a.dim() - 2)), 0)
-    flat_a, flat_u = a.reshape(*a.shape[:2], -1), u.reshape(*u.shape[:2], -1)
-    h0 = None if initial_state is None else initial_state.reshape(initial_state.shape[0], -1)
+    # counted, not -1, which an empty batch leaves open
+    channels = u.shape[2:].numel()
+    flat_a, flat_u = a.reshape(*a.shape[:2], channels), u.reshape(*u.shape[:2], channels)
+    h0 = None if initial_state is None else initial_state.reshape(initial_state.shape[0], channels)
     if decision.backend == "reference":
         h, final = linear_scan_reference(flat_a, flat_u, h0, cu_seqlens)
     else:

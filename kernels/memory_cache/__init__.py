@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kernels.common.checks import require_cu_seqlens, require_shape, state_dtype
-from kernels.common.dispatch import Decision, explained_by
+from kernels.common.dispatch import Decision, explained_by, without_autocast
 from kernels.memory_cache import chunked
 from kernels.memory_cache.base import base_call, base_plan
 from kernels.memory_cache.reference import memory_cache_reference
@@ -74,6 +74,8 @@ def _plan(
 def _require_segment(
     segment: int | Sequence[int], length: int, initial_state: States, cu_seqlens: Tensor | None
 ) -> None:
+    if isinstance(segment, float):
+        raise ValueError(f"{OP}: segment must be a whole number or a list of them, got {segment}")
     if isinstance(segment, int):
         if segment < 1:
             raise ValueError(f"{OP}: segment must be at least 1, got {segment}")
@@ -201,6 +203,7 @@ def _fresh(q: Tensor, v: Tensor, route: Tensor | None, dtype: torch.dtype) -> Me
     return MemoryCacheState(memory, memory[:, None][:, :0], pooled, pooled.new_zeros(batch, heads, width), 0)
 
 
+@without_autocast
 def _one(
     backend: str,
     tokens: list[Tensor | None],

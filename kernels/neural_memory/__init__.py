@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kernels.common.checks import require_alike, require_cu_seqlens, require_shape, state_dtype
-from kernels.common.dispatch import Decision, choose, explained_by
+from kernels.common.dispatch import Decision, choose, explained_by, without_autocast
 from kernels.neural_memory import chunked, schedule, walk
 from kernels.neural_memory.model import ACTIVATIONS, LOSSES, Model
 from kernels.neural_memory.reference import neural_memory_reference
@@ -49,8 +49,8 @@ def _plan(
             require_shape(OP, name, gate, tuple(q.shape[:3]), "[B, T, H]")
     require_alike(OP, {"q": q, "k": k, "v": v, "beta": beta, "g": g, "momentum": momentum})
     require_cu_seqlens(OP, cu_seqlens, q.shape[0], q.shape[1])
-    if chunk < 1:
-        raise ValueError(f"{OP}: chunk must be at least 1, got {chunk}")
+    if not isinstance(chunk, int) or chunk < 1:
+        raise ValueError(f"{OP}: chunk must be a whole number of at least 1, got {chunk!r}")
     for name, value, allowed in (("activation", activation, ACTIVATIONS), ("loss", loss, LOSSES)):
         if value not in allowed:
             raise ValueError(f"{OP}: unknown {name} {value!r}; use one of {', '.join(allowed)}")
@@ -223,6 +223,7 @@ def _cast(state: NeuralMemoryState, dtype: torch.dtype) -> NeuralMemoryState:
     return NeuralMemoryState(groups[0], groups[1], groups[2], tuple(state.position))
 
 
+@without_autocast
 def dispatch(
     backend: str,
     tokens: Sequence[Tensor | None],

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from kernels.common.chunks import WIPED
 from kernels.neural_memory.model import Model, answer, slopes
 from kernels.neural_memory.schedule import Piece
 
@@ -34,10 +35,10 @@ class _Decays(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, g_SHc1: Tensor) -> tuple[Tensor, Tensor]:
-        # in float64 the difference of running sums is as good as the sum over the interval
-        run = g_SHc1.double().cumsum(2)
-        # above the diagonal the sum is positive: cut to 0, since exp is slow where it leaves the range of floats
-        between = (run - run.mT).to(g_SHc1.dtype).clamp_(max=0).exp_().tril_()
+        # in float64 the difference of running sums is as good as the sum over the interval, wipes among them or not
+        run = g_SHc1.double().clamp(min=WIPED).cumsum(2)
+        # above the diagonal there is no interval: cut before too, since exp is slow where it leaves the range of floats
+        between = (run - run.mT).to(g_SHc1.dtype).tril_().exp_().tril_()
         into = run.to(g_SHc1.dtype).exp_()
         ctx.save_for_backward(between, into)
         return between, into

@@ -6,8 +6,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kernels.common.checks import cotangents, require_alike, require_cu_seqlens, require_shape, state_dtype
-from kernels.common.dispatch import Decision, choose, explained_by
+from kernels.common.checks import (
+    cotangents,
+    require_alike,
+    require_cu_seqlens,
+    require_reset,
+    require_shape,
+    state_dtype,
+)
+from kernels.common.dispatch import Decision, choose, explained_by, without_autocast
 from kernels.common.varlen import num_chunks
 from kernels.newton_rnn import chunked
 from kernels.newton_rnn.reference import newton_rnn_reference
@@ -54,6 +61,7 @@ def _plan(
 ) -> Decision:
     if cell not in CELLS:
         raise ValueError(f"{OP}: unknown cell {cell!r}; use one of {', '.join(CELLS)}")
+    require_alike(OP, {"x": x, "r": r, "peephole": peephole, "initial_state": initial_state})
     if x.dim() < 4 or min(x.shape) < 1 or x.shape[2] != GATES:
         raise ValueError(f"{OP}: x must be [B, T, {GATES}, ...] with no empty size, got {list(x.shape)}")
     units = tuple(x.shape[3:])
@@ -68,14 +76,12 @@ def _plan(
         raise ValueError(f"{OP}: peephole is for cell 'lstm', got cell {cell!r}")
     if peephole is not None:
         require_shape(OP, "peephole", peephole, (2, *units), "[2, ...]")
-    require_alike(OP, {"x": x, "r": r, "peephole": peephole, "initial_state": initial_state})
-    if x.is_complex():
-        raise ValueError(f"{OP}: complex inputs are for linear_scan, got {x.dtype}")
     require_cu_seqlens(OP, cu_seqlens, x.shape[0], x.shape[1])
     if initial_state is not None:
         require_shape(OP, "initial_state", initial_state, _state_shape(x, cell, cu_seqlens), _legend(cell))
-    if reset is not None:
-        require_shape(OP, "reset", reset, tuple(x.shape[:2]), "[B, T]")
+    require_reset(OP, reset, x)
+    if not isinstance(max_iterations, int):
+        raise ValueError(f"{OP}: max_iterations must be a whole number, got {max_iterations!r}")
     if max_iterations < 0:
         raise ValueError(f"{OP}: max_iterations must be at least 0, got {max_iterations}")
     if tolerance is not None and not tolerance > 0:
@@ -254,6 +260,7 @@ def _engine(backend: str) -> Any:
 
 
 @torch.library.custom_op("cl_kernels::newton_rnn", mutates_args=())
+@without_autocast
 def _forward(
     x: Tensor,
     r: Tensor,
@@ -303,6 +310,7 @@ def _(
 
 
 @torch.library.custom_op("cl_kernels::newton_rnn_backward", mutates_args=())
+@without_autocast
 def _backward(
     dh: Tensor,
     dfinal: Tensor,

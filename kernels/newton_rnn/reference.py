@@ -7,9 +7,11 @@ import torch
 from torch import Tensor
 
 from kernels.common.checks import state_dtype
+from kernels.common.dispatch import without_autocast
 from kernels.common.varlen import per_sequence
 
 
+@without_autocast
 def newton_rnn_reference(
     x_BTGU: Tensor,
     r: Tensor,

@@ -5,8 +5,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.common.checks import cotangents, require_alike, require_cu_seqlens, require_shape, state_dtype
-from kernels.common.dispatch import Decision, choose, explained_by
+from kernels.common.checks import (
+    cotangents,
+    require_alike,
+    require_cu_seqlens,
+    require_reset,
+    require_scale,
+    require_shape,
+    state_dtype,
+)
+from kernels.common.dispatch import Decision, choose, explained_by, without_autocast
 from kernels.recurrent_attention import chunked
 from kernels.recurrent_attention.reference import recurrent_attention_reference
 from kernels.recurrent_attention.state import (
@@ -42,6 +50,8 @@ def _plan(
     chunk: int | None = None,
     backend: str = "auto",
 ) -> Decision:
+    named: dict[str, Tensor | None] = {"x": x, "q": q, "k": k, "v": v, "w_out": w_out, "w_k": w_k, "w_v": w_v}
+    require_alike(OP, {**named, "w_up": w_up, "w_down": w_down, "slopes": slopes})
     if q.dim() != 4 or min(q.shape) < 1:
         raise ValueError(f"{OP}: q must be [B, T, H, K] with no empty size, got {list(q.shape)}")
     batch, length, heads, keys = q.shape
@@ -64,16 +74,12 @@ def _plan(
         require_shape(OP, "slopes", slopes, (heads,), "[H]")
         if slopes.requires_grad:
             raise ValueError(f"{OP}: slopes are constants without a gradient, got a tensor that requires one")
-    named: dict[str, Tensor | None] = {"x": x, "q": q, "k": k, "v": v, "w_out": w_out, "w_k": w_k, "w_v": w_v}
-    require_alike(OP, {**named, "w_up": w_up, "w_down": w_down, "slopes": slopes})
-    if x.is_complex():
-        raise ValueError(f"{OP}: complex inputs are for linear_scan, got {x.dtype}")
     for name, t in (("q", q), ("k", k), ("v", v)):
         if t.dtype != x.dtype:
             raise ValueError(f"{OP}: x, q, k and v must share one dtype, got {x.dtype} and {name} {t.dtype}")
     require_cu_seqlens(OP, cu_seqlens, batch, length)
-    if reset is not None:
-        require_shape(OP, "reset", reset, (batch, length), "[B, T]")
+    require_reset(OP, reset, x)
+    require_scale(OP, scale)
     _require_state(initial_state, q, v, batch if cu_seqlens is None else cu_seqlens.shape[0] - 1)
     return choose(OP, backend, x, chunk=chunk, length=length, refusal=NO_TRITON)
 
@@ -83,6 +89,7 @@ def _require_state(state: RecurrentAttentionState | None, q: Tensor, v: Tensor, 
         return
     if not isinstance(state, RecurrentAttentionState):
         raise ValueError(f"{OP}: initial_state must be a RecurrentAttentionState, got {type(state).__name__}")
+    require_alike(OP, {"q": q, "initial_state.keys": state.keys, "initial_state.values": state.values})
     number = state.keys.shape[1:2]
     require_shape(OP, "initial_state.keys", state.keys, (sequences, *number, *q.shape[2:]), "[S, N, H, K]")
     require_shape(OP, "initial_state.values", state.values, (sequences, *number, *v.shape[2:]), "[S, N, H, V]")
@@ -207,6 +214,7 @@ def _dense(
 
 
 @torch.library.custom_op("cl_kernels::recurrent_attention", mutates_args=())
+@without_autocast
 def _forward(
     tokens: list[Tensor],
     weights: list[Tensor],
@@ -228,6 +236,7 @@ def _(tokens: list[Tensor], weights: list[Tensor], kept: Tensor, *_rest: Any) ->
 
 
 @torch.library.custom_op("cl_kernels::recurrent_attention_backward", mutates_args=())
+@without_autocast
 def _backward(
     dy: Tensor,
     dleft: Tensor,

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from kernels.common.checks import state_dtype
+from kernels.common.dispatch import without_autocast
 from kernels.recurrent_attention.state import RecurrentAttentionState
 
 EPSILON = 1e-6
@@ -16,6 +17,7 @@ def rms_norm(x_BD: Tensor) -> Tensor:
     return x_BD * (x_BD.square().mean(-1, keepdim=True) + EPSILON).rsqrt()
 
 
+@without_autocast
 def recurrent_attention_reference(
     tokens: list[Tensor],
     weights: list[Tensor],

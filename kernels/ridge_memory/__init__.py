@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from kernels.common.checks import cotangents, matrix_state_plan, require_shape, state_dtype
-from kernels.common.dispatch import Decision, choose, explained_by
+from kernels.common.dispatch import Decision, choose, explained_by, without_autocast
 from kernels.common.varlen import num_chunks
 from kernels.gated_linear_attention import gated_linear_attention
 from kernels.ridge_memory import chunked, implicit
@@ -184,6 +184,7 @@ def _engine(backend: str) -> Any:
 
 
 @torch.library.custom_op("cl_kernels::ridge_solve", mutates_args=())
+@without_autocast
 def _forward(
     q: Tensor,
     k: Tensor,
@@ -225,6 +226,7 @@ def _(
 
 
 @torch.library.custom_op("cl_kernels::ridge_solve_backward", mutates_args=())
+@without_autocast
 def _backward(
     dx: Tensor,
     dfinal: Tensor,

@@ -4,9 +4,11 @@ import torch
 from torch import Tensor
 
 from kernels.common.checks import state_dtype
+from kernels.common.dispatch import without_autocast
 from kernels.common.varlen import per_sequence
 
 
+@without_autocast
 def ridge_memory_reference(
     q_BTHK: Tensor,
     k_BTHK: Tensor,

@@ -6,8 +6,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.common.checks import cotangents, require_alike, require_cu_seqlens, require_shape, state_dtype
-from kernels.common.dispatch import Decision, choose, explained_by
+from kernels.common.checks import (
+    cotangents,
+    require_alike,
+    require_cu_seqlens,
+    require_reset,
+    require_shape,
+    state_dtype,
+)
+from kernels.common.dispatch import Decision, choose, explained_by, without_autocast
 from kernels.sequential_rnn import chunked
 from kernels.sequential_rnn.reference import GATES, PARTS, sequential_rnn_reference
 
@@ -32,21 +39,18 @@ def _plan(
     if cell not in GATES:
         raise ValueError(f"{OP}: unknown cell {cell!r}; use one of {', '.join(GATES)}")
     gates = GATES[cell]
+    require_alike(OP, {"x": x, "r": r, "bias": bias, "initial_state": initial_state})
     if x.dim() != 5 or min(x.shape) < 1 or x.shape[2] != gates:
         raise ValueError(f"{OP}: x must be [B, T, {gates}, H, D] for {cell} with no empty size, got {list(x.shape)}")
     heads, width = x.shape[3:]
     require_shape(OP, "r", r, (gates, heads, width, width), "[G, H, D, D]")
     if bias is not None:
         require_shape(OP, "bias", bias, (gates, heads, width), "[G, H, D]")
-    require_alike(OP, {"x": x, "r": r, "bias": bias, "initial_state": initial_state})
-    if x.is_complex():
-        raise ValueError(f"{OP}: complex inputs are for linear_scan, got {x.dtype}")
     require_cu_seqlens(OP, cu_seqlens, x.shape[0], x.shape[1])
     if initial_state is not None:
         legend = "[sequences, H, D]" if PARTS[cell] == 1 else f"[sequences, {PARTS[cell]}, H, D]"
         require_shape(OP, "initial_state", initial_state, _state_shape(x, cell, cu_seqlens), legend)
-    if reset is not None:
-        require_shape(OP, "reset", reset, tuple(x.shape[:2]), "[B, T]")
+    require_reset(OP, reset, x)
     most = MOST_D.get(x.dtype, 0)
     refusal = f"needs D <= {most} in {str(x.dtype).removeprefix('torch.')}, got {width}" if width > most else None
     decision = choose(OP, backend, x, refusal=refusal)
@@ -129,6 +133,7 @@ def _engine(backend: str) -> Any:
 
 
 @torch.library.custom_op("cl_kernels::sequential_rnn", mutates_args=())
+@without_autocast
 def _forward(
     x: Tensor,
     r: Tensor,
@@ -163,6 +168,7 @@ def _(
 
 
 @torch.library.custom_op("cl_kernels::sequential_rnn_backward", mutates_args=())
+@without_autocast
 def _backward(
     dh: Tensor,
     dfinal: Tensor,

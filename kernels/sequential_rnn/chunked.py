@@ -113,7 +113,8 @@ class _LSTM(_Cell):
         tc = after[0].tanh()
         scale = torch.cat([_sigmoid_backward(g, i), _sigmoid_backward(c, f), _tanh_backward(i, g)], -1)
         return {
-            "f": f.contiguous(),
+            # not `contiguous`, which copies nothing where a piece has one row and one head: `g` is written over it
+            "f": f.clone(memory_format=torch.contiguous_format),
             "scale": scale,
             "c": _tanh_backward(o, tc),
             "o": _sigmoid_backward(tc, o),

@@ -5,8 +5,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.common.checks import cotangents, last_like, require_alike, require_cu_seqlens, require_shape, state_dtype
-from kernels.common.dispatch import Decision, choose, explained_by
+from kernels.common.checks import (
+    cotangents,
+    last_like,
+    require_alike,
+    require_cu_seqlens,
+    require_reset,
+    require_shape,
+    state_dtype,
+)
+from kernels.common.dispatch import Decision, choose, explained_by, without_autocast
 from kernels.common.varlen import num_chunks
 from kernels.sequential_rnn import m2rnn_chunked
 from kernels.sequential_rnn.reference import m2rnn_reference
@@ -30,6 +38,7 @@ def _plan(
     chunk: int | None = None,
     backend: str = "auto",
 ) -> Decision:
+    require_alike(OP, {"q": q, "k": k, "v": v, "f": f, "w": w, "initial_state": initial_state})
     if q.dim() != 4 or min(q.shape) < 1:
         raise ValueError(f"{OP}: q must be [B, T, H, K] with no empty size, got {list(q.shape)}")
     require_shape(OP, "k", k, tuple(q.shape), "the shape of q")
@@ -41,20 +50,16 @@ def _plan(
         raise ValueError(
             f"{OP}: w must be [V, V] = {[values, values]} or [H, V, V] = {[heads, values, values]}, got {list(w.shape)}"
         )
-    require_alike(OP, {"q": q, "k": k, "v": v, "f": f, "w": w, "initial_state": initial_state})
     for name, t in (("k", k), ("v", v)):
         if t.dtype != q.dtype:
             raise ValueError(f"{OP}: q, k and v must share one dtype, got {q.dtype} and {name} {t.dtype}")
-    if q.is_complex():
-        raise ValueError(f"{OP}: complex inputs are for linear_scan, got {q.dtype}")
     require_cu_seqlens(OP, cu_seqlens, q.shape[0], q.shape[1])
     sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     if initial_state is not None:
         require_shape(
             OP, "initial_state", initial_state, (sequences, heads, q.shape[3], values), "[sequences, H, K, V]"
         )
-    if reset is not None:
-        require_shape(OP, "reset", reset, tuple(q.shape[:2]), "[B, T]")
+    require_reset(OP, reset, q)
     if clip is not None and not clip > 0:
         raise ValueError(f"{OP}: clip must be positive, got {clip}")
     refusal = f"needs V <= {MOST_V}, got {values} (or more heads)" if values > MOST_V else None
@@ -143,6 +148,7 @@ def _engine(backend: str) -> Any:
 
 
 @torch.library.custom_op("cl_kernels::m2rnn", mutates_args=())
+@without_autocast
 def _forward(
     q: Tensor,
     k: Tensor,
@@ -184,6 +190,7 @@ def _(
 
 
 @torch.library.custom_op("cl_kernels::m2rnn_backward", mutates_args=())
+@without_autocast
 def _backward(
     do: Tensor,
     dfinal: Tensor,

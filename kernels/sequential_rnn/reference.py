@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from kernels.common.checks import state_dtype
+from kernels.common.dispatch import without_autocast
 from kernels.common.varlen import per_sequence
 
 # parts of the state, and gates
@@ -14,6 +15,7 @@ PARTS = {"gru": 1, "lstm": 2, "slstm": 4, "slstm_exp": 4}
 GATES = {"gru": 3, "lstm": 4, "slstm": 4, "slstm_exp": 4}
 
 
+@without_autocast
 def sequential_rnn_reference(
     x_BTGHD: Tensor,
     r_GHDD: Tensor,
@@ -69,6 +71,7 @@ def sequential_rnn_reference(
     return h_BTHD, state
 
 
+@without_autocast
 def m2rnn_reference(
     q_BTHK: Tensor,
     k_BTHK: Tensor,

@@ -93,3 +93,62 @@ def test_decays_per_channel_of_every_strength(name, strength, block, monkeypatch
     for dtype in (torch.float64, torch.float32):
         props.assert_agrees(CASES[name], inputs, "chunked", dtype, chunk=16)
     assert seen == {block}
+
+
+@pytest.mark.parametrize("backend", ["chunked", "triton"])
+@pytest.mark.parametrize("name", ["gla_scalar", "gla_channel", "gated_deltanet", "kda"])
+@pytest.mark.parametrize("gate", [-1e4, -1e30, -torch.inf, 0.05])
+def test_gates_far_below_zero_and_above(name, backend, gate):
+    """A wiped state leaves the decays behind it exact; what grows (not checked) is right until it overflows."""
+    case = CASES[name]
+    inputs = props.draw(case, 40)
+    inputs["g"][:, 5::7] = gate
+    truth = props.truth_of(case, inputs)
+    assert all(torch.isfinite(x).all() for x in truth)
+    for dtype in (torch.float64, torch.float32) if backend == "chunked" else (torch.float32,):
+        found = props.tensors_of(case, props.cast(inputs, dtype), backend=backend, chunk=16)
+        truth = props.truth_of(case, props.cast(inputs, dtype))
+        props.assert_close(case, inputs, found, truth, props.TOLERANCE[backend, dtype])
+
+
+def mlstm_inputs(dtype=torch.float64):
+    inputs = props.draw(CASES["gated_deltanet"], 30)
+    gen = torch.Generator().manual_seed(5)
+    gates = [torch.randn(2, 30, 2, generator=gen, dtype=torch.float64) for _ in range(2)]
+    return [x.to(dtype) for x in (inputs["q"], inputs["k"], inputs["v"], *gates)]
+
+
+@pytest.mark.parametrize("shut", [-1e30, -torch.inf])
+@pytest.mark.parametrize("which", [3, 4])
+def test_mlstm_with_gates_shut(shut, which):
+    """As a mask writes them: tokens that are not read (from the first on), or a memory emptied before a token."""
+    tokens = mlstm_inputs()
+    tokens[which][:, 0::7] = shut
+    tokens = [x.requires_grad_() for x in tokens]
+    found, truth = mlstm(*tokens, scale=0.4, chunk=8)[0], mlstm_loop(*tokens, 0.4)[0]
+    assert props.error(found, truth) < 1e-10
+    ours, theirs = (torch.autograd.grad(x.square().sum(), tokens, retain_graph=True) for x in (found, truth))
+    assert max(props.error(x, y) for x, y in zip(ours, theirs, strict=True)) < 1e-10
+
+
+def test_mlstm_query_of_zero_with_a_huge_gate():
+    """e^-m is zero in float32, and so is what the query reads: the answer is 0, not 0 / 0."""
+    q, k, v, i_gate, f_gate = mlstm_inputs(torch.float32)
+    q[:, 4] = 0
+    h, _ = mlstm(q, k, v, i_gate + 150, f_gate)
+    assert torch.isfinite(h).all()
+    assert not h[:, 4].any()
+
+
+def test_mlstm_gradient_of_a_given_log_scale():
+    """How large a state is, its log scale says; so a learned one has a gradient, the same as of what it scales."""
+    tokens = mlstm_inputs()
+    gen = torch.Generator().manual_seed(6)
+    sizes = [(2, 2, 5, 7), (2, 2, 5), (2, 2)]
+    parts = [torch.randn(s, generator=gen, dtype=torch.float64).requires_grad_() for s in sizes]
+    found = mlstm(*tokens, scale=0.4, chunk=8, initial_state=MLSTMState(*parts))[0]
+    size = parts[2].exp()
+    truth = mlstm_loop(*tokens, 0.4, (parts[0] * size[..., None, None], parts[1] * size[..., None]))[0]
+    assert props.error(found, truth) < 1e-10
+    ours, theirs = (torch.autograd.grad(x.square().sum(), parts, retain_graph=True) for x in (found, truth))
+    assert max(props.error(x, y) for x, y in zip(ours, theirs, strict=True)) < 1e-10

@@ -1,6 +1,7 @@
 """The scan: a second oracle; and what resets are turned into for the other ops."""
 
 import kernel_properties as props
+import pytest
 import torch
 from kernel_properties import CASES
 
@@ -33,3 +34,18 @@ def test_reset_flags_become_offsets():
     out, _ = case.op(**packed, cu_seqlens=cu_seqlens_from_reset(reset))
     alone, _ = case.op(**{n: x[:1, 4:] for n, x in inputs.items()})
     torch.testing.assert_close(out[:, 4:10], alone, rtol=1e-10, atol=0)
+
+
+def test_a_batch_of_nothing():
+    u = torch.ones(0, 4, 2, requires_grad=True)
+    h, last = linear_scan(torch.ones(0, 4, 2), u)
+    h.sum().backward()
+    assert (h.shape, last.shape, u.grad.shape) == (u.shape, (0, 2), u.shape)
+
+
+@pytest.mark.filterwarnings("ignore:ComplexHalf")
+def test_half_complex_keeps_its_imaginary_part():
+    a, u = (torch.full((1, 3, 1), x, dtype=torch.complex32) for x in (0.5j, 1 + 1j))
+    h, last = linear_scan(a, u)
+    assert (h.dtype, last.dtype) == (torch.complex32, torch.complex64)
+    assert last.item() == (1 + 1j) * (1 + 0.5j - 0.25)

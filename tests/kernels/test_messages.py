@@ -7,10 +7,11 @@ from functools import partial
 import pytest
 import torch
 
-from kernels.common import Decision, explain
+from kernels.common import Decision, cu_seqlens_from_reset, explain
 from kernels.common.checks import require_cu_seqlens
 from kernels.delta_rule import delta_rule
 from kernels.gated_linear_attention import gated_linear_attention, mlstm
+from kernels.gated_linear_attention.mlstm import MLSTMState
 from kernels.linear_scan import linear_scan
 from kernels.memory_cache import memory_cache, routed_memory
 from kernels.neural_memory import neural_memory, tnt_memory
@@ -58,6 +59,50 @@ BAD = [
     (delta_rule, (torch.ones(1, 4, 1, 300),) * 3 + (B[..., :1],), {"backend": "triton"}, "K <= 256, got 300"),
     (mlstm, (X, X, X, B, B), {"variant": "tanh"}, "unknown variant 'tanh'"),
     (mlstm, (X, X, X, X, B), {}, "i_gate must be"),
+    (mlstm, (X, X, X[:, :3], B, B), {}, "mlstm: v must be [B, T, H, V] with B, T, H of q [1, 4, 2], got [1, 3, 2, 3]"),
+    (mlstm, (B, B, B, B, B), {}, "mlstm: q must be [B, T, H, K]"),
+    (mlstm, (X, X, X, B.int(), B), {}, "i_gate must be floating point, got torch.int32"),
+    (mlstm, (X, X, X, B, B.to("meta")), {}, "f_gate is on meta but q is on cpu"),
+    (mlstm, (X, X, X, B, B), {"initial_state": torch.ones(1, 2, 3, 3)}, "must be an MLSTMState, got Tensor"),
+    (
+        mlstm,
+        (X, X, X, B, B),
+        {"initial_state": MLSTMState(torch.ones(1, 2, 3, 3), torch.ones(1, 2, 4), torch.ones(1, 2))},
+        "initial_state.normaliser must be [sequences, H, K] = [1, 2, 3], got [1, 2, 4]",
+    ),
+    (gated_linear_attention, (X, X, X, -0.5), {}, "g must be a tensor, got float"),
+    (gated_linear_attention, (X, X, X), {"cu_seqlens": [0, 4]}, "cu_seqlens must be a tensor, got list"),
+    (gated_linear_attention, (X, X, X), {"chunk": 16.0}, "chunk must be a whole number, got 16.0"),
+    (linear_scan, (X, X), {"reset": torch.zeros(1, 4)}, "reset must be bool, got torch.float32"),
+    (
+        linear_scan,
+        (X, X),
+        {"reset": torch.zeros(1, 4, dtype=torch.bool, device="meta")},
+        "reset is on meta but the inputs are on cpu",
+    ),
+    (cu_seqlens_from_reset, (torch.zeros(4, dtype=torch.bool),), {}, "reset must be [B, T] with T >= 1, got [4]"),
+]
+# an imaginary part, or what a factor learns, must not be lost without a word
+IMAGINARY = torch.complex(B, B)
+BAD += [
+    (gated_linear_attention, (X, X, X, IMAGINARY), {}, "complex inputs are for linear_scan, got g torch.complex64"),
+    (delta_rule, (X, X, X, IMAGINARY), {}, "for linear_scan, got beta torch.complex64"),
+    (
+        gated_linear_attention,
+        (X, X, X),
+        {"initial_state": 1j * torch.ones(1, 2, 3, 3)},
+        "for linear_scan, got initial_state torch.complex64",
+    ),
+    (
+        linear_scan,
+        (X, X),
+        {"initial_state": 1j * torch.ones(1, 2, 3)},
+        "initial_state must be real like u, got torch.complex64 and torch.float32",
+    ),
+    (mlstm, (X, X, X, IMAGINARY, B), {}, "for linear_scan, got i_gate torch.complex64"),
+    (m2rnn, (X, X, X, IMAGINARY, torch.ones(3, 3)), {}, "for linear_scan, got f torch.complex64"),
+    (gated_linear_attention, (X, X, X), {"scale": torch.tensor(2.0)}, "scale must be a number, got a tensor"),
+    (delta_rule, (X, X, X, B), {"scale": torch.tensor(2.0)}, "scale must be a number, got a tensor"),
 ]
 # the memories
 ROUTER = torch.ones(1, 4, 5)
@@ -71,7 +116,8 @@ BAD += [
     (ridge_memory, (X, X, X), {"initial_state": torch.ones(1, 2, 3, 3)}, "initial_state must be"),
     (ridge_memory, (torch.ones(1, 4, 1, 200),) * 3, {"backend": "triton"}, "K <= 128, got 200"),
     (neural_memory, (X, X, X, X), {"chunk": 2}, "beta must be"),
-    (neural_memory, (X, X, X, B), {"chunk": 0}, "chunk must be at least 1, got 0"),
+    (neural_memory, (X, X, X, B), {"chunk": 0}, "chunk must be a whole number of at least 1, got 0"),
+    (neural_memory, (X, X, X, B), {"chunk": 2.0}, "chunk must be a whole number of at least 1, got 2.0"),
     (neural_memory, (X, X, X, B), {"chunk": 2, "loss": "l1"}, "unknown loss 'l1'; use one of l2, huber, lp"),
     (neural_memory, (X, X, X, B), {"chunk": 2, "activation": "relu"}, "unknown activation 'relu'"),
     (neural_memory, (X, X, X[..., :2], B), {"chunk": 2, "norm": PAIR}, "K must be V, got 3 and 2"),
@@ -85,6 +131,7 @@ BAD += [
     (memory_cache, (X, X, X), {"segment": 2, "write": "both"}, "unknown write 'both'; use one of carry, restart"),
     (memory_cache, (X, X, X), {"segment": 0, "variant": "residual"}, "segment must be at least 1, got 0"),
     (memory_cache, (X, X, X), {"segment": [3], "variant": "residual"}, "sum to T = 4, got [3]"),
+    (memory_cache, (X, X, X), {"segment": 2.5, "variant": "residual"}, "a whole number or a list of them, got 2.5"),
     (memory_cache, (X, X, X, X), {"segment": 2, "variant": "residual"}, "memory_cache: beta must be"),
     (memory_cache, (X, X, X), {"segment": 2, "variant": "residual", "initial_state": X}, "one MemoryCacheState"),
     (routed_memory, (X, X, X, X), {}, "router must be"),
@@ -107,6 +154,10 @@ BAD += [
     (newton_rnn, (torch.ones(1, 4, 3, 1, 17), torch.ones(3, 1, 17, 17)), {}, "D <= 16, got 17"),
     (newton_rnn, (torch.ones(1, 4, 3, 1, 17), torch.ones(3, 1, 17, 17)), {"backend": "triton"}, "use sequential_rnn"),
     (newton_rnn, (GATES, R), {"reset": torch.zeros(1, 3)}, "reset must be"),
+    (newton_rnn, (GATES, R), {"reset": torch.zeros(1, 4, dtype=torch.int)}, "reset must be bool, got torch.int32"),
+    (newton_rnn, (GATES, R), {"max_iterations": 2.5}, "max_iterations must be a whole number, got 2.5"),
+    (newton_rnn, (GATES, 1j * R), {}, "for linear_scan, got r torch.complex64"),
+    (sequential_rnn, (GATES, 1j * BLOCK), {}, "for linear_scan, got r torch.complex64"),
     (sequential_rnn, (GATES, BLOCK), {"cell": "lstm"}, "x must be [B, T, 4, H, D] for lstm"),
     (sequential_rnn, (GATES, BLOCK), {"cell": "rnn"}, "unknown cell 'rnn'"),
     (sequential_rnn, (GATES, R), {}, "r must be"),
@@ -145,6 +196,8 @@ BAD += [
         "initial_state.values must be",
     ),
     (recurrent_attention, BLOCK_INPUTS, {"reset": torch.zeros(1, 3)}, "reset must be"),
+    (recurrent_attention, (*BLOCK_INPUTS[:4], 1j * OUT, IN, IN), {}, "for linear_scan, got w_out torch.complex64"),
+    (recurrent_attention, BLOCK_INPUTS, {"scale": torch.tensor(2.0)}, "scale must be a number, got a tensor"),
     (recurrent_attention, BLOCK_INPUTS, {"backend": "triton"}, "has no kernel for it"),
 ]
 
@@ -197,6 +250,9 @@ def test_explain_tells_what_runs_and_why(monkeypatch):
     assert found.as_tags()["kernel.gated_linear_attention.backend"] == "chunked"
     assert explain(gated_linear_attention, x[:, :1], x[:, :1], x[:, :1]).chunk == 1
     assert explain(gated_linear_attention, x, x, x, backend="reference").backend == "reference"
+    found = explain(mlstm, x, x, x, x[..., 0], x[..., 0], variant="sigmoid", chunk=16)
+    assert (found.op, found.backend, found.chunk) == ("mlstm", "chunked", 16)
+    assert "gated_linear_attention" in found.reason
     monkeypatch.setenv("KERNELS_BACKEND", "reference")
     assert explain(linear_scan, x, x).backend == "reference"
     assert explain(linear_scan, x, x, backend="chunked").backend == "chunked"

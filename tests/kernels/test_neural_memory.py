@@ -5,7 +5,7 @@ from itertools import pairwise
 import kernel_properties as props
 import pytest
 import torch
-from memory_cases import HEADS, K, constants, flat_neural, tokens
+from memory_cases import HEADS, MEMORY_CASES, K, constants, flat_neural, tokens
 
 from kernels.delta_rule import delta_rule
 from kernels.gated_linear_attention import gated_linear_attention
@@ -219,3 +219,16 @@ def test_tnt_packed_is_separate_calls():
     assert isinstance(state.memory, NeuralMemoryState)
     again, _ = tnt_memory(**inputs, **how, cu_seqlens=torch.tensor(cu), initial_state=state)
     assert torch.isfinite(again).all()
+
+
+@pytest.mark.parametrize("name", ["linear_decay", "titans_linear"])
+@pytest.mark.parametrize("gate", [-1e4, -1e30, -torch.inf, 0.05])
+def test_gates_far_below_zero_and_above(name, gate):
+    """A wiped memory leaves the decays behind it exact; what grows (not checked) is right until it overflows."""
+    case = MEMORY_CASES[name]
+    inputs = props.draw(case, 40)
+    inputs["g"][:, 5::7] = gate
+    for dtype in (torch.float64, torch.float32):
+        given = props.cast(inputs, dtype)
+        found, truth = props.tensors_of(case, given, backend="chunked"), props.truth_of(case, given)
+        props.assert_close(case, inputs, found, truth, props.TOLERANCE["chunked", dtype])

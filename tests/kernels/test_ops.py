@@ -8,6 +8,7 @@ import torch
 from all_cases import ALL, each
 from attention_cases import ATTENTION_CASES
 from kernel_properties import DISTRIBUTIONS, OFFSETS
+from memory_cases import MEMORY_CASES
 from rnn_cases import RNN_CASES
 
 every = each(ALL)
@@ -155,6 +156,20 @@ def test_half_precision_inputs_are_computed_in_float32(case, dtype):
     # what is returned in 16 bits carries one rounding, the cotangents too; the scan's da multiplies the rounded h
     tolerance = {torch.bfloat16: 8e-3, torch.float16: 1e-3}[dtype]
     props.assert_close(case, given, found, props.truth_of(case, given), tolerance)
+
+
+@every
+@pytest.mark.parametrize("backend", ["chunked", "reference"])
+def test_autocast_around_a_call_changes_nothing(case, backend):
+    """Forward and backward compute in float32 all the same, and return what they promise."""
+    inputs = props.cast(props.draw(case, 20), torch.float32)
+    plain = props.tensors_of(case, inputs, backend=backend)
+    with torch.autocast("cpu", torch.bfloat16):
+        under = props.tensors_of(case, inputs, backend=backend)
+    assert [x.dtype for x in under] == [x.dtype for x in plain]
+    # autocast takes products of a backward that is autograd's own: of a token loop, and of the composed memories
+    exact = 2 if backend == "reference" or case.name in MEMORY_CASES else len(plain)
+    assert all(torch.equal(x, y) for x, y in zip(under[:exact], plain[:exact], strict=True))
 
 
 @every

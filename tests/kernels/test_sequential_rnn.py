@@ -8,6 +8,7 @@ import torch
 from rnn_cases import RNN_CASES
 
 from kernels.sequential_rnn import m2rnn, sequential_rnn
+from kernels.sequential_rnn.reference import GATES, PARTS
 
 
 def torch_layer(kind, width=5, inputs=4):
@@ -144,3 +145,21 @@ def test_m2rnn_clips_the_gradient_of_the_state(chunk):
     for clip, truth in ((None, 5.0), (2.5, 2.5), (10.0, 5.0)):
         o, _ = m2rnn(*given, initial_state=start, clip=clip, chunk=chunk)
         assert torch.autograd.grad(o.sum(), start)[0].item() == truth
+
+
+@pytest.mark.parametrize("cell", ["gru", "lstm", "slstm", "slstm_exp"])
+@pytest.mark.parametrize("length", [1, 17])
+def test_gradient_through_a_piece_of_one_row(cell, length, monkeypatch):
+    """One sequence and one head: of the last step alone (the 17th of pieces of 16) no slice of the gates is a copy."""
+    monkeypatch.setattr("kernels.sequential_rnn.chunked.SPAN", 1)
+    gates, parts = GATES[cell], PARTS[cell]
+    gen = torch.Generator().manual_seed(0)
+    rand = {"generator": gen, "dtype": torch.float64}
+    x, r = torch.randn(1, length, gates, 1, 4, **rand), torch.randn(gates, 1, 4, 4, **rand) / 2
+    state = torch.rand(1, parts, 1, 4, **rand) if parts > 1 else torch.rand(1, 1, 4, **rand)
+    leaves = [t.requires_grad_() for t in (x, r, state)]
+    grads = []
+    for backend in ("chunked", "reference"):
+        h, last = sequential_rnn(x, r, cell=cell, initial_state=state, backend=backend)
+        grads.append(torch.autograd.grad(h.square().sum() + last.square().sum(), leaves))
+    assert max(props.error(ours, truth) for ours, truth in zip(*grads, strict=True)) < 1e-10
