@@ -125,9 +125,10 @@ class Memory(Comparisons):
             *(QUICK if self.is_quick else ()),
             *(word for name in strategies for word in STRATEGIES[name]),
             *words,
-            *((f"tune_on={TUNE_ON_TEXT}",) if stream == "text" else ()),
         )
-        self.compare(self.folder(stream, backbone, part), strategies, *words, may_fail=True)
+        is_tuned = any(word.startswith("tune=") for word in words)
+        tune_on = (f"tune_on={TUNE_ON_TEXT}",) if is_tuned and stream == "text" else ()
+        self.compare(self.folder(stream, backbone, part), strategies, *words, *tune_on, may_fail=True)
 
     def results(self, stream: str, backbone: str, strategy: str) -> dict[int, Result]:
         """Finished runs by seed."""

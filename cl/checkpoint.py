@@ -36,7 +36,13 @@ def save(folder: Path, step: int, payload: dict[str, Any], fingerprint: str) -> 
     """
     path = folder / f"step-{step:09d}.pt"
     with replacing(path) as file:
-        torch.save({"format": FORMAT, "fingerprint": fingerprint, **payload}, file)
+        try:
+            torch.save({"format": FORMAT, "fingerprint": fingerprint, **payload}, file)
+        except RuntimeError as error:
+            if isinstance(error.__context__, OSError):
+                # torch closes its archive even so, and what it says then hides that the disk is full
+                raise error.__context__ from None
+            raise
         file.flush()
         os.fsync(file.fileno())
     _tidy(folder, path)
@@ -89,7 +95,9 @@ def load_start(path: Path, state: TrainState) -> None:
         state.model.load_state_dict(model_shards(saved["model"], state.model))
         state.optimizer.load_state_dict(optimizer_shards(saved["optimizer"], state.optimizer))
     except (RuntimeError, ValueError, KeyError) as error:
-        raise UserError(f"the weights in {path} do not fit this run: {str(error).splitlines()[0]}") from None
+        # torch's first line only announces those that say what does not fit
+        reason = " ".join(line.strip() for line in str(error).splitlines()[:2])
+        raise UserError(f"the weights in {path} do not fit this run: {reason}") from None
 
 
 def _newest_first(folder: Path) -> list[Path]:
@@ -125,6 +133,13 @@ class Keeper:
         # a strategy that has just failed is not asked: its answer could hide the first error behind a second
         asked = () if self.ledger.result.status == "failed" else self.strategies
         self.ledger.save(self.state, sum(strategy.cost(self.state, self.batch_size).buffer_bytes for strategy in asked))
+
+    def finish(self) -> None:
+        """The last word of a run; observers hear it even where the disk takes no more."""
+        try:
+            self.save_result()
+        finally:
+            self.ledger.tell("on_end", self.ledger.result)
 
     def save(self, next_experience: int, steps_done: int) -> None:
         """The result so far, and everything that the rest of the run depends on: states, and its position."""

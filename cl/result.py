@@ -107,8 +107,11 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         with open(unfinished, "wb") as file:
             yield file
         os.replace(unfinished, path)
-    except BaseException:
+    except BaseException as error:
         unfinished.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            # a full disk does not say what it had no room for
+            error.filename = error.filename or str(path)
         raise
 
 

@@ -122,8 +122,7 @@ class Trainer:
                 result.status, result.error = "failed", str(error)
                 raise
             finally:
-                self.keeper.save_result()
-                self.ledger.tell("on_end", result)
+                self.keeper.finish()
         return result
 
     # one run, one experience, one step
@@ -149,7 +148,7 @@ class Trainer:
         state.model.train()
         steps = steps_from(state, experience, state.data, config.budget, steps_done)
         while steps_done < num_steps:
-            pause = config.next_pause(steps_done, num_steps)
+            begun, pause = steps_done, config.next_pause(steps_done, num_steps)
             with ledger.charged("train_s"):
                 while not self._stops() and steps_done < pause:
                     state.epoch, batches = next(steps)
@@ -158,7 +157,7 @@ class Trainer:
             if steps_done == 0:  # asked to stop before the first step: the last checkpoint is where the run stands
                 return False
             if steps_done < num_steps:
-                if is_due(config.eval_every, steps_done):
+                if steps_done > begun and is_due(config.eval_every, steps_done):  # not again for a stop in between
                     self.evaluator.within()
                 if self._is_stopping or is_due(config.checkpoint_every, steps_done):
                     self.keeper.save(experience.id, steps_done)

@@ -162,6 +162,8 @@ def _shown(given: Mapping[str, Any]) -> str:
 def strategy_names(config: Mapping[str, Any]) -> list[str]:
     """Strategies of a config, in the order in which they compose."""
     names = list(config.get("strategy") or {})
+    if "_target_" in names:
+        raise UserError("a strategy has a node of its own: begin its config file with `# @package strategy.NAME`")
     if not names:
         raise UserError("no strategy is selected; choose one with strategy=NAME (see `cl list strategies`)")
     return names

@@ -63,10 +63,12 @@ def main(words: list[str]) -> int:
     own, others = split_words(words)
     request = plain(composed("compare", [*own, *(word for word in others if not _strategy_of(word))]))
     console = Console()
-    if request["tune"]:
+    if request["tune"] is not None:
         from cl.cli.tune import tuned
 
         plan = tuned(request, others, console)
+    elif idle := [word for word in own if word.startswith(("tune_on=", "tune_seeds="))]:
+        raise UserError(f"{idle[0]!r} is for the trials of tune={{...}}, which is not given")
     else:
         plan = make_plan(request, others)
     if request["launcher"] == "local":

@@ -148,6 +148,11 @@ def _logging_to(path: Path, say: Callable[[str], None]) -> Iterator[None]:
         with warnings.catch_warnings():
             warnings.showwarning = show
             yield
+    except Exception as error:
+        # the way to a mistake is for the file alone; a person reads one sentence
+        how = {"name": __name__, "levelno": logging.ERROR, "levelname": "ERROR", "msg": "the run failed"}
+        handler.handle(logging.makeLogRecord(how | {"exc_info": (type(error), error, error.__traceback__)}))
+        raise
     finally:
         root.removeHandler(handler)
         root.setLevel(level)

@@ -79,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         code = _exit_code(error)
         # of several processes all make the same request, and one says what is wrong with it
-        return code if code == 2 and os.environ.get("RANK", "0") != "0" else _complain(_said(error), code)
+        return code if code == 2 and os.environ.get("RANK", "0") != "0" else _complain(said(error), code)
 
 
 def usage() -> str:
@@ -97,8 +97,13 @@ def _call(command: str, words: list[str]) -> int:
     return int(code or 0)
 
 
-def _said(error: Exception) -> str:
-    return str(error) or type(error).__name__
+def said(error: Exception) -> str:
+    """The sentence of an error; of one that nobody wrote a sentence for, also what it is and where it came from."""
+    if isinstance(error, ValueError | OSError) or type(error).__module__ != "builtins" or not error.__traceback__:
+        return str(error) or type(error).__name__
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    where = f"{place.name}, line {place.lineno} of {os.path.basename(place.filename)}"
+    return f"{type(error).__name__}: {error} (in {where}; --debug and the log of the run show the way there)"
 
 
 def _exit_code(error: Exception) -> int:

@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
+from cl.cli.main import said
+
 PRELOADED = ["cl.cli.execute", "cl.trainer", "cl.tracking.mlflow", "cl.report.figures", "mlflow", "omegaconf"]
 # the first optimizer imports the one and the embedded digits the other, a second or more in every job
 PRELOADED += ["torch._dynamo", "sklearn.datasets"]
@@ -67,7 +69,7 @@ def _work(channel: Connection, job: Job) -> None:
     except KeyboardInterrupt:
         send({"error": "interrupted"})
     except Exception as error:
-        send({"error": str(error) or type(error).__name__})
+        send({"error": said(error)})
     finally:
         channel.close()
 

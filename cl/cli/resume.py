@@ -37,7 +37,10 @@ def main(words: list[str]) -> int:
     if chosen:
         config["trainer"]["parallel"] = chosen[-1]
     if (run_dir / RESULT).exists():
-        result = Result.load(run_dir / RESULT)
+        try:
+            result = Result.load(run_dir / RESULT)
+        except ValueError as error:
+            raise UserError(f"{error}; delete it, and the same command goes on from the checkpoint") from None
         if result.status == "done":
             console = Console()
             console.print("this run is done")

@@ -13,12 +13,14 @@ anew and R is measured before its first step. The folder that it came from is re
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
 from rich.console import Console
 
 from cl.branch import longer, reopened
+from cl.checkpoint import load_start
 from cl.cli import build
 from cl.cli.branch import BUDGETS, Origin, budget_in, changed, options, origin_of, start, tell
 from cl.cli.run import run_with_progress
@@ -36,9 +38,10 @@ def main(words: list[str]) -> int:
         )
     origin = origin_of(folder)
     lr, old_lr = found.get("optimizer.lr"), origin.config["optimizer"].get("lr")
-    if lr is not None and not (isinstance(lr, int | float) and lr > 0 and old_lr):
+    is_rate = isinstance(lr, int | float) and not isinstance(lr, bool) and 0 < lr < math.inf
+    if lr is not None and not (is_rate and old_lr):
         raise UserError(
-            f"optimizer.lr is {lr!r}; it must be positive, and the run's own must be known (it is {old_lr!r})"
+            f"optimizer.lr is {lr!r}; it must be positive and finite, and the run's own known (it is {old_lr!r})"
         )
     rate = 1.0 if lr is None else lr / old_lr
     config = changed(origin.config, found, ("schedule", "optimizer", "stream"))
@@ -69,7 +72,7 @@ def _on_another_stream(origin: Origin, config: dict[str, Any], found: dict[str, 
 
     config["trainer"]["schedule_start"] = 0
     # what is wrong is said before anything is written
-    build.make_trainer(config, {}, run_dir=None, observers=())
+    load_start(origin.path, build.make_trainer(config, {}, run_dir=None, observers=()).state)
     run_dir = start(origin, config, origin.payload, found.get("out"), "rewarm", rate)
     # not a checkpoint of this run, which has taken no step yet
     (run_dir / "checkpoints" / origin.path.name).replace(run_dir / START)

@@ -64,7 +64,8 @@ class Ranking:
     Args:
         average_rank: strategy -> mean rank, 1 = best; ties share their mean rank.
         critical_difference: average ranks closer than this are not told apart by Nemenyi's test at 5 %.
-        friedman_p: p of "all strategies are alike"; with a large one the ranks say nothing. NaN for k < 3.
+        friedman_p: p of "all strategies are alike"; with a large one the ranks say nothing. NaN for k < 3, and
+            where all tie on every stream.
     """
 
     average_rank: dict[str, float]
@@ -95,12 +96,16 @@ def average_ranks(scores: Mapping[str, ArrayLike], *, higher_is_better: bool = T
     k = len(columns)
     if k < 2 or len({values.shape for values in columns}) > 1 or np.isnan(columns).any():
         raise ValueError(f"ranks need at least two strategies with one score on every stream; got {dict(scores)}")
-    table = np.stack(columns, axis=1)
+    # floating-point noise must not break a tie
+    table = np.round(np.stack(columns, axis=1), 12)
     num_streams = len(table)
     ranks = rankdata(-table if higher_is_better else table, axis=1)
     q = studentized_range.ppf(1 - ALPHA, k, np.inf) / math.sqrt(2)
+    # Friedman's statistic is 0 / 0 where all strategies tie on every stream
+    with np.errstate(invalid="ignore", divide="ignore"):
+        friedman_p = float(friedmanchisquare(*table.T).pvalue) if k > 2 else math.nan
     return Ranking(
         average_rank=dict(zip(scores, ranks.mean(axis=0).tolist(), strict=True)),
         critical_difference=float(q * math.sqrt(k * (k + 1) / (6 * num_streams))),
-        friedman_p=float(friedmanchisquare(*columns).pvalue) if k > 2 else math.nan,
+        friedman_p=friedman_p,
     )

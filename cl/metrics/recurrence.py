@@ -90,7 +90,7 @@ def fit_power_law(lag: ArrayLike, value: ArrayLike, weight: ArrayLike | None = N
     Args:
         weight: of each point, such as the number of observations behind it; all equal when None.
 
-    Returns: undefined with fewer than 3 such points.
+    Returns: undefined with fewer than 3 lags among such points.
 
     Example:
         >>> law = fit_power_law([1, 2, 4], [0.8, 0.4, 0.2])
@@ -100,7 +100,7 @@ def fit_power_law(lag: ArrayLike, value: ArrayLike, weight: ArrayLike | None = N
     lags, values = np.asarray(lag, dtype=np.float64), np.asarray(value, dtype=np.float64)
     weights = np.ones_like(lags) if weight is None else np.asarray(weight, dtype=np.float64)
     used = (lags >= 1) & (values > 0) & (weights > 0)
-    if np.count_nonzero(used) < MIN_POINTS:
+    if np.unique(lags[used]).size < MIN_POINTS:
         return PowerLaw()
     x, y, w = np.log(lags[used]), np.log(values[used]), weights[used] / weights[used].sum()
     x0, y0 = w @ x, w @ y

@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-import numpy as np
-
 from cl import metrics
 from cl.metrics.statistics import ALPHA
 from cl.report.comparison import NOT_CONTINUAL, StrategyRow
@@ -85,11 +83,8 @@ def rank(rows: Sequence[StrategyRow]) -> Ranks | None:
     seeds = sorted(set.intersection(*(set(values) for values in finals.values())))
     if len(seeds) < MIN_SEEDS:
         return None
-    # floating-point noise must not break a tie
-    scores = {label: [round(values[seed], 12) for seed in seeds] for label, values in finals.items()}
-    # Friedman's statistic is 0 / 0 where all strategies tie on every seed
-    with np.errstate(invalid="ignore", divide="ignore"):
-        found = metrics.average_ranks(scores, higher_is_better=UNITS[rows[0].measure].higher_is_better)
+    scores = {label: [values[seed] for seed in seeds] for label, values in finals.items()}
+    found = metrics.average_ranks(scores, higher_is_better=UNITS[rows[0].measure].higher_is_better)
     average = dict(sorted(found.average_rank.items(), key=lambda pair: pair[1]))
     return Ranks(average, tuple(seeds), found.critical_difference, found.friedman_p)
 

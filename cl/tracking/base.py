@@ -161,9 +161,8 @@ class Recorder(Observer):
         assert self._result is not None, "on_start comes first"
         self._has_begun = True
         self._known = self._guard(self.rewind, steps, len(self._result.R)) or set()
-        if self._result.R or self._result.within:
-            # the row of an experience that ended just before a crash was never told
-            self._take(self._guard(points, self._result) or ())
+        # nobody told what was measured before training, nor the row of an experience that ended just before a crash
+        self._take(self._guard(points, self._result) or ())
 
     def _take(self, found: Iterable[Point]) -> None:
         if self.is_silent:

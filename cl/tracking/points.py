@@ -9,7 +9,7 @@
 | `final/`, `cost/` | experiences seen | one point each, when the run is done |
 | `lm_eval/` | experiences finished | `TASK/METRIC` of `cl evaluate` |
 | `train/` | optimizer steps taken | `loss`, its terms, `lr`, traces; `within/task_00`: measured inside experiences |
-| `tokens/` | tokens trained on | text: `task_00`: the loss on column 0 of R, inside and after experiences; `lr` |
+| `tokens/` | tokens trained on | text: `task_00`: loss on column 0 of R, before, inside and after experiences; `lr` |
 
 The three kinds of step never share a section, since a chart page has one x axis per section.
 """

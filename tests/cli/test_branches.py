@@ -193,6 +193,18 @@ BAD = {
     "a rate that is none": (("rewarm", "RUN", "schedule=cosine", "optimizer.lr=-1"), "it must be positive"),
     "anneal to nothing": (("fork_anneal", "RUN", "final=0"), "it must be a number above 0"),
     "anneal for no steps": (("fork_anneal", "RUN", "steps=0"), "it must be an integer of at least 1"),
+    "no rate at all": (
+        ("rewarm", "RUN", "schedule=linear", "trainer.max_steps=30", "optimizer.lr=.inf"),
+        "positive and finite",
+    ),
+    "no number": (
+        ("rewarm", "RUN", "schedule=linear", "trainer.max_steps=30", "optimizer.lr=true"),
+        "positive and finite",
+    ),
+    "weights that do not fit": (
+        ("rewarm", "RUN", "schedule=linear", "stream=split_digits", "stream.setting=domain_incremental"),
+        "do not fit this run: Error(s) in loading state_dict for Mlp: size mismatch for",
+    ),
     "no run": (("fork_anneal", "."), "is not a run folder"),
     "no folder": (("rewarm",), "takes one run folder, got 0"),
 }

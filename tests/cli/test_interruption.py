@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -129,6 +130,19 @@ def test_resumes_exactly(
     points = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()[1:]]
     named = [(point["name"], point["step"]) for point in points]
     assert len(set(named)) == len(named), "a point was logged twice"
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"schema": 1}'])
+def test_a_damaged_result_is_a_request_that_can_be_mended(
+    text: str, uninterrupted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = Path(shutil.copytree(uninterrupted, tmp_path / "run"))
+    (run / "result.json").write_text(text)
+    assert main(("resume", str(run))) == 2
+    assert "delete it, and the same command goes on from the checkpoint" in capsys.readouterr().err
+    (run / "result.json").unlink()
+    assert main(("resume", str(run))) == 0
+    assert Result.load(run / "result.json").R == Result.load(uninterrupted / "result.json").R
 
 
 def test_a_truncated_checkpoint_falls_back_to_the_one_before(

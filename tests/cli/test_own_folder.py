@@ -95,6 +95,31 @@ def test_half_a_config_is_one_sentence(text: str | bytes, sentence: str, capsys:
     assert sentence in capsys.readouterr().err
 
 
+OWN = """
+from cl.hooks import Strategy
+class Mine(Strategy):
+    def penalty(self, state, batch, output):
+        return {}["boom"]
+"""
+
+
+def test_a_mistake_in_a_strategy_of_ones_own_is_found(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("own_mistake.py").write_text(OWN)
+    assert main((*TINY, "strategy=own_mistake.Mine", "out=one")) == 1
+    said = capsys.readouterr()
+    assert "cl: KeyError: 'boom' (in penalty, line 5 of own_mistake.py; --debug" in said.err
+    assert "Traceback" not in said.out + said.err
+    log = Path("one/run.log").read_text()
+    assert "the run failed" in log and "own_mistake.py" in log
+
+
+def test_a_config_without_a_node_of_its_own_is_told_what_it_lacks(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("conf/strategy").mkdir(parents=True)
+    Path("conf/strategy/mine.yaml").write_text("_target_: strategies.naive.Naive\n")
+    assert main((TINY[0], "--config-dir", "conf", "strategy=mine", *TINY[1:])) == 2
+    assert "begin its config file with `# @package strategy.NAME`" in capsys.readouterr().err
+
+
 def test_a_refused_branch_leaves_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     assert main((*TINY, "out=one")) == 0
     before = sorted(Path().iterdir())

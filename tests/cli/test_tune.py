@@ -126,6 +126,9 @@ def test_the_best_has_the_highest_accuracy_or_the_lowest_loss() -> None:
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
+        (("tune={}",), "tune is {}; it must name settings and lists of values"),
+        (("tune_seeds=3",), "'tune_seeds=3' is for the trials of tune={...}, which is not given"),
+        (("tune_on=stream.eval_on=test",), "is for the trials of tune={...}, which is not given"),
         (("tune=0.1",), "tune is 0.1; it must name settings and lists of values"),
         (("tune={optimizer.lr: 0.1}",), "it must name settings and lists of values"),
         (("tune={optimizer.lr: [0.1, 0.2]}", "tune_seeds=[0]"), "the comparison uses 0 too"),

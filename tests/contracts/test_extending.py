@@ -50,6 +50,13 @@ def test_contracts_pass_in_a_folder_of_ones_own(folder):
 CL_RUNS = [line for line in COMMANDS if line.startswith("cl run")]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("command", [line for line in COMMANDS if line.startswith("cl compare")])
+def test_comparisons_run_in_a_folder_of_ones_own(folder, tmp_path, command):
+    said = run(command, folder, f"out={tmp_path}/compared", "jobs=1")
+    assert "mine" in said or "my_strategy" in said
+
+
 @pytest.mark.parametrize("command", [CL_RUNS[0], *(pytest.param(line, marks=pytest.mark.slow) for line in CL_RUNS[1:])])
 def test_commands_run_in_a_folder_of_ones_own(folder, tmp_path, command):
     run(command, folder, f"hydra.run.dir={tmp_path}/run")

@@ -3,6 +3,7 @@
 import errno
 import os
 import pickle
+import resource
 
 import pytest
 import torch
@@ -119,6 +120,19 @@ def test_a_full_disk_costs_nothing_but_this_checkpoint(tmp_path, monkeypatch, pl
             save(tmp_path, 3)
     assert names(tmp_path) == before
     assert checkpoint.load_latest(tmp_path, PRINT)[1]["weights"].tolist() == [2.0] * 4
+
+
+def test_a_disk_that_is_really_full_is_what_the_error_says(tmp_path):
+    """torch's own error would be about a position in its archive; a limit on the size of files is a small disk."""
+    save(tmp_path, 1)
+    before, limits = names(tmp_path), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"File too large: '.*step-000000002\.pt'"):
+            checkpoint.save(tmp_path, 2, {"weights": torch.zeros(100_000), "more": torch.zeros(10_000)}, PRINT)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert names(tmp_path) == before
 
 
 def test_half_written_files_of_killed_runs_are_cleared(tmp_path):

@@ -88,7 +88,7 @@ def test_curves_over_tokens_are_tracked(done):
         inside = {step: value for experience, step, j, value in result.within if (experience, j) == (i, 0)}
         expected += [(step * STEP, inside[step]) for step in sorted(inside)] + [(6 * (i + 1) * STEP, row[0])]
     found = dict(memory.curve("tokens/task_00"))
-    assert {tokens: found[tokens] for tokens, _ in expected if tokens} == dict(expected[1:])
+    assert {tokens: found[tokens] for tokens, _ in expected} == dict(expected)
     assert [(p.step, p.value) for p in points(result) if p.name == "tokens/task_00"] == expected
     rates = dict(memory.curve("tokens/lr"))
     assert rates[4 * STEP] == pytest.approx(0.5 * (1 - 3 / 18))

@@ -122,6 +122,25 @@ def test_a_stop_before_a_step_enters_no_experience_twice(tmp_path, whole, betwee
     assert_same_end(run(tmp_path, resume=True), whole)
 
 
+def test_a_stop_while_measuring_measures_nothing_twice(tmp_path, whole):
+    """Neither does one that a resumed run is given before its first step; strategies may act on every measurement."""
+
+    class Stopper(Observer):
+        def on_within(self, state, values):
+            if state.step == 5:
+                self.trainer.request_stop()
+
+    stopper = Stopper()
+    stopper.trainer = trainer = trainer_of(tmp_path, [stopper])
+    stopped = trainer.run()
+    assert stopped.status == "interrupted"
+    assert trainer.state.step == 5
+    again = trainer_of(tmp_path)
+    again.request_stop()
+    assert again.run(resume=True).within == stopped.within
+    assert_same_end(run(tmp_path, resume=True), whole)
+
+
 def test_stopping_again_and_again_changes_nothing(tmp_path, whole):
     run(tmp_path, stop_at=2)
     for stop_at in (9, 14, 20):
@@ -177,6 +196,25 @@ def test_a_full_disk_fails_the_run_and_keeps_the_last_checkpoint(tmp_path, whole
     assert "No space left" in result.error
     assert len(list((tmp_path / "checkpoints").iterdir())) == 2
     assert_same_end(run(tmp_path, resume=True), whole)
+
+
+def test_observers_hear_the_end_where_the_disk_takes_no_result_either(tmp_path, monkeypatch):
+    """Otherwise a tracker shows the run as going on for ever."""
+
+    class Hears(Observer):
+        statuses = ()
+
+        def on_end(self, result):
+            self.statuses = (*self.statuses, result.status)
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("cl.result.os.replace", full)
+    hears = Hears()
+    with pytest.raises(OSError, match=r"No space left on device: '.*result\.json'"):
+        trainer_of(tmp_path, [hears]).run()
+    assert hears.statuses == ("failed",)
 
 
 def test_checkpoint_files_are_few_and_safe(tmp_path):

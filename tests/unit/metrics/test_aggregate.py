@@ -62,6 +62,14 @@ def test_critical_difference_has_the_constants_of_demsar(k, q):
     assert average_ranks(scores).critical_difference == pytest.approx(q * math.sqrt(k * (k + 1) / 36), abs=2e-3)
 
 
+@pytest.mark.filterwarnings("error")
+def test_rounding_breaks_no_tie():
+    scores = {"a": [0.1 + 0.2, 0.5], "b": [0.3, 0.5], "c": [0.3, 0.5]}
+    ranking = average_ranks(scores)
+    assert ranking.average_rank == {"a": 2.0, "b": 2.0, "c": 2.0}
+    assert math.isnan(ranking.friedman_p)
+
+
 def test_ranks_are_autorank():
     autorank = pytest.importorskip("autorank")
     pandas = pytest.importorskip("pandas")

@@ -121,6 +121,7 @@ def test_the_fit_is_the_weighted_regression_of_numpy():
 
 
 def test_the_law_needs_three_lags_with_a_logarithm():
+    assert not fit_power_law([1, 1, 2, 2], [0.9, 0.8, 0.5, 0.4]).is_defined
     assert not fit_power_law([0, 1, 2], [0.9, 0.5, 0.4]).is_defined
     assert not fit_power_law([1, 2, 3], [0.9, 0.5, 0.0]).is_defined
     assert fit_power_law([1, 2, 3], [0.5, 0.5, 0.5]).exponent == pytest.approx(0.0)
