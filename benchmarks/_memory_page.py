@@ -27,7 +27,7 @@ def page(found: Mapping[str, Any], folder: Path) -> str:
         "may be made by several calls, and the row `attention` is of the last one.\n",
     ]
     for title, group in found.items():
-        if title.startswith("train, "):
+        if title.startswith("train"):
             tokens = int(title.rpartition(" ")[2])
             rows = [
                 (

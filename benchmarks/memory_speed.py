@@ -1,6 +1,6 @@
 """What memory costs: training at equal weights beside the transformer, and a step of generation late in a text.
 
-    python benchmarks/memory_speed.py train --tokens 512 4096 16384 [--width 128 --layers 4] [--blocks mamba2 ...]
+    python benchmarks/memory_speed.py train [--tokens 512 4096 16384] [--width 128 --layers 4] [--blocks mamba2] [--cuda]
     python benchmarks/memory_speed.py generate [--until 100000]
     python benchmarks/memory_speed.py forward
     python benchmarks/memory_speed.py page
@@ -9,7 +9,7 @@ Training: decoders of as many weights as the transformer (hidden widths fitted, 
 bytes as make 4,096 tokens, or one longer row; forward, backward and AdamW. Every backbone is measured in a process of
 its own, on one thread, in processor seconds, which neighbours disturb less than a clock; the transformer is measured
 again with every call, so that ratios are of one stretch of time. Memory is what the process takes beyond what it held
-before.
+before. With --cuda the same on a card, under bfloat16 autocast, in seconds of the clock and bytes that torch allocates.
 
 Generation: one token at a time after N tokens. The N tokens are read in pieces, but for attention, whose cache is
 filled with noise: its state, not its content, is what counts.
@@ -96,26 +96,40 @@ def text(tokens: int) -> StreamInfo:
 # training
 
 
-def trained(words: Sequence[str], tokens: int, repeats: int) -> dict[str, float]:
-    """Processor seconds of a step, and bytes beyond what the process held before."""
+def trained(words: Sequence[str], tokens: int, repeats: int, device: str) -> dict[str, float]:
+    """Seconds of a step, and bytes beyond what was held before."""
     torch.manual_seed(0)
-    model = network(words, text(tokens))
+    model = network(words, text(tokens)).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    shape = (num_rows(tokens), tokens)
-    zero = torch.zeros(shape[0], dtype=torch.int64)
-    found, before = [], resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    shape, is_card = (num_rows(tokens), tokens), device == "cuda"
+    zero = torch.zeros(shape[0], dtype=torch.int64, device=device)
+    found, before = [], bytes_held(is_card)
     # the first step makes what later ones use again
     for _ in range(repeats + 1):
-        rows = torch.randint(VOCABULARY, (2, *shape))
-        begin = time.process_time()
-        output = model(Batch(rows[0], rows[1], zero, zero))
-        loss = F.cross_entropy(output.logits.flatten(0, 1), rows[1].flatten())
+        rows = torch.randint(VOCABULARY, (2, *shape)).to(device)
+        begin = seconds(is_card)
+        with torch.autocast(device, torch.bfloat16, enabled=is_card):
+            output = model(Batch(rows[0], rows[1], zero, zero))
+            loss = F.cross_entropy(output.logits.flatten(0, 1), rows[1].flatten())
         optimizer.zero_grad()
         (loss + sum(output.auxiliary.values())).backward()
         optimizer.step()
-        found.append(time.process_time() - begin)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-    return {"seconds": median(found[1:]), "bytes": peak * 1024.0, "weights": float(active_weights(model))}
+        found.append(seconds(is_card) - begin)
+    peak = bytes_held(is_card) - before
+    return {"seconds": median(found[1:]), "bytes": float(peak), "weights": float(active_weights(model))}
+
+
+def seconds(is_card: bool) -> float:
+    """Of the processor, or of the clock once the card is done."""
+    if not is_card:
+        return time.process_time()
+    torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def bytes_held(is_card: bool) -> int:
+    """At most, until now."""
+    return torch.cuda.max_memory_allocated() if is_card else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def train(given: argparse.Namespace, found: dict[str, Any]) -> None:
@@ -123,11 +137,12 @@ def train(given: argparse.Namespace, found: dict[str, Any]) -> None:
     for tokens in given.tokens:
         info = text(tokens)
         target = active_weights(network(request("attention", given.width, given.layers), info))
-        group = found.setdefault(f"train, {target / 1e6:.1f}M weights, T = {tokens}", {})
+        where = " on a card" if given.cuda else ""
+        group = found.setdefault(f"train{where}, {target / 1e6:.1f}M weights, T = {tokens}", {})
         beside = None
         for name in dict.fromkeys(("attention", *given.blocks)):
             words = fitted(request(name, given.width, given.layers), target, info, multiple=2)
-            row = apart(trained, words, tokens, given.repeats)
+            row = apart(trained, words, tokens, given.repeats, "cuda" if given.cuda else "cpu")
             beside = row["seconds"] if name == "attention" else beside
             group[name] = row | {"ratio": beside / row["seconds"]}
             keep(given, found)
@@ -226,6 +241,7 @@ def main() -> None:
     parser.add_argument("--tokens", nargs="+", type=int, default=[512, 4096])
     for name, value in (("width", 128), ("layers", 4), ("repeats", 3), ("until", 100_000), ("steps", 50)):
         parser.add_argument(f"--{name}", type=int, default=value)
+    parser.add_argument("--cuda", action="store_true", help="train on a card; give it an --out of its own")
     parser.add_argument("--note", default="", help="what a reader must know of the machine at that time")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/memory_speed.json"))
     parser.add_argument("--img", type=Path, default=Path("docs/img"))
