@@ -1,6 +1,6 @@
 """What memory costs: training at equal weights beside the transformer, and a step of generation late in a text.
 
-    python benchmarks/memory_speed.py train [--tokens 512 4096 16384] [--width 128 --layers 4] [--blocks mamba2] [--cuda]
+    python benchmarks/memory_speed.py train [--tokens 512 4096] [--width 128 --layers 4] [--blocks mamba2] [--cuda]
     python benchmarks/memory_speed.py generate [--until 100000]
     python benchmarks/memory_speed.py forward
     python benchmarks/memory_speed.py page
