@@ -161,8 +161,9 @@ class Recorder(Observer):
         assert self._result is not None, "on_start comes first"
         self._has_begun = True
         self._known = self._guard(self.rewind, steps, len(self._result.R)) or set()
-        # nobody told what was measured before training, nor the row of an experience that ended just before a crash
-        self._take(self._guard(points, self._result) or ())
+        if self._result.domains:  # a hosted run may not know them yet
+            # nobody told what was measured before training, nor the row of an experience that ended just before a crash
+            self._take(self._guard(points, self._result) or ())
 
     def _take(self, found: Iterable[Point]) -> None:
         if self.is_silent:
