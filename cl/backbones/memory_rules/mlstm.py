@@ -72,6 +72,7 @@ class Mlstm(Rule):
     def chunk(
         self, state: State, q_BTHK: Tensor, k_BTHK: Tensor, v_BTHV: Tensor, gates: Gates, **how: Any
     ) -> tuple[Tensor, State]:
-        start = MLSTMState(state["matrix"], state["normaliser"], state["log_scale"])
+        # as in a step: the scale says how large the matrix is, and what it was made of is in the matrix
+        start = MLSTMState(state["matrix"], state["normaliser"], state["log_scale"].detach())
         o_BTHV, end = mlstm(q_BTHK, k_BTHK, v_BTHV, gates["write"], gates["keep"], initial_state=start, **how)
         return o_BTHV, {"matrix": end.matrix, "normaliser": end.normaliser, "log_scale": end.log_scale}
