@@ -99,13 +99,12 @@ class Lateral(InputSubspace):
             changes.append(activity_NK.T @ torch.addmm(outside_NS, activity_NK, rows_KS, alpha=-1))
             momentum_KS.mul_(0.9).add_(changes[-1], alpha=0.1 / num)
             rows_KS.add_(momentum_KS, alpha=self.rate)
-        # Cauchy-Schwarz for each of the three parts; no column of H or m is longer than the matrix
-        parts = torch.stack(changes).square().split([count, count, num], dim=2)
-        longest = torch.stack([part.sum(2).max() for part in parts]).sqrt()
+        # Cauchy-Schwarz for each of the three parts of an entry: rows of coefficients, columns of the span
         _, following_SD = self._buffers
-        squares_ND = torch.square(left_ND, out=following_SD[2 * count :])
-        lengths = torch.stack([self.rows.norm(), self.momentum.norm(), squares_ND.sum(0).max().sqrt()])
-        if longest @ lengths >= LARGEST_CHANGE * num:
+        squares = torch.stack(changes).square(), torch.square(all_SD, out=following_SD)
+        parts = zip(squares[0].split([count, count, num], 2), squares[1].split([count, count, num]), strict=True)
+        largest = sum((rows.sum(2).max() * columns.sum(0).max()).sqrt() for rows, columns in parts)
+        if largest >= LARGEST_CHANGE * num:
             return False
         torch.mm(unit_SS[: 2 * count], all_SD, out=following_SD[: 2 * count])
         self.rows, self.momentum = following_SD[: 2 * count].split(count)

@@ -193,6 +193,20 @@ def test_steps_in_coefficients_leave_bounded_changes_to_the_rule_as_written():
             torch.testing.assert_close(one.momentum, other.momentum, rtol=1e-4, atol=1e-5)
 
 
+def test_steps_in_coefficients_serve_inputs_that_are_held_already():
+    """As of images, whose strongest directions are learnt first: large activities, but little is left over."""
+    generator = torch.Generator().manual_seed(0)
+    one, other = Lateral(0.01, 5, orthonormal=True), Lateral(0.01, 5, orthonormal=True)
+    one.begin_task(40, 300, torch.zeros(()), generator)
+    other.begin_task(40, 300, torch.zeros(()), torch.Generator())
+    other.rows = one.rows.clone()
+    for _ in range(4):
+        x = 6 * torch.randn(8, 40, generator=generator) @ one.rows + 0.3 * torch.randn(8, 300, generator=generator)
+        assert one._update_in_coefficients(x, x)
+        other._update(x, x)
+        torch.testing.assert_close(one.rows, other.rows, rtol=1e-4, atol=1e-5)
+
+
 def test_holding_is_projecting_the_change():
     generator = torch.Generator().manual_seed(0)
     for layer in (nn.Conv2d(2, 5, 3).double(), nn.Linear(18, 5).double(), nn.Linear(19, 5, bias=False).double()):
