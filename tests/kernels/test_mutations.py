@@ -85,9 +85,10 @@ MUTATIONS = [
     (f"{NEWTON}/triton_block.py", "if residual <= tolerance:", "if residual <= 1e9:", "newton_block_gru", "triton"),
     (f"{NEWTON}/triton_block_adjoint.py", "+ inner * d", "", "newton_block_gru", "triton"),
     (f"{NEWTON}/triton_block_adjoint.py", "along(ch, carry_h", "along(ch, carry_c", "newton_block_lstm", "triton"),
-    (f"{SEQUENTIAL}/chunked.py", "active[-1] += dh[:, at : at + n]", "pass", "sequential_gru", "chunked"),
-    (f"{SEQUENTIAL}/chunked.py", "carried += past", "pass", "sequential_slstm", "chunked"),
-    (f"{SEQUENTIAL}/chunked.py", "r_back = self.r.mT", "r_back = 2 * self.r.mT", "sequential_lstm", "chunked"),
+    (f"{SEQUENTIAL}/chunked.py", "adjoint[-1] += dh_t", "pass", "sequential_gru", "chunked"),
+    (f"{SEQUENTIAL}/chunked.py", "state = state.index_fill", "state.index_fill", "sequential_slstm", "chunked"),
+    (f"{SEQUENTIAL}/chunked_cells.py", 'p["written"], out', 'p["carried"], out', "sequential_slstm", "chunked"),
+    (f"{SEQUENTIAL}/chunked_cells.py", "r_back = self.r.mT", "r_back = 2 * self.r.mT", "sequential_lstm", "chunked"),
     (
         f"{SEQUENTIAL}/order.py",
         "self.begins[begin] + hit] = 0",
