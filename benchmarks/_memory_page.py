@@ -33,12 +33,13 @@ def page(found: Mapping[str, Any], folder: Path) -> str:
                 (
                     name,
                     f"{row['weights']:,.0f}",
-                    f"{num_rows(tokens) * tokens / row['seconds']:,.0f}",
+                    f"{rate:,.0f}",
                     f"{row['ratio']:.2f}x",
-                    f"{num_rows(tokens) * tokens / row['seconds'] / row['ratio']:,.0f}",
+                    f"{rate / row['ratio']:,.0f}",
                     f"{row['bytes'] / 1e6:,.0f}",
                 )
                 for name, row in sorted(group.items(), key=lambda item: -item[1]["ratio"])
+                for rate in [row.get("rows", num_rows(tokens)) * tokens / row["seconds"]]
             ]
             parts += [f"## {title}\n", table(HEAD, rows)]
     if generated := found.get("generate"):

@@ -1,15 +1,17 @@
 """What memory costs: training at equal weights beside the transformer, and a step of generation late in a text.
 
-    python benchmarks/memory_speed.py train [--tokens 512 4096] [--width 128 --layers 4] [--blocks mamba2] [--cuda]
+    python benchmarks/memory_speed.py train [--tokens 512 4096] [--rows 8] [--width 128 --layers 4] [--blocks mamba2]
+        [--cuda]
     python benchmarks/memory_speed.py generate [--until 100000]
     python benchmarks/memory_speed.py forward
     python benchmarks/memory_speed.py page
 
 Training: decoders of as many weights as the transformer (hidden widths fitted, within 3 %) read as many rows of random
-bytes as make 4,096 tokens, or one longer row; forward, backward and AdamW. Every backbone is measured in a process of
-its own, on one thread, in processor seconds, which neighbours disturb less than a clock; the transformer is measured
-again with every call, so that ratios are of one stretch of time. Memory is what the process takes beyond what it held
-before. With --cuda the same on a card, under bfloat16 autocast, in seconds of the clock and bytes that torch allocates.
+bytes as make 4,096 tokens, or one longer row, or as many as `--rows` says; forward, backward and AdamW. Every backbone
+is measured in a process of its own, on one thread, in processor seconds, which neighbours disturb less than a clock;
+the transformer is measured again with every call, so that ratios are of one stretch of time. Memory is what the process
+takes beyond what it held before. With --cuda the same on a card, under bfloat16 autocast, in seconds of the clock and
+bytes that torch allocates.
 
 Generation: one token at a time after N tokens. The N tokens are read in pieces, but for attention, whose cache is
 filled with noise: its state, not its content, is what counts.
@@ -96,27 +98,28 @@ def text(tokens: int) -> StreamInfo:
 # training
 
 
-def trained(words: Sequence[str], tokens: int, repeats: int, device: str) -> dict[str, float]:
+def trained(words: Sequence[str], tokens: int, rows: int, repeats: int, device: str) -> dict[str, float]:
     """Seconds of a step, and bytes beyond what was held before."""
     torch.manual_seed(0)
     model = network(words, text(tokens)).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    shape, is_card = (num_rows(tokens), tokens), device == "cuda"
-    zero = torch.zeros(shape[0], dtype=torch.int64, device=device)
+    shape, is_card = (rows, tokens), device == "cuda"
+    zero = torch.zeros(rows, dtype=torch.int64, device=device)
     found, before = [], bytes_held(is_card)
     # the first step makes what later ones use again
     for _ in range(repeats + 1):
-        rows = torch.randint(VOCABULARY, (2, *shape)).to(device)
+        read, asked = torch.randint(VOCABULARY, (2, *shape)).to(device)
         begin = seconds(is_card)
         with torch.autocast(device, torch.bfloat16, enabled=is_card):
-            output = model(Batch(rows[0], rows[1], zero, zero))
-            loss = F.cross_entropy(output.logits.flatten(0, 1), rows[1].flatten())
+            output = model(Batch(read, asked, zero, zero))
+            loss = F.cross_entropy(output.logits.flatten(0, 1), asked.flatten())
         optimizer.zero_grad()
         (loss + sum(output.auxiliary.values())).backward()
         optimizer.step()
         found.append(seconds(is_card) - begin)
     peak = bytes_held(is_card) - before
-    return {"seconds": median(found[1:]), "bytes": float(peak), "weights": float(active_weights(model))}
+    weights = float(active_weights(model))
+    return {"seconds": median(found[1:]), "bytes": float(peak), "weights": weights, "rows": rows}
 
 
 def seconds(is_card: bool) -> float:
@@ -137,16 +140,17 @@ def train(given: argparse.Namespace, found: dict[str, Any]) -> None:
     for tokens in given.tokens:
         info = text(tokens)
         target = active_weights(network(request("attention", given.width, given.layers), info))
-        where = " on a card" if given.cuda else ""
-        group = found.setdefault(f"train{where}, {target / 1e6:.1f}M weights, T = {tokens}", {})
+        rows = given.rows or num_rows(tokens)
+        where, many = " on a card" if given.cuda else "", f"{given.rows} rows of " if given.rows else ""
+        group = found.setdefault(f"train{where}, {target / 1e6:.1f}M weights, {many}T = {tokens}", {})
         beside = None
         for name in dict.fromkeys(("attention", *given.blocks)):
             words = fitted(request(name, given.width, given.layers), target, info, multiple=2)
-            row = apart(trained, words, tokens, given.repeats, "cuda" if given.cuda else "cpu")
+            row = apart(trained, words, tokens, rows, given.repeats, "cuda" if given.cuda else "cpu")
             beside = row["seconds"] if name == "attention" else beside
             group[name] = row | {"ratio": beside / row["seconds"]}
             keep(given, found)
-            rate = num_rows(tokens) * tokens / row["seconds"]
+            rate = rows * tokens / row["seconds"]
             print(f"{tokens:5d} {name:32s} {rate:9,.0f} tokens/s {group[name]['ratio']:.2f}x", flush=True)
 
 
@@ -239,6 +243,7 @@ def main() -> None:
     parser.add_argument("what", choices=("train", "generate", "forward", "page"))
     parser.add_argument("--blocks", nargs="+", choices=NAMES, default=list(NAMES))
     parser.add_argument("--tokens", nargs="+", type=int, default=[512, 4096])
+    parser.add_argument("--rows", type=int, default=0, help="of a training step; 0 takes as many as make 4,096 tokens")
     for name, value in (("width", 128), ("layers", 4), ("repeats", 3), ("until", 100_000), ("steps", 50)):
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--cuda", action="store_true", help="train on a card; give it an --out of its own")
