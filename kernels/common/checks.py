@@ -2,6 +2,7 @@
 
 import os
 from itertools import pairwise
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -40,10 +41,15 @@ def require_reset(op: str, reset: Tensor | None, like: Tensor) -> None:
         raise ValueError(f"{op}: reset is on {reset.device} but the inputs are on {like.device}")
 
 
-def require_scale(op: str, scale: float | None) -> None:
-    """Raise where `scale` is a tensor: it would be read as a number, and what it learns be lost without a word."""
-    if isinstance(scale, Tensor):
-        raise ValueError(f"{op}: scale must be a number, got a tensor, which has no gradient here; multiply q by it")
+def require_numbers(op: str, *, above_zero: bool = False, **numbers: float | None) -> None:
+    """Raise unless each is None or a number: of a tensor, what it learns would be lost without a word."""
+    for name, value in numbers.items():
+        if isinstance(value, Tensor):
+            raise ValueError(f"{op}: {name} must be a number, got a tensor, which has no gradient here")
+        if value is not None and (isinstance(value, bool) or not isinstance(value, Real)):
+            raise ValueError(f"{op}: {name} must be a number, got {value!r}")
+        if above_zero and value is not None and not value > 0:
+            raise ValueError(f"{op}: {name} must be above 0, got {value}")
 
 
 def require_cu_seqlens(op: str, cu_seqlens: Tensor | None, batch: int, length: int) -> None:
@@ -128,5 +134,5 @@ def matrix_state_plan(
     for name, t in (("k", k), ("v", v)):
         if t.dtype != q.dtype:
             raise ValueError(f"{op}: q, k and v must share one dtype, got {q.dtype} and {name} {t.dtype}")
-    require_scale(op, scale)
+    require_numbers(op, scale=scale)
     return None

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.common.checks import require_cu_seqlens, require_shape, state_dtype
+from kernels.common.checks import require_alike, require_cu_seqlens, require_shape, state_dtype
 from kernels.common.dispatch import Decision, explained_by
 from kernels.memory_cache.base import base_call, base_plan
 from kernels.memory_cache.reference import routed_memory_reference
@@ -35,6 +35,7 @@ def _plan(
     chunk: int | None = None,
     backend: str = "auto",
 ) -> Decision:
+    require_alike(OP, {"q": q, "k": k, "router": router})
     per_memory = k.dim() == 5
     if router.dim() != 3 or router.shape[:2] != q.shape[:2] or router.shape[2] < 1:
         raise ValueError(f"{OP}: router must be [B, T, E] = {list(q.shape[:2])} and E >= 1, got {list(router.shape)}")

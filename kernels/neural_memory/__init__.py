@@ -8,7 +8,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from kernels.common.checks import require_alike, require_cu_seqlens, require_shape, state_dtype
+from kernels.common.checks import require_alike, require_cu_seqlens, require_numbers, require_shape, state_dtype
 from kernels.common.dispatch import Decision, choose, explained_by, without_autocast
 from kernels.neural_memory import chunked, schedule, walk
 from kernels.neural_memory.model import ACTIVATIONS, LOSSES, Model
@@ -54,6 +54,7 @@ def _plan(
     for name, value, allowed in (("activation", activation, ACTIVATIONS), ("loss", loss, LOSSES)):
         if value not in allowed:
             raise ValueError(f"{OP}: unknown {name} {value!r}; use one of {', '.join(allowed)}")
+    require_numbers(OP, above_zero=True, threshold=threshold)
     if norm is not None and q.shape[3] != v.shape[3]:
         raise ValueError(f"{OP}: norm adds the query to the answer, so K must be V, got {q.shape[3]} and {v.shape[3]}")
     if initial_state is not None:

@@ -10,6 +10,7 @@ from kernels.common.checks import (
     cotangents,
     require_alike,
     require_cu_seqlens,
+    require_numbers,
     require_reset,
     require_shape,
     state_dtype,
@@ -84,8 +85,7 @@ def _plan(
         raise ValueError(f"{OP}: max_iterations must be a whole number, got {max_iterations!r}")
     if max_iterations < 0:
         raise ValueError(f"{OP}: max_iterations must be at least 0, got {max_iterations}")
-    if tolerance is not None and not tolerance > 0:
-        raise ValueError(f"{OP}: tolerance must be positive, got {tolerance}")
+    require_numbers(OP, above_zero=True, tolerance=tolerance)
     decision = choose(OP, backend, x, chunk=chunk, triton_chunk=32)
     if decision.backend == "chunked" and chunk is None:
         decision = replace(decision, chunk=chunked.CHUNK)

@@ -9,8 +9,8 @@ from kernels.common.checks import (
     cotangents,
     require_alike,
     require_cu_seqlens,
+    require_numbers,
     require_reset,
-    require_scale,
     require_shape,
     state_dtype,
 )
@@ -79,7 +79,7 @@ def _plan(
             raise ValueError(f"{OP}: x, q, k and v must share one dtype, got {x.dtype} and {name} {t.dtype}")
     require_cu_seqlens(OP, cu_seqlens, batch, length)
     require_reset(OP, reset, x)
-    require_scale(OP, scale)
+    require_numbers(OP, scale=scale)
     _require_state(initial_state, q, v, batch if cu_seqlens is None else cu_seqlens.shape[0] - 1)
     return choose(OP, backend, x, chunk=chunk, length=length, refusal=NO_TRITON)
 

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.common.checks import cotangents, matrix_state_plan, require_shape, state_dtype
+from kernels.common.checks import cotangents, matrix_state_plan, require_numbers, require_shape, state_dtype
 from kernels.common.dispatch import Decision, choose, explained_by, without_autocast
 from kernels.common.varlen import num_chunks
 from kernels.gated_linear_attention import gated_linear_attention
@@ -37,7 +37,7 @@ def _plan(
     chunk: int | None = None,
     backend: str = "auto",
 ) -> Decision:
-    refusal = matrix_state_plan(OP, q, k, v, beta, g, None, cu_seqlens)
+    refusal = matrix_state_plan(OP, q, k, v, beta, g, None, cu_seqlens, scale)
     if g is not None and g.dim() == 4:
         raise ValueError(f"{OP}: g must be [B, T, H] or [H] (H stays symmetric), got {list(g.shape)}")
     if mix is not None:
@@ -46,10 +46,9 @@ def _plan(
         sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
         shape = (sequences, *q.shape[2:], q.shape[3] + v.shape[3])
         require_shape(OP, "initial_state", initial_state, shape, "[sequences, H, K, K + V]")
-    if steps < 1:
-        raise ValueError(f"{OP}: steps must be at least 1, got {steps}")
-    if not (ratio > 0 and floor > 0):
-        raise ValueError(f"{OP}: ratio and floor must be above 0, got {ratio} and {floor}")
+    if not isinstance(steps, int) or steps < 1:
+        raise ValueError(f"{OP}: steps must be a whole number of at least 1, got {steps!r}")
+    require_numbers(OP, above_zero=True, ratio=ratio, floor=floor)
     wide = q.shape[3] > 64 and v.dtype == torch.float32
     if refusal is None and q.shape[3] > MOST_K:
         refusal = f"needs K <= {MOST_K}, got {q.shape[3]} (or split heads)"

@@ -10,6 +10,7 @@ from kernels.common.checks import (
     last_like,
     require_alike,
     require_cu_seqlens,
+    require_numbers,
     require_reset,
     require_shape,
     state_dtype,
@@ -60,8 +61,7 @@ def _plan(
             OP, "initial_state", initial_state, (sequences, heads, q.shape[3], values), "[sequences, H, K, V]"
         )
     require_reset(OP, reset, q)
-    if clip is not None and not clip > 0:
-        raise ValueError(f"{OP}: clip must be positive, got {clip}")
+    require_numbers(OP, above_zero=True, clip=clip)
     refusal = f"needs V <= {MOST_V}, got {values} (or more heads)" if values > MOST_V else None
     decision = choose(OP, backend, v, chunk=chunk, length=q.shape[1], refusal=refusal, triton_chunk=32)
     if clip is not None and decision.backend == "reference":
