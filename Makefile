@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 THREADS := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
-PYTEST := $(THREADS) $(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder
+PYTEST := $(THREADS) $(BIN)/python -m pytest -n 2 --dist worksteal
 
 .PHONY: demo test test-slow test-all check bench ui docs golden clean
 
