@@ -12,7 +12,7 @@ from rnn_cases import RNN_CASES
 import kernels.delta_rule as delta_module
 import kernels.gated_linear_attention as gla_module
 import kernels.linear_scan as scan_module
-import kernels.newton_rnn as newton_module
+import kernels.newton_rnn.op as newton_op
 import kernels.recurrent_attention as attention_module
 import kernels.ridge_memory as ridge_module
 import kernels.sequential_rnn as sequential_module
@@ -94,8 +94,8 @@ def nonlinear_schemas():
             peephole = None if peephole is None else peephole.flatten(1)
         h0 = h0.reshape(2, 1 + lstm, *x.shape[3:])
         tail = ("lstm" if lstm else "gru", 2, 4, 1e-12, 8, "chunked")
-        yield name, newton_module._forward, (x, r, peephole, h0, None, torch.tensor([0, 2, 6]), *tail)
-        yield f"{name}_dense", newton_module._forward, (x, r, None, None, None, None, *tail)
+        yield name, newton_op.solved, (x, r, peephole, h0, None, torch.tensor([0, 2, 6]), *tail)
+        yield f"{name}_dense", newton_op.solved, (x, r, None, None, None, None, *tail)
     for cell in ("gru", "lstm", "slstm"):
         given = props.draw(RNN_CASES[f"sequential_{cell}"], 5, cu=[0, 2, 5])
         x, r, bias, s0 = given.values()
