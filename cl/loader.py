@@ -44,7 +44,7 @@ class Budget:
             raise UserError(f"trainer has {' and '.join(given)}; a budget is exactly one of {', '.join(limits)}")
         for name, value in (given | {"batch_size": self.batch_size, "accumulation": self.accumulation}).items():
             entries = value if name == "max_steps" and isinstance(value, list | tuple) and value else [value]
-            if not all(isinstance(entry, int) and entry >= 1 for entry in entries):
+            if not all(isinstance(entry, int) and not isinstance(entry, bool) and entry >= 1 for entry in entries):
                 raise UserError(f"trainer.{name} is {value!r}; it must be an integer of at least 1")
 
     def batches_per_epoch(self, num_rows: int) -> int:
@@ -158,10 +158,15 @@ def augmented(stream: Stream, batch: Batch, generator: torch.Generator) -> Tenso
     return batch.inputs if stream.augment is None else stream.augment(batch.inputs, generator)
 
 
-def check_rows(data: Data, experience: Experience) -> None:
+def require_rows(experience: Experience, num_rows: int) -> None:
     """An experience without rows cannot be trained on."""
-    if len(data) == 0:
+    if num_rows == 0:
         raise UserError(f"experience {experience.id} ({experience.name!r}) has no training rows")
+
+
+def check_rows(data: Data, experience: Experience) -> None:
+    """The rows that were announced, and some."""
+    require_rows(experience, len(data))
     if len(data) != experience.num_samples:
         raise UserError(
             f"experience {experience.id} ({experience.name!r}) announced {experience.num_samples} rows "

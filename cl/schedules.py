@@ -15,7 +15,7 @@ import math
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import accumulate, pairwise
+from itertools import accumulate, pairwise, product
 
 from torch.optim import Optimizer
 
@@ -44,11 +44,14 @@ def fitted(schedule: Schedule, steps: Sequence[int], span: str) -> Schedule:
     Raises:
         UserError: phases that do not fit, or a value outside its range.
     """
-    parameters = inspect.signature(schedule).parameters
-    if span == "run" and "starts" in parameters and parameters["starts"].default is None:
-        schedule = partial(schedule, starts=tuple(accumulate(steps[:-1], initial=0)))
-    for total in {sum(steps)} if span == "run" else set(steps):
-        schedule(0, total)
+    parameters, is_run = inspect.signature(schedule).parameters, span == "run"
+    given = parameters["starts"].default if "starts" in parameters else None
+    starts = given or (tuple(accumulate(steps[:-1], initial=0)) if is_run else (0,))
+    if is_run and "starts" in parameters and given is None:
+        schedule = partial(schedule, starts=starts)
+    # phases of an experience are looked at when it is reached
+    for total, start in product({sum(steps)} if is_run else set(steps), starts):
+        schedule(start, total)
     return schedule
 
 
@@ -319,7 +322,7 @@ def _decayed(shape: str, progress: float, high: float, low: float, timescale: fl
 def _round(step: int, total: int, starts: Sequence[int] | None) -> tuple[int, int, int]:
     """Number of the experience that a step is in, the step within it, and its length."""
     starts = (0,) if starts is None else starts
-    if starts[0] != 0 or any(b <= a for a, b in pairwise(starts)) or starts[-1] >= max(1, total):
+    if list(starts[:1]) != [0] or any(b <= a for a, b in pairwise(starts)) or starts[-1] >= max(1, total):
         raise UserError(f"schedule.starts is {list(starts)}; it must rise from 0 and stay below the {total} steps")
     number = bisect_right(starts, step) - 1
     end = starts[number + 1] if number + 1 < len(starts) else total

@@ -16,7 +16,7 @@ from cl.config import PRECISIONS, TrainerConfig
 from cl.core import Setting, Stream, StreamInfo, UserError
 from cl.distributed import World
 from cl.hooks import Strategy, check_all, overrides
-from cl.loader import steps_in
+from cl.loader import require_rows, steps_in
 from cl.seeding import Seeds
 from cl.state import TrainState
 
@@ -41,6 +41,8 @@ def prepare(
     if masks_absent and stream.info.setting == Setting.CONTINUAL_PRETRAINING:
         raise UserError("trainer.logit_mask is 'batch', which needs rows with one class each; text must take 'none'")
     stream = planned(stream, strategies, config)
+    for experience in stream.experiences:
+        require_rows(experience, experience.num_samples)
     device, seeds = config.torch_device(), Seeds(seed)
     with seeds.as_global("init"):
         model = backbone(stream.info)

@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import re
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 
 from cl.core import UserError
 from cl.hub import hub_address, hub_answers, offline
-from streams._settings import require_integer
+from streams._settings import is_positive, require_integer
 from streams._shards import Piece
 
 FORMATS = {".txt": "text", ".text": "text", ".md": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
@@ -61,16 +62,24 @@ class Domain:
                 f"domain {self.name!r} needs either `path` (local txt, jsonl or parquet) or `hub` (an id), not "
                 f"{'none' if self.path is None else 'both'} of them"
             )
+        for key, value in (("path", self.path), ("eval_path", self.eval_path), ("field", self.field)):
+            if not _is_words(value) and (value is not None or key == "field"):
+                raise UserError(f"domain {self.name!r} has {key} {value!r}; it must be a string, or a list of them")
+        if self.eval_split is not None and (self.path is not None or self.eval_split == self.split):
+            raise UserError(
+                f"domain {self.name!r} has eval_split {self.eval_split!r}, and would be measured on what it trains on; "
+                "give another split of its hub id, or eval_path or eval_frac"
+            )
         if not isinstance(self.eval_frac, int | float) or not 0 < self.eval_frac <= 0.5:
             raise UserError(f"domain {self.name!r} has eval_frac {self.eval_frac!r}; it must be in (0, 0.5]")
         if self.tokens is not None:
             require_integer(f"tokens of domain {self.name!r}", self.tokens)
         require_integer(f"passes of domain {self.name!r}", self.passes)
-        if self.weight is not None and not (isinstance(self.weight, int | float) and self.weight > 0):
-            raise UserError(f"domain {self.name!r} has weight {self.weight!r}; it must be positive, or null")
+        if self.weight is not None and not is_positive(self.weight):
+            raise UserError(f"domain {self.name!r} has weight {self.weight!r}; it must be a number above 0, or null")
         try:
             re.compile(self.starts or "")
-        except re.error as error:
+        except (re.error, TypeError) as error:
             raise UserError(
                 f"domain {self.name!r} has starts {self.starts!r}, no regular expression: {error}"
             ) from None
@@ -108,18 +117,18 @@ class Source:
         self.paths = domain.eval_path if part == "eval" and domain.eval_path is not None else domain.path
         self.split = domain.eval_split if part == "eval" and domain.eval_split is not None else domain.split
         self.files = [] if self.paths is None else self._found(self.paths)
-        # every n-th document is measured on
-        self.every = None if has_own else round(1 / domain.eval_frac)
+        # of the documents, to measure on
+        self.share = None if has_own else domain.eval_frac
 
     def key(self) -> str:
         """Digest of everything that the documents depend on: local files by their bytes, the hub by its names."""
         domain = self.domain
         where = (
-            [_digest(file) for file in self.files]
+            [(_digest(file), _format(file)) for file in self.files]
             if self.files
             else [domain.hub, domain.config, self.split, domain.revision]
         )
-        parts = (where, domain.field, domain.starts, self.every, self.part if self.every else "")
+        parts = (where, domain.field, domain.starts, self.share, self.part if self.share else "")
         return hashlib.sha256(json.dumps(parts, default=list).encode()).hexdigest()[:20]
 
     def pieces(self) -> Iterator[Piece]:
@@ -128,13 +137,13 @@ class Source:
         for text, is_start in self._documents():
             if is_start:
                 number += 1
-                is_ours = self.every is None or (number % self.every == self.every - 1) == (self.part == "eval")
+                is_ours = self.share is None or _is_held_out(number, self.share) == (self.part == "eval")
             if is_ours:
                 is_any = True
                 yield text, is_start
-        if self.part == "eval" and not is_any and number >= 0 and self.every:
+        if self.part == "eval" and not is_any and number >= 0 and self.share:
             raise UserError(
-                f"domain {self.domain.name!r} has {number + 1} documents, too few to hold out one of {self.every}; "
+                f"domain {self.domain.name!r} has {number + 1} documents, too few to hold out {self.share} of them; "
                 "give it eval_path or eval_split, a larger eval_frac, or `starts` to cut its text into documents"
             )
 
@@ -160,6 +169,7 @@ class Source:
 
     def _column(self, rows: Iterable[Mapping[str, Any]]) -> Iterator[str]:
         names = [self.domain.field] if isinstance(self.domain.field, str) else list(self.domain.field)
+        num_missing = 0
         for row in rows:
             for name in names:
                 if name not in row:
@@ -170,7 +180,14 @@ class Source:
             values = [row[name] for name in names if row[name] is not None]
             if not all(isinstance(value, str) for value in values):
                 raise UserError(f"domain {self.domain.name!r} has values that are no text in {'+'.join(names)}")
+            num_missing += not values
             yield "\n".join(values)
+        if num_missing:
+            warnings.warn(
+                f"domain {self.domain.name!r} has {num_missing} rows without {'+'.join(names)} in {self._where()}, "
+                "which are left out",
+                stacklevel=2,
+            )
 
     def _where(self) -> str:
         return ", ".join(map(str, self.files[:2])) if self.files else str(self.domain.hub)
@@ -206,6 +223,8 @@ class Source:
             yield from _library().load_dataset(kind, data_files=[str(file)], split="train", streaming=True, **options)
         except UserError:
             raise
+        except StopIteration:  # what the library says of an empty file
+            return
         except Exception as error:  # the library raises what its readers raise
             cause = str(error.__cause__ or error).splitlines() or [type(error).__name__]
             raise UserError(f"domain {self.domain.name!r}: {file} cannot be read as {kind}: {cause[0][:160]}") from None
@@ -248,9 +267,42 @@ class Source:
             raise UserError(f"data set {domain.hub} cannot be fetched: {reason}; {way}") from None
 
 
+def require_apart(trained: Sequence[Source], measured: Sequence[Source]) -> None:
+    """Whether no file that is measured on as a whole is trained on.
+
+    Raises:
+        UserError: one is.
+    """
+    owners = {file.resolve(): source.domain.name for source in trained for file in source.files}
+    for source in measured:
+        for file in source.files if source.share is None else ():
+            if file.resolve() in owners:
+                raise UserError(
+                    f"domain {source.domain.name!r} is measured on {file}, which domain {owners[file.resolve()]!r} "
+                    "trains on; give one of them other text"
+                )
+
+
+def _is_words(value: object) -> bool:
+    words = [value] if isinstance(value, str) else value
+    return isinstance(words, Sequence) and len(words) > 0 and all(isinstance(word, str) and word for word in words)
+
+
+def _is_held_out(number: int, share: float) -> bool:
+    """Whether the document with this number is measured on: of every first n, share * n are, rounded down.
+
+    Example:
+        >>> [number for number in range(10) if _is_held_out(number, 0.4)]
+        [2, 4, 7, 9]
+    """
+    return int((number + 1) * share + 1e-9) > int(number * share + 1e-9)
+
+
 def _library() -> Any:
     """The library `datasets`, which tells of itself when it is imported."""
     logging.getLogger("datasets").setLevel(logging.WARNING)
+    # its readers write a line about what they raise
+    logging.getLogger("datasets.packaged_modules").setLevel(logging.CRITICAL)
     import datasets
 
     return datasets

@@ -91,6 +91,11 @@ def _mnist_like(root: str | None, download: bool, folder: str, name: str) -> Ima
             )
         tensors.append(read_idx(file, 3 if "idx3" in kind else 1))
     inputs, targets, eval_inputs, eval_targets = tensors
+    if inputs.shape[1:] != eval_inputs.shape[1:]:
+        raise UserError(
+            f"data set {name} in {path} holds images of {' x '.join(map(str, inputs.shape[1:]))} pixels to train on, "
+            f"and of {' x '.join(map(str, eval_inputs.shape[1:]))} to measure on; fetch it again"
+        )
     for part, labels in ((inputs, targets), (eval_inputs, eval_targets)):
         if len(part) != len(labels) or labels.max() > 9:
             raise UserError(

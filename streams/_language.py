@@ -10,6 +10,7 @@ from functools import partial
 
 from cl.core import Data, EvalSet, Experience, Setting, Stream, StreamInfo, UserError, shuffled
 from streams._packing import Mixed, Packed, as_ids, pass_by_pass, require_windows, text_bytes
+from streams._settings import is_positive
 from streams._shards import Corpus
 from streams._tokenizers import Tokenizer
 
@@ -115,6 +116,18 @@ def _content(texts: Sequence[Text]) -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
+def require_order(order: object) -> None:
+    """Raise `UserError` for what is no list of experiences."""
+    if order is not None and (isinstance(order, str) or not isinstance(order, Sequence)):
+        raise UserError(f"stream.order is {order!r}; it must be a list of domains, such as [news,code]")
+    for entry in order or ():
+        if not isinstance(entry, str | Sequence | Mapping):
+            raise UserError(
+                f"stream.order holds {entry!r}; an experience is a domain, a list of domains, or a mapping from domain "
+                "to weight"
+            )
+
+
 def _shares(entry: Entry, texts: Mapping[str, Text]) -> dict[str, float | None]:
     """The domains of an experience and their weights."""
     if isinstance(entry, Mapping):
@@ -125,8 +138,8 @@ def _shares(entry: Entry, texts: Mapping[str, Text]) -> dict[str, float | None]:
     for name, weight in shares.items():
         if name not in texts:
             raise UserError(f"stream.order names {name!r}, no domain to train on; the domains are {', '.join(texts)}")
-        if weight is not None and not (isinstance(weight, int | float) and weight > 0):
-            raise UserError(f"stream.order gives {name!r} the weight {weight!r}; it must be positive")
+        if weight is not None and not is_positive(weight):
+            raise UserError(f"stream.order gives {name!r} the weight {weight!r}; it must be a number above 0")
     if not shares:
         raise UserError("stream.order has an experience without domains; it must name at least one")
     if len({weight is None for weight in shares.values()}) > 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -38,6 +39,11 @@ def require_fraction(name: str, value: object) -> None:
         raise UserError(f"{name} is {value!r}; it must be a number between 0 and 1")
 
 
+def is_positive(value: object) -> TypeGuard[float]:
+    """Whether a value is a finite number above 0."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
+
+
 def is_list(value: object, length: int) -> TypeGuard[Sequence[Any]]:
     """Whether a value is a list of that length; a string is not."""
     return isinstance(value, Sequence) and not isinstance(value, str) and len(value) == length
@@ -72,6 +78,8 @@ def assemble(family: str, images: Images, setting: Setting, num_outputs: int, pi
     has_heads = setting == Setting.TASK_INCREMENTAL
     experiences, eval_sets = [], []
     for k, piece in enumerate(pieces):
+        if piece.num_eval == 0:
+            raise UserError(f"experience {k} ({piece.name!r}) has no rows of {images.name} to measure on")
         task_id = k if has_heads else None
         load, domain = partial(piece.load, experience_id=k, task_id=task_id), piece.domain or piece.name
         experiences.append(

@@ -23,7 +23,7 @@ from cl.core import UserError
 from cl.result import write_text
 from streams._tokenizers import Tokenizer
 
-FORMAT = 1
+FORMAT = 2
 SHARD_TOKENS = 1 << 26
 BATCH_CHARS = 1 << 20
 """Text is tokenised so many characters at a time."""
@@ -111,7 +111,7 @@ def corpus_of(
         ) from None
     try:
         _Writer(name, unfinished, tokenizer, limit, shard_tokens).write(pieces)
-        if folder.exists():  # damaged, or another process was faster
+        if _opened(folder) is None:  # absent or damaged; where another process was faster, its own stays
             shutil.rmtree(folder, ignore_errors=True)
         try:
             os.replace(unfinished, folder)
@@ -160,7 +160,7 @@ class _Writer:
         """All pieces, then the manifest."""
         self._file, self._count = None, 0
         try:
-            for batch in _batches(pieces):
+            for batch in _batches(_joined(pieces)):
                 for tokens, (text, is_start) in zip(self.tokenizer.encode([t for t, _ in batch]), batch, strict=True):
                     if is_start:
                         self._end_document()
@@ -227,6 +227,24 @@ class _Writer:
         manifest = asdict(corpus)
         del manifest["folder"]
         write_text(self.folder / "manifest.json", json.dumps(manifest, indent=1) + "\n")
+
+
+def _joined(pieces: Iterable[Piece]) -> Iterator[Piece]:
+    """The same text in as few pieces as `BATCH_CHARS` allows, none of two documents.
+
+    Tokenizers look across lines: many begin every text that they are given with a blank, and know empty lines.
+    """
+    parts: list[str] = []
+    chars, is_first = 0, True
+    for text, is_start in pieces:
+        if parts and (is_start or chars >= BATCH_CHARS):
+            yield "".join(parts), is_first
+            parts, chars = [], 0
+        is_first = is_first if parts else is_start
+        parts.append(text)
+        chars += len(text)
+    if parts:
+        yield "".join(parts), is_first
 
 
 def _batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:

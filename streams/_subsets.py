@@ -9,6 +9,8 @@ from math import comb
 import torch
 from torch import Tensor
 
+from cl.core import UserError
+
 KINDS = ("random", "halves", "forgetting", "cycle", "couples", "iid")
 WEIGHTED = ("random", "halves")
 """Kinds that draw classes by their probabilities."""
@@ -62,6 +64,11 @@ def subsets(
                 among[half:] *= is_late
             elif kind == "forgetting" and is_late:
                 among[half:] = 0
+            if int((among > 0).sum()) < size:
+                raise UserError(
+                    f"stream.entropy_decrease={entropy_decrease!r} and stream.prob_reduction={prob_reduction!r} leave "
+                    f"experience {k} fewer than {size} classes with a probability above 0; take smaller ones"
+                )
             drawn = torch.multinomial(among, size, generator=generator)
             # for good: a class seen more often than its turn becomes rarer and rarer
             probabilities[drawn] /= prob_reduction

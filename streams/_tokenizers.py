@@ -155,6 +155,8 @@ def read_tokenizer(name: str, download: bool) -> Subwords:
     Raises:
         UserError: it cannot be found or read, or does not say which token ends a document.
     """
+    if not isinstance(name, str) or not name:
+        raise UserError(f"stream.tokenizer is {name!r}; it must be bytes, bpe, or a folder, file or hub id")
     path = Path(name).expanduser()
     file = path / "tokenizer.json" if path.is_dir() else path
     if not file.is_file():

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from cl.core import Setting, Stream, UserError
 from streams import _builtin_sources as sources
-from streams._language import Entry, Text, language_stream
+from streams._language import Entry, Text, language_stream, require_order
 from streams._settings import require_choice, require_flag, require_integer
 from streams._shards import Piece, cache_folder, corpus_of
 from streams._tokenizers import Bytes, trained_bpe
@@ -53,6 +53,7 @@ def builtin_text(
         UserError: a value outside its range.
     """
     require_integer("stream.context", context)
+    require_order(order)
     require_flag("stream.general", general)
     require_choice("stream.eval_on", eval_on, ("test", "validation"))
     budgets = train_tokens if isinstance(train_tokens, Mapping) else dict.fromkeys(DOMAINS, train_tokens)

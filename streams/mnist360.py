@@ -128,7 +128,7 @@ def mnist360(images: Images, has_boundaries: bool = False, shared_rows: int = 16
     else:
         experiences = [shows.experience(0, "nine digits turning", range(len(every)))]
     counts = images.eval_targets.bincount(minlength=NUM_CLASSES).tolist()
-    eval_sets = [EvalSet(names[c], partial(shows.held_out, c), counts[c]) for c in range(NUM_CLASSES)]
+    eval_sets = [EvalSet(names[c], partial(shows.held_out, c), counts[c]) for c in range(NUM_CLASSES) if counts[c]]
     name = "mnist360" if images.name == "mnist" else f"{images.name}360"
     info = StreamInfo(name, Setting.CLASS_INCREMENTAL, images.shape, images.num_classes, len(experiences))
     return Stream(info, experiences, eval_sets, images.transform, images.augment)

@@ -82,6 +82,10 @@ def counts(
     shape = _shape(kind, ratio, {"exponent": exponent, "offset": offset, "scale": scale})
     n = torch.zeros(num_experiences, num_experiences, dtype=torch.int64)
     budget = math.floor(ratio * num_rows + 1e-9)
+    if budget < 1:
+        raise UserError(
+            f"stream.ratio is {ratio!r}, which rehearses none of {num_rows} rows; it must be at least 1 / {num_rows}"
+        )
     for t in range(1, num_experiences):
         weights = _weights(kind, t, **shape)
         if kind in BUDGETED:

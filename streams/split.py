@@ -70,7 +70,8 @@ def _class_order(wanted: str | Sequence[int], num_classes: int, seed: int) -> li
     if wanted == "shuffled":
         generator = torch.Generator().manual_seed(derive_seed(seed, "class order"))
         return torch.randperm(num_classes, generator=generator).tolist()
-    if is_list(wanted, num_classes) and all(c in wanted for c in range(num_classes)):
+    # false and 0.0 equal 0, and are no class
+    if is_list(wanted, num_classes) and all(type(c) is int for c in wanted) and set(wanted) == set(range(num_classes)):
         return list(wanted)
     raise UserError(
         f"stream.class_order is {wanted!r}; it must be fixed, shuffled, or a list that names every class from 0 to "

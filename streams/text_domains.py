@@ -16,9 +16,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from cl.core import Setting, Stream, UserError
-from streams._documents import Domain, Source
-from streams._language import Entry, Text, language_stream
-from streams._settings import is_list, require_integer
+from streams._documents import Domain, Source, require_apart
+from streams._language import Entry, Text, language_stream, require_order
+from streams._settings import require_integer
 from streams._shards import SHARD_TOKENS, Corpus, cache_folder, corpus_of
 from streams._tokenizers import Bytes, Tokenizer, read_tokenizer, trained_bpe
 
@@ -71,8 +71,7 @@ def text_domains(
         require_integer("stream.eval_tokens", eval_tokens, smallest=context + 1)
     if not isinstance(domains, Sequence) or isinstance(domains, str) or not domains:
         raise UserError(f"stream.domains is {domains!r}; it must be a list such as [{{name: news, path: news.jsonl}}]")
-    if order is not None and not is_list(order, len(order)):
-        raise UserError(f"stream.order is {order!r}; it must be a list of domains, such as [news,code]")
+    require_order(order)
     known = [Domain.of(node, f"stream.domains[{number}]") for number, node in enumerate(domains)]
     extra = [] if general is None else [Domain.of(general, "stream.general")]
     folder = cache_folder(cache)
@@ -83,7 +82,9 @@ def text_domains(
     train, held_out = sources("train", known), sources("eval", [*known, *extra])
     has_own = extra and (extra[0].eval_path is not None or extra[0].eval_split is not None)
     if extra and not has_own and "eval_frac" not in (general or {}):
-        held_out[-1].every = None  # nothing of it is trained on, so all of it can be measured
+        held_out[-1].share = None  # nothing of it is trained on, so all of it can be measured
+    anchored = sources("train", extra) if held_out[-1].share is not None or has_own else []
+    require_apart([*train, *anchored], held_out)
     chosen = _chosen(tokenizer, vocabulary, known, train, order, folder, download)
 
     def corpus(source: Source, limit: int | None) -> Corpus:
@@ -96,7 +97,7 @@ def text_domains(
         for d, ours, theirs in zip(known, train, held_out, strict=False)
     ]
     for source in held_out[len(known) :]:
-        anchors = None if source.every is None and not has_own else corpus(sources("train", extra)[0], extra[0].tokens)
+        anchors = corpus(anchored[0], extra[0].tokens) if anchored else None
         texts.append(Text(source.domain.name, None, corpus(source, eval_tokens), general=anchors))
     return language_stream(name, Setting.CONTINUAL_PRETRAINING, texts, order, chosen, context, eval_tokens)
 
@@ -112,8 +113,6 @@ def _chosen(
 ) -> Tokenizer:
     if wanted == "bytes":
         return Bytes()
-    if not isinstance(wanted, str) or not wanted:
-        raise UserError(f"stream.tokenizer is {wanted!r}; it must be bytes, bpe, or a folder, file or hub id")
     if wanted != "bpe":
         return read_tokenizer(wanted, download)
     require_integer("stream.vocabulary", vocabulary, smallest=258)

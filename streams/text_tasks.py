@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -44,6 +45,8 @@ ORDERS = {
 """The sequences of O-LoRA's scripts, by name: fifteen tasks, and three orders of four."""
 HOLD_OUT = 10
 """Every so many-th training row is measured on where settings are chosen."""
+MANY_CUT = 0.1
+"""A task of which a larger share is cut may lack what it asks, which often comes last, so a run says so."""
 NO_LABEL = "-"
 """Rows on which those who were asked did not agree, as MNLI marks them; left out."""
 TEMPLATE = "{text}\nOptions: {options}\nAnswer:"
@@ -159,7 +162,7 @@ def text_tasks(
     anchors = None
     if general is not None:
         source = Source(Domain.of(general, "stream.general"), "train", root, download)
-        source.every = None  # no task measures on it
+        source.share = None  # no task measures on it
         name = source.domain.name
         corpus = corpus_of(name, source.pieces(), chosen, cache_folder(cache), source.key(), source.domain.tokens)
         digest.update(corpus.content.encode())
@@ -193,18 +196,19 @@ def _read(place: Path, name: str, limits: tuple[int | None, int | None], is_vali
         labels = json.loads((place / name / "labels.json").read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"{place / name / 'labels.json'} cannot be read: {error}") from None
-    if not isinstance(labels, list) or len(labels) < 2 or not all(isinstance(each, str) and each for each in labels):
-        raise UserError(f"{place / name / 'labels.json'} is no list of at least two words")
+    is_named = isinstance(labels, list) and all(isinstance(each, str) and each for each in labels)
+    if not is_named or len(set(labels)) < max(2, len(labels)):
+        raise UserError(f"{place / name / 'labels.json'} is no list of at least two different words")
     return Task(name, str(place / name), tuple(labels), limits, is_validated)
 
 
 def _rows(path: Path, labels: Sequence[str]) -> Iterator[tuple[str, int]]:
     try:
-        lines = path.read_text("utf-8").strip("\n").split("\n")
+        lines = path.read_text("utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read: {error}") from None
     for number, line in enumerate(lines, 1):
-        if not line:
+        if not line.strip():
             continue
         try:
             row = json.loads(line)
@@ -213,6 +217,8 @@ def _rows(path: Path, labels: Sequence[str]) -> Iterator[tuple[str, int]]:
             raise UserError(f"{path}, line {number}, is no JSON object") from None
         except KeyError as error:
             raise UserError(f"{path}, line {number}, has no field {error}; it needs text and label") from None
+        if not isinstance(text, str):
+            raise UserError(f"{path}, line {number}, has the text {repr(text)[:80]}, which is no string")
         if label == NO_LABEL:
             continue
         if label not in labels:
@@ -247,6 +253,13 @@ def _load(
     rows = task.rows(is_train)
     head, tail, answers, room = _room(task, tokenizer, context, template)
     texts = tokenizer.encode([text.strip() for text, _ in rows])
+    num_cut = sum(len(tokens) > room for tokens in texts)
+    if is_train and num_cut > MANY_CUT * len(texts):
+        warnings.warn(
+            f"task {task.name!r} has {num_cut} of {len(texts)} texts longer than stream.context={context} has room "
+            "for; what stands at their end is not read",
+            stacklevel=2,
+        )
     end = np.array([tokenizer.separator])
     prompts = [np.concatenate((end, head, tokens[:room], tail)).astype(np.int32) for tokens in texts]
     labels = np.array([label for _, label in rows])

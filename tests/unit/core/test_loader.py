@@ -82,6 +82,7 @@ def test_tokens_are_counted_before_anything_is_loaded():
         ({"epochs": 0}, "trainer.epochs is 0"),
         ({"max_tokens": -3}, "trainer.max_tokens is -3"),
         ({"batch_size": 2.5}, "trainer.batch_size is 2.5"),
+        ({"max_steps": [5, True]}, r"trainer.max_steps is \[5, True\]"),
         ({"accumulation": 0}, "trainer.accumulation is 0"),
     ],
 )

@@ -190,6 +190,7 @@ def test_autoregressive_peaks_lie_on_one_cosine_over_all_steps_so_far():
         (cosine, {"warmup_frac": -0.1}, "schedule.warmup_frac is -0.1"),
         (cosine, {"warmup_steps": 1.5}, "schedule.warmup_steps is 1.5"),
         (autoregressive, {"starts": (0, 200)}, "schedule.starts"),
+        (autoregressive, {"starts": ()}, "schedule.starts is []"),
         (inverse_square_root, {"cooldown_frac": 3}, "schedule.cooldown_frac is 3"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
@@ -241,3 +242,20 @@ def test_trainer_refuses_a_schedule_that_does_not_fit_before_it_trains():
         trainer(partial(infinite, warmup_steps=15, cooldown_steps=10), max_steps=6)
     with pytest.raises(UserError, match="more steps than the 6"):
         trainer(partial(cosine, warmup_steps=15), max_steps=6, schedule_span="experience")
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        partial(rewarmed_cosine, warmup_steps=5),
+        partial(autoregressive, warmup_steps=5),
+        partial(inverse_square_root, cooldown_steps=5),
+        partial(infinite, is_annealed_each=True, anneal_steps=5),
+    ],
+)
+def test_phases_of_a_short_later_experience_are_refused_before_it_trains(schedule):
+    """It once trained on the experiences before it, and failed there."""
+    with pytest.raises(UserError, match="more steps than the 4"):
+        trainer(schedule, max_steps=[6, 6, 4])
+    with pytest.raises(UserError, match="more steps than the 3"):
+        trainer(partial(schedule, starts=(0, 15)), max_steps=6)

@@ -109,6 +109,7 @@ def test_options():
         ({"context": 0}, "stream.context is 0"),
         ({"general": "yes"}, "stream.general is 'yes'"),
         ({"eval_on": "train"}, "stream.eval_on is 'train'"),
+        ({"order": "docs"}, "stream.order is 'docs'; it must be a list"),
         ({"order": ["poetry"]}, "the domains are docs, code, arithmetic"),
     ],
 )

@@ -1,13 +1,18 @@
 """Files on disk become tensors, or one sentence."""
 
 import gzip
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 
+from cl.backbones.mlp import Mlp
 from cl.core import UserError
+from cl.trainer import Trainer
+from strategies.naive import Naive
 from streams._images import LOADERS, load_images, read_idx
+from streams.split import split
 
 LABELS = "train-labels-idx1-ubyte"
 ARRAY = np.arange(24, dtype=np.uint8).reshape(4, 2, 3)
@@ -84,6 +89,31 @@ def test_labels_that_do_not_fit_are_refused(mnist_root, idx, labels):
     (mnist_root / "MNIST" / "raw" / LABELS).write_bytes(idx(labels.astype(np.uint8)))
     with pytest.raises(UserError, match="one label from 0 to 9 per image"):
         load_images("mnist", str(mnist_root))
+
+
+def test_images_of_two_sizes_are_refused(mnist_root, idx):
+    file = mnist_root / "MNIST" / "raw" / "t10k-images-idx3-ubyte"
+    file.write_bytes(idx(np.zeros((60, 20, 20), np.uint8)))
+    with pytest.raises(UserError, match="28 x 28 pixels to train on, and of 20 x 20 to measure on"):
+        load_images("mnist", str(mnist_root))
+
+
+def test_a_class_without_rows_is_refused_before_anything_is_trained(mnist_root, idx):
+    """The experience that shows it was once refused when it was reached."""
+    labels = np.arange(120) % 10
+    (mnist_root / "MNIST" / "raw" / LABELS).write_bytes(idx(np.where(labels // 2 == 2, 0, labels).astype(np.uint8)))
+    stream = split("mnist", root=str(mnist_root))
+    assert [each.num_samples for each in stream.experiences] == [48, 24, 0, 24, 24]
+    with pytest.raises(UserError, match=r"experience 2 \('classes 4 5'\) has no training rows"):
+        Trainer(stream, Mlp, [Naive()], optimizer=partial(torch.optim.SGD, lr=0.1))
+
+
+def test_a_class_without_held_out_rows_is_refused(mnist_root, idx):
+    """Every metric of such a run was none."""
+    file = mnist_root / "MNIST" / "raw" / "t10k-labels-idx1-ubyte"
+    file.write_bytes(idx((np.arange(60) % 8).astype(np.uint8)))
+    with pytest.raises(UserError, match=r"experience 4 \('classes 8 9'\) has no rows of mnist to measure on"):
+        split("mnist", root=str(mnist_root))
 
 
 def test_foreign_cifar_is_not_unpickled(tmp_path, monkeypatch):

@@ -1,5 +1,7 @@
 """MNIST-360 against a plain re-derivation of mammoth's loaders, and turning against PIL."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -123,6 +125,15 @@ def test_held_out_images_turn_once():
 def test_too_few_rows_are_refused():
     with pytest.raises(UserError, match=r"stream.dataset is digits with .* raise stream.train_rows"):
         mnist360("digits", train_rows=60)
+
+
+def test_a_digit_without_held_out_images_has_no_column():
+    """It was divided by their number when it was measured."""
+    images = load_images("digits")
+    targets = images.eval_targets.masked_fill(images.eval_targets == 3, 2)
+    stream = mnist360.__wrapped__(replace(images, eval_targets=targets))
+    assert [e.domain for e in stream.eval_sets] == [f"digit {c}" for c in range(9) if c != 3]
+    assert [len(e.load()) for e in stream.eval_sets] == [e.num_samples for e in stream.eval_sets]
 
 
 @pytest.mark.slow

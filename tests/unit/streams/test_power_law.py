@@ -162,6 +162,7 @@ def test_a_thousand_experiences_are_small():
 BASE = permuted("digits", 3)
 WRONG = [
     ({"ratio": 0}, "stream.ratio is 0; it must be above 0 and at most 1"),
+    ({"ratio": 1e-4}, "stream.ratio is 0.0001, which rehearses none of 1437 rows; it must be at least 1 / 1437"),
     ({"ratio": 1.5}, "stream.ratio is 1.5; it must be above 0 and at most 1"),
     ({"ratio": float("nan")}, "stream.ratio is nan; it must be above 0"),
     ({"ratio": 0.5, "kind": "joint"}, "stream.ratio is 0.5, which kind joint does not have"),

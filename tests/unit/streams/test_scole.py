@@ -149,6 +149,11 @@ WRONG = [
     ({"replaced_frac": 1.5, "kind": "cycle"}, "stream.replaced_frac is 1.5; it must be a number from 0 to 1"),
     ({"replaced_frac": 0.5}, "stream.replaced_frac is 0.5, which kind random does not have; it must be 0 unless"),
     ({"couples_frac": 0.01, "kind": "couples"}, "stream.couples_frac is 0.01, which leaves none of the 45 subsets"),
+    ({"entropy_decrease": 5000}, "stream.entropy_decrease=5000 and stream.prob_reduction=1.0 leave experience 0 fewer"),
+    (
+        {"prob_reduction": 1e9, "kind": "halves", "num_experiences": 400},
+        "stream.entropy_decrease=0.0 and stream.prob_reduction=1000000000.0 leave experience",
+    ),
     ({"prob_reduction": 0.5}, "stream.prob_reduction is 0.5; it must be a number of at least 1"),
     ({"rows_per_class": 0}, "stream.rows_per_class is 0; it must be an integer of at least 1"),
     ({"num_experiences": 0}, "stream.num_experiences is 0; it must be an integer of at least 1"),

@@ -92,6 +92,8 @@ def test_names_stay_short_and_unique():
         ({"class_order": [0, 1, 2]}, "names every class from 0 to 9 once"),
         ({"class_order": [0] * 10}, "names every class from 0 to 9 once"),
         ({"class_order": 7}, "stream.class_order is 7"),
+        ({"class_order": [False, True, *range(2, 10)]}, "stream.class_order is [False, True, 2"),
+        ({"class_order": [0.0, *range(1, 10)]}, "stream.class_order is [0.0, 1, 2"),
     ],
 )
 def test_impossible_divisions_are_one_sentence(options, says):

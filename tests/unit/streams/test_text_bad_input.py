@@ -38,6 +38,18 @@ BAD = [
     ({"domains": [NEWS_DOMAIN | {"tokens": 0}]}, "tokens of domain 'news' is 0"),
     ({"domains": [NEWS_DOMAIN | {"passes": 1.5}]}, "passes of domain 'news' is 1.5"),
     ({"domains": [NEWS_DOMAIN | {"weight": -1}]}, "weight -1"),
+    ({"domains": [NEWS_DOMAIN | {"weight": float("inf")}]}, "weight inf; it must be a number above 0"),
+    ({"domains": [NEWS_DOMAIN | {"path": []}]}, "has path []; it must be a string, or a list of them"),
+    ({"domains": [NEWS_DOMAIN | {"path": 2024}]}, "has path 2024"),
+    ({"domains": [NEWS_DOMAIN | {"eval_path": ["held.jsonl", 1]}]}, "has eval_path ['held.jsonl', 1]"),
+    ({"domains": [NEWS_DOMAIN | {"field": None}]}, "has field None"),
+    ({"domains": [NEWS_DOMAIN | {"starts": 1}]}, "has starts 1, no regular expression"),
+    ({"domains": [NEWS_DOMAIN | {"path": "nothing.jsonl"}]}, "is empty"),
+    ({"domains": [NEWS_DOMAIN | {"eval_path": "nothing.jsonl"}]}, "is empty"),
+    ({"order": 3}, "stream.order is 3; it must be a list"),
+    ({"order": [3]}, "stream.order holds 3; an experience is a domain, a list"),
+    ({"order": [{"news": float("inf"), "code": 1}]}, "gives 'news' the weight inf"),
+    ({"tokenizer": None}, "stream.tokenizer is None"),
     ({"domains": [NEWS_DOMAIN | {"starts": "("}]}, "no regular expression"),
     ({"domains": [NEWS_DOMAIN | {"eval_path": None, "eval_frac": 2}]}, "eval_frac 2"),
     ({"domains": [{"name": "code", "path": "code.txt"}]}, "too few to hold out"),
@@ -63,6 +75,7 @@ BAD = [
 def test_bad_requests_are_one_sentence(text_root, options, words):
     (text_root / "empty.jsonl").write_text('{"text": ""}\n')
     (text_root / "broken.jsonl").write_text('{"text": "a"\nnot json\n')
+    (text_root / "nothing.jsonl").write_text("")
     arguments = {"domains": [NEWS_DOMAIN, CODE_DOMAIN], "root": str(text_root), "context": CONTEXT} | options
     if arguments["context"] > 1000:
         arguments["shard_tokens"] = 1 << 20
@@ -70,6 +83,49 @@ def test_bad_requests_are_one_sentence(text_root, options, words):
         text_domains(**arguments)
     assert words in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("domain", "words"),
+    [
+        ({"name": "news", "path": "news.jsonl", "eval_split": "validation"}, "eval_split 'validation', and would be"),
+        ({"name": "news", "hub": "a/b", "split": "test", "eval_split": "test"}, "eval_split 'test', and would be"),
+        (
+            {"name": "news", "path": "many", "eval_path": "many/b.txt"},
+            "is measured on .*b.txt, which domain 'news' trains",
+        ),
+        (NEWS_DOMAIN | {"eval_path": "many/../news.jsonl"}, "is measured on .*news.jsonl, which domain 'news' trains"),
+    ],
+)
+def test_no_domain_is_measured_on_what_it_trains_on(text_root, domain, words):
+    """Local files have no splits: `eval_split` once measured all of the training text."""
+    with pytest.raises(UserError, match=words):
+        built(text_root, [domain])
+
+
+def test_nothing_is_measured_on_what_another_domain_trains_on(text_root):
+    general = {"name": "general", "path": "code.txt"}
+    with pytest.raises(UserError, match=r"'general' is measured on .*code\.txt, which domain 'code' trains on"):
+        built(text_root, [NEWS_DOMAIN, CODE_DOMAIN], general=general)
+    held = {"name": "held", "path": "held.jsonl", "eval_path": "many"}
+    with pytest.raises(UserError, match=r"'news' is measured on .*held\.jsonl, which domain 'held' trains on"):
+        built(text_root, [NEWS_DOMAIN, held])
+    built(text_root, [NEWS_DOMAIN], general=general | {"starts": "^def ", "eval_frac": 0.5})
+
+
+def test_rows_without_text_are_told_of(text_root):
+    lines = ['{"text": "a row of text", "id": 0}'] * 9 + ['{"id": 1}', '{"text": null}']
+    (text_root / "gaps.jsonl").write_text("\n".join(lines * 3) + "\n")
+    with pytest.warns(UserWarning, match=r"domain 'news' has 6 rows without text in .*gaps\.jsonl, which are left out"):
+        stream = built(text_root, [NEWS_DOMAIN | {"path": "gaps.jsonl"}])
+    assert (stream.experiences[0].load().rows(torch.arange(20)).inputs == 256).sum() > 20
+
+
+def test_the_library_writes_no_line_of_its_own(text_root, caplog):
+    (text_root / "scalars.jsonl").write_text('"one"\n"two"\n')
+    with pytest.raises(UserError, match="cannot be read as json"):
+        built(text_root, [NEWS_DOMAIN | {"path": "scalars.jsonl"}])
+    assert not caplog.records
 
 
 HUB = {"name": "math", "hub": "nobody/nothing", "eval_split": "test"}

@@ -20,6 +20,7 @@ from strategies.joint import Joint
 from strategies.naive import Naive
 from strategies.replay import Replay
 from streams import _documents
+from streams._documents import Domain, Source
 from streams._tokenizers import Bytes
 from streams.text_domains import text_domains
 
@@ -103,6 +104,24 @@ def test_starts_glues_rows_too(text_root):
     rows = all_rows(built(text_root, [domain]).experiences[0].load())
     text = Bytes().decode([124 if token == 256 else token for token in rows.inputs.flatten().tolist()])
     assert text.startswith("| = One = \ntext one\n| = Two = \ntext two| = Three = | = One = ")
+
+
+@pytest.mark.parametrize("share", [0.05, 0.1, 0.3, 0.4, 0.45, 0.5])
+def test_the_share_that_is_asked_for_is_held_out(text_root, share):
+    """0.4 once held out every other document."""
+    domain = Domain("news", "news.jsonl", eval_frac=share)
+    train, held_out = (list(Source(domain, part, str(text_root), False).pieces()) for part in ("train", "eval"))
+    assert len(held_out) == int(40 * share)
+    assert sorted([*train, *held_out]) == sorted((text, True) for text in NEWS)
+
+
+def test_a_file_that_gets_another_kind_is_read_again(text_root):
+    """The cache once knew a file by its bytes alone."""
+    (text_root / "news.jsonl").rename(text_root / "news.txt")
+    as_lines = built(text_root, [NEWS_DOMAIN | {"path": "news.txt"}]).experiences[0].load()
+    assert texts_of(all_rows(as_lines))[0].startswith('{"text": "news number 0')
+    (text_root / "news.txt").rename(text_root / "news.jsonl")
+    assert texts_of(all_rows(built(text_root, [NEWS_DOMAIN]).experiences[0].load()))[0] == NEWS[0]
 
 
 def test_bpe_is_trained_on_the_first_domain_of_the_order(text_root):

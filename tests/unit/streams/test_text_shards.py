@@ -8,7 +8,7 @@ import tracemalloc
 import numpy as np
 import pytest
 import torch
-from tokenizers import AddedToken
+from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Library
 
 from cl.core import UserError
@@ -137,6 +137,24 @@ def test_documents_given_in_pieces_are_put_together(tmp_path):
     assert ids_of(corpus) == [plain(["the cat", "on", "end"])], "an empty document is none"
 
 
+def test_a_document_in_lines_has_the_tokens_of_the_whole(tmp_path, monkeypatch):
+    """A tokenizer that begins every text with a blank, as SentencePiece does, once put one before each line."""
+    library = Library(models.BPE(unk_token="<unk>"))
+    library.pre_tokenizer, library.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    trainer = trainers.BpeTrainer(vocab_size=60, special_tokens=["<unk>"], show_progress=False)
+    library.train_from_iterator(["the cat\n\nsat on the mat\n"] * 9, trainer)
+    tokenizer = Subwords(library.to_str())
+    lines = ["the cat\n", "\n", "  sat on\n", "the mat"]
+    pieces = [(line, number in (0, 3)) for number, line in enumerate(lines)]
+    (found,) = ids_of(corpus_of("some", pieces, tokenizer, tmp_path, "key"))
+    first, second = (tokens.tolist() for tokens in tokenizer.encode(["".join(lines[:3]), lines[3]]))
+    end = tokenizer.separator
+    assert found == [end, *first, end, *second, end]
+    monkeypatch.setattr("streams._shards.BATCH_CHARS", 4)
+    bytewise = corpus_of("long", pieces, Bytes(), tmp_path, "key")
+    assert ids_of(bytewise) == [plain(["".join(lines[:3]), lines[3]])], "a long document in several pieces"
+
+
 def test_shards_hold_whole_documents_and_each_begins_and_ends_with_the_separator(tmp_path):
     corpus = written(tmp_path, TEXTS, shard_tokens=58)
     assert [count for _, count in corpus.shards] == [len(part) for part in ids_of(corpus)]
@@ -172,6 +190,22 @@ def test_a_damaged_corpus_is_written_again(tmp_path, harm):
         shard.with_name("manifest.json").write_text('{"shards": []}')
     assert written(tmp_path, TEXTS) == first
     assert ids_of(first) == [plain(TEXTS)]
+
+
+def test_what_another_process_wrote_meanwhile_stays(tmp_path):
+    """It is mapped there by now, and was once deleted under its hands."""
+
+    def slow():
+        written(tmp_path, TEXTS)
+        (folder,) = (tmp_path / "corpora").glob("some-*")
+        places.append(folder.stat().st_ino)
+        yield from ((text, True) for text in TEXTS)
+
+    places: list[int] = []
+    corpus = corpus_of("some", slow(), Bytes(), tmp_path, "key")
+    (folder,) = (tmp_path / "corpora").iterdir()
+    assert [folder.stat().st_ino] == places
+    assert ids_of(corpus) == [plain(TEXTS)]
 
 
 def test_a_failure_leaves_nothing_behind(tmp_path):

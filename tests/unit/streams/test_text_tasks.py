@@ -2,6 +2,7 @@
 
 import json
 import math
+import warnings
 from functools import partial
 
 import pytest
@@ -320,6 +321,9 @@ def test_a_line_without_anything_is_passed_over(root):
         ('{"text": "a", "label": "blue"}', "line 1, has the label 'blue'; it must be one of green, white"),
         ('{"text": "a"}', "has no field 'label'"),
         ("text", "is no JSON object"),
+        ('\n\n{"text": "a", "label": "green"}\ntext', "line 4, is no JSON object"),
+        ('{"text": 3, "label": "green"}', "line 1, has the text 3, which is no string"),
+        ('{"text": null, "label": "green"}', "line 1, has the text None, which is no string"),
         ('{"text": "a", "label": "-"}', "is empty"),
         ("", "is empty"),
     ],
@@ -327,6 +331,32 @@ def test_a_line_without_anything_is_passed_over(root):
 def test_bad_files_are_one_sentence(root, content, words):
     (root / "text" / "tasks" / "sst2" / "train.jsonl").write_text(content)
     with pytest.raises(UserError, match=words):
+        built(root)
+
+
+def test_a_byte_order_mark_and_a_line_of_blanks_are_no_rows(root):
+    path = root / "text" / "tasks" / "sst2" / "train.jsonl"
+    wanted = built(root).experiences[0].num_samples
+    path.write_text("\ufeff" + path.read_text() + "  \n", encoding="utf-8")
+    assert built(root).experiences[0].num_samples == wanted
+
+
+def test_a_task_that_is_mostly_cut_is_told_of(root):
+    """Of MultiRC, 945 of 1,000 questions stood behind what 256 tokens hold."""
+    path = root / "text" / "tasks" / "sst2" / "train.jsonl"
+    rows, long = path.read_text().splitlines(), json.dumps({"text": "a long story " * 9, "label": "green"})
+    path.write_text("\n".join([*rows[:9], long]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        built(root, order=["sst2"]).experiences[0].load()
+    path.write_text("\n".join([*rows[:8], long, long]))
+    with pytest.warns(UserWarning, match=r"task 'sst2' has 2 of 10 texts longer than stream\.context=64 has room for"):
+        built(root, order=["sst2"]).experiences[0].load()
+
+
+def test_labels_are_different_words(root):
+    (root / "text" / "tasks" / "sst2" / "labels.json").write_text('["green", "white", "green"]')
+    with pytest.raises(UserError, match="at least two different words"):
         built(root)
 
 
