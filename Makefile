@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 THREADS := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 PYTEST := $(THREADS) $(BIN)/python -m pytest -n 2 --dist worksteal
 
-.PHONY: demo test test-slow test-all check bench ui docs golden clean
+.PHONY: demo test test-slow test-all test-kernels check bench ui docs golden clean
 
 demo: $(STAMP)  ## compare five strategies on embedded digits and write the report
 	$(BIN)/cl compare stream=permuted_digits strategies=naive,joint,replay,derpp,ewc seeds=5 +experiment=demo out=runs/demo
@@ -22,6 +22,9 @@ test-slow: $(STAMP)  ## the slow tests that CI runs besides
 
 test-all: $(STAMP)  ## everything, with the rest of the grids that CI runs a cover of
 	$(PYTEST) -m "not gpu and not network"
+
+test-kernels: $(STAMP)  ## all of the kernels alone: oracles, interpreter, mistakes put in, the compiler's table
+	$(PYTEST) -m "not gpu and not network" tests/kernels
 
 check: $(STAMP)  ## lint, format, types, spelling
 	$(BIN)/ruff check .

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,9 @@ from cl.state import TrainState
 FORMAT = "cl-lab checkpoint 1"
 KEPT = 2
 """How many checkpoints stay: the newest, and the one to fall back on when the newest is damaged."""
+
+
+PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.Size, torch.dtype, torch.device)
 
 
 def save(folder: Path, step: int, payload: dict[str, Any], fingerprint: str) -> Path:
@@ -47,6 +51,22 @@ def save(folder: Path, step: int, payload: dict[str, Any], fingerprint: str) -> 
         os.fsync(file.fileno())
     _tidy(folder, path)
     return path
+
+
+def _require_plain(value: Any, where: str) -> None:
+    """Refuse to write what `torch.load(weights_only=True)` would not read, or not in the same order.
+
+    Raises:
+        UserError: something else than tensors, numbers, strings, lists and dicts.
+    """
+    if type(value) in (dict, OrderedDict, list, tuple):
+        for key, entry in value.items() if isinstance(value, dict) else enumerate(value):
+            _require_plain(entry, f"{where}[{key!r}]")
+    elif type(value) not in PLAIN and not isinstance(value, Tensor):
+        raise UserError(
+            f"{where} is a {type(value).__name__}, which a checkpoint does not hold; "
+            "it must be made of tensors, numbers, strings, lists and dicts"
+        )
 
 
 def _tidy(folder: Path, newest: Path) -> None:
@@ -153,10 +173,13 @@ class Keeper:
         state = self.state.state_dict()  # every process has shards to give
         if self.state.world.rank:
             return
+        kept = [strategy.state_dict() for strategy in self.strategies]
+        for strategy, content in zip(self.strategies, kept, strict=True):
+            _require_plain(content, f"strategy {strategy.name}: state_dict()")
         payload = {
             "state": state,
             "scaler": self.scaler.state_dict(),
-            "strategies": [strategy.state_dict() for strategy in self.strategies],
+            "strategies": kept,
             "ledger": self.ledger.state_dict(),
             "position": [next_experience, steps_done],
             "content": self.state.stream.content,

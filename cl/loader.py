@@ -44,8 +44,9 @@ class Budget:
             raise UserError(f"trainer has {' and '.join(given)}; a budget is exactly one of {', '.join(limits)}")
         for name, value in (given | {"batch_size": self.batch_size, "accumulation": self.accumulation}).items():
             entries = value if name == "max_steps" and isinstance(value, list | tuple) and value else [value]
-            if not all(isinstance(entry, int) and not isinstance(entry, bool) and entry >= 1 for entry in entries):
-                raise UserError(f"trainer.{name} is {value!r}; it must be an integer of at least 1")
+            if not all(type(entry) is int and entry >= 1 for entry in entries):
+                several = ", or a list of one for each experience" if name == "max_steps" else ""
+                raise UserError(f"trainer.{name} is {value!r}; it must be an integer of at least 1{several}")
 
     def batches_per_epoch(self, num_rows: int) -> int:
         return math.ceil(num_rows / self.batch_size)

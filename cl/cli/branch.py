@@ -15,7 +15,7 @@ from cl.branch import as_new_run
 from cl.checkpoint import load_latest, save
 from cl.cli import build
 from cl.cli.compose import composed, import_from_here, plain
-from cl.cli.execute import CONFIG, RESULT
+from cl.cli.execute import CONFIG, RESULT, require_own
 from cl.cli.resume import saved_config
 from cl.config import TrainerConfig
 from cl.core import Stream, UserError
@@ -25,6 +25,8 @@ from cl.schedules import fitted
 from cl.setup import Span, experience_steps, planned
 
 BUDGETS = ("trainer.epochs", "trainer.max_steps", "trainer.max_tokens")
+SEARCHPATH = "hydra.searchpath"
+"""Where groups of one's own are."""
 SCIENTIFIC = re.compile(r"[+-]?[0-9]+[eE][+-]?[0-9]+")
 
 
@@ -136,6 +138,7 @@ def changed(config: Mapping[str, Any], found: Mapping[str, Any], groups: Sequenc
     for group in groups:
         own = {name: value for name, value in found.items() if name == group or name.startswith(f"{group}.")}
         if group in own:
+            own |= {name: found[name] for name in (SEARCHPATH,) if name in found}
             words = [f"{name}={_written(value)}" for name, value in own.items()]
             data = [f"data.root={config['data']['root']}"] if (config.get("data") or {}).get("root") else []
             new[group] = plain(composed("run", [*words, *data, f"seed={config['seed']}"])[group])
@@ -161,11 +164,12 @@ def start(
     """Make the folder of the new run, from which `cl resume` goes on; returns it.
 
     Raises:
-        UserError: it holds a run already.
+        UserError: it holds a run already, or other files.
     """
     folder = Path(out) if out else origin.run_dir.with_name(f"{origin.run_dir.resolve().name}-{verb}-{origin.step}")
     if (folder / CONFIG).exists() or (folder / RESULT).exists():
         raise UserError(f"{folder} already holds a run; choose another folder with out=FOLDER")
+    require_own(folder)
     config["origin"] = {
         "verb": verb,
         "run": str(origin.run_dir.resolve()),

@@ -52,6 +52,7 @@ KINDS = {
 OTHERS = ("seed", "limit_experiences", "data")
 WRITTEN = ("claim", "origin", "suite")
 """Nodes that experiments, branches and launchers bring along."""
+NUMBERS = ("float", "float | None", "float | torch.Tensor")
 FREE = ("trainer.parallel", "trainer.compile")
 """Settings that a run may be resumed without: they say how it is computed, not what."""
 
@@ -118,18 +119,27 @@ def arguments(path: str, node: Mapping[str, Any]) -> dict[str, Any]:
 
 def _check_kind(path: str, value: Any, annotation: str) -> None:
     """Python takes any word for true, and true for the number 1; a person means neither."""
-    if annotation in ("bool", "<class 'bool'>") and not isinstance(value, bool):
-        raise UserError(f"{path} is {value!r}; it must be true or false")
-    if annotation in ("int", "int | None", "<class 'int'>") and isinstance(value, bool):
-        raise UserError(f"{path} is {value!r}; it must be an integer")
-    if path.split(".")[0] not in ("trainer", "strategy", "schedule") or (value is None and "None" in annotation):
+    # an annotation of torch's own is the class itself, ours are text
+    kind = annotation.removeprefix("<class '").removesuffix("'>")
+    if value is None and "None" in kind:
         return
-    if annotation in ("str", "str | None") and not isinstance(value, str):
-        raise UserError(f"{path} is {value!r}; it must be a name")
-    if annotation.startswith("Sequence[") and not isinstance(value, list | tuple | str):
-        raise UserError(f"{path} is {value!r}; it must be a list")
-    if annotation == "float" and isinstance(value, str) and path.startswith("schedule."):
+    if kind in ("bool", "bool | None") and not isinstance(value, bool):
+        raise UserError(f"{path} is {value!r}; it must be true or false")
+    is_integer = type(value) is int if path.endswith(".seed") else not isinstance(value, bool)
+    if kind in ("int", "int | None") and not is_integer:
+        raise UserError(f"{path} is {value!r}; it must be an integer")
+    group = path.split(".")[0]
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    # streams and strategies say what range it is besides
+    if kind in NUMBERS and not is_number and group not in ("stream", "strategy"):
         raise UserError(f"{path} is {value!r}; it must be a number")
+    if group in ("stream", "backbone"):
+        return
+    if kind in ("str", "str | None") and not isinstance(value, str):
+        raise UserError(f"{path} is {value!r}; it must be a name")
+    is_word = isinstance(value, str) and "str" in kind
+    if kind.startswith(("Sequence[", "tuple[")) and not is_word and not isinstance(value, list | tuple):
+        raise UserError(f"{path} is {value!r}; it must be a list")
 
 
 def make(path: str, node: Mapping[str, Any]) -> Any:
@@ -205,7 +215,7 @@ def make_trainer(config: Mapping[str, Any], names: Mapping[str, Any], run_dir: P
     # `+name=value` makes a node of anything, a misspelt group too
     if unknown := [name for name in config if name not in (*KINDS, *OTHERS, *WRITTEN)]:
         raise UserError(f"a run has no setting {unknown[0]!r}; there are {', '.join((*KINDS, *OTHERS))}")
-    if not isinstance(config["seed"], int) or config["seed"] < 0:
+    if type(config["seed"]) is not int or config["seed"] < 0:
         raise UserError(f"seed is {config['seed']!r}; it must be an integer of at least 0")
     flat = settings(config)
     stream, strategies = make_stream(config), make_strategies(config)
@@ -235,7 +245,7 @@ def make_stream(config: Mapping[str, Any]) -> Stream:
     limit = config.get("limit_experiences")
     if limit is None:
         return stream
-    if not isinstance(limit, int) or limit < 1:
+    if type(limit) is not int or limit < 1:
         raise UserError(f"limit_experiences is {limit!r}; it must be an integer of at least 1, or null")
     return stream.first(limit)
 

@@ -142,7 +142,7 @@ def make_plan(request: Mapping[str, Any], words: Sequence[str], own: Mapping[str
             told[label] += dropped
             configs[label] = composed("run", told[label])
     reference = request["reference"]
-    if reference not in configs and reference != "naive":
+    if reference not in list(configs) and reference != "naive":
         raise UserError(f"reference is {reference!r}; it must be one of {', '.join(configs)}")
     jobs = (os.cpu_count() or 1) if request["jobs"] is None else request["jobs"]
     if type(jobs) is not int or jobs < 1:

@@ -13,12 +13,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_module
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
-from hydra.errors import HydraException, MissingConfigException
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
@@ -31,6 +32,10 @@ OPEN_NODE = re.compile(r"^(strategy\.\w+|stream|backbone|optimizer|schedule|trai
 BLOCKS = re.compile(r"^(backbone\.(?:blocks|mlp))=([^'\"].*[\[(+].*)$")
 """Words for blocks, such as 3x[linear_memory(rule=delta)] + attention, which Hydra takes in quotes only."""
 FOLDERS = ("out", "data.root", "hydra.run.dir", "hydra.sweep.dir")
+GROUPS = ("stream", "strategy", "backbone", "optimizer", "schedule", "trainer", "tracking", "experiment", "debug")
+NO_NAME = re.compile(r"null|true|false|[-+.\d]+", re.IGNORECASE)
+"""What Hydra reads as something else than a name."""
+UNREADABLE = "{!r} is no setting; settings are written name=value, such as seed=1"
 
 
 def open_signatures(overrides: Sequence[str]) -> list[str]:
@@ -38,7 +43,7 @@ def open_signatures(overrides: Sequence[str]) -> list[str]:
 
     Example:
         >>> open_signatures(["seed=1", "strategy.derpp.alpha=0.2", "+experiment=x"])
-        ['seed=1', '++strategy.derpp.alpha=0.2', '+experiment=x']
+        ['seed=1', '++strategy.derpp.alpha=0.2', 'experiment=x']
         >>> open_signatures(["strategy=[replay,my_ideas.Mine]"])
         ['strategy=[replay]', '++strategy.my_ideas._target_=my_ideas.Mine']
         >>> open_signatures(["backbone.blocks=2x[attention]"])
@@ -49,13 +54,21 @@ def open_signatures(overrides: Sequence[str]) -> list[str]:
     words = []
     for word in overrides:
         word = BLOCKS.sub(r'\1="\2"', word)
+        # chosen like any other group, with or without the plus
+        word = word.removeprefix("+") if word.startswith("+experiment=") else word
         key, _, value = word.partition("=")
+        if not key:
+            raise UserError(UNREADABLE.format(word))
+        if key == "hydra.searchpath":
+            check_folders([each.strip(" '\"").removeprefix("file://") for each in value.strip("[] ").split(",")])
         if key in FOLDERS and value not in ("", "null") and value[0] not in "'\"":
             # anything may stand in the name of a folder, and shells expand no ~ after a dotted name
             value = os.path.expanduser(value).replace("'", "\\'")
             words.append(f"{key}='{value}'")
             continue
         names = [name.strip() for name in value.strip("[] ").split(",")]
+        if (group := key.lstrip("+").partition("@")[0]) in GROUPS and _names_nothing(group, names):
+            raise UserError(f"there is no {group} {value!r}{_beside(value, _names(group))}")
         twice = [name for name in names if names.count(name) > 1]
         if key == "strategy" and twice:
             raise UserError(f"{word!r} names {twice[0]} twice")
@@ -68,6 +81,11 @@ def open_signatures(overrides: Sequence[str]) -> list[str]:
             word = word.replace(f"strategy.{AVALANCHE}", "strategy.avalanche_", 1) if "=" in word else word
             words.append(f"++{word}" if OPEN_NODE.match(word) else word)
     return words
+
+
+def _names_nothing(group: str, names: Sequence[str]) -> bool:
+    """A number or another word that is no name, or none at all; `strategy=[]` takes away the default."""
+    return any(map(NO_NAME.fullmatch, names)) or (names == [""] and group != "strategy")
 
 
 def _own_strategy(name: str) -> str:
@@ -111,7 +129,9 @@ def one_sentence() -> Iterator[None]:
 def _sentence(error: Exception) -> str:
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, name = error.missing_cfg_file.rpartition("/")
-        return f"there is no {group} {name!r}{_beside(name, _names(group))}"
+        return f"there is no {group or 'config'} {name!r}{_beside(name, _names(group))}"
+    if isinstance(error, OverrideParseException):
+        return UNREADABLE.format(error.override)
     cause = error.__cause__
     if isinstance(cause, ConfigAttributeError | ConfigKeyError):
         names = [str(name) for name in cause.parent_node or () if name != "hydra"]
@@ -143,10 +163,25 @@ def composed(name: str, overrides: Sequence[str]) -> DictConfig:
     """The config `name` with overrides applied, defaults of the signatures not yet filled in."""
     for word in overrides:
         if "=" not in word and not word.startswith("~"):
-            raise UserError(f"{word!r} is no setting; settings are written name=value, such as seed=1")
+            raise UserError(UNREADABLE.format(word))
     GlobalHydra.instance().clear()
     with one_sentence(), initialize_config_module("configs", version_base="1.3"):
         return compose(name, open_signatures(overrides))
+
+
+def check_folders(folders: Sequence[str]) -> None:
+    """Refuse folders with configs of the user's own that Hydra would not read.
+
+    Raises:
+        UserError: there is no such folder, or a config in it is called as one of ours, which is found first.
+    """
+    for folder in [Path(each) for each in folders if each and "://" not in each]:
+        if not folder.is_dir():
+            raise UserError(f"{folder} is no folder; configs of your own are to be read from it")
+        for path in sorted(path for group in GROUPS for path in folder.glob(f"{group}/**/*.yaml")):
+            group, _, name = path.relative_to(folder).with_suffix("").as_posix().rpartition("/")
+            if name in _names(group):
+                raise UserError(f"{path} would not be read: {name} of {group} is one of ours; give it another name")
 
 
 def plain(config: Any) -> Any:

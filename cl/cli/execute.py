@@ -53,7 +53,7 @@ def execute(
     if not resume and is_first and (run_dir / RESULT).exists():
         raise UserError(f"{run_dir} already holds a run; go on with `cl resume {run_dir}` or choose another folder")
     if not resume and is_first:
-        _require_own(run_dir)
+        require_own(run_dir)
     recorders = _recorders(config, run_dir, suite) if is_first else []
     names = choices(config, _backbone_name(config))
     trainer = build.make_trainer(config, names, run_dir, [*observers, *recorders])
@@ -74,8 +74,8 @@ def execute(
     return result
 
 
-def _require_own(run_dir: Path) -> None:
-    """Nothing of somebody else's is in the folder; what a run leaves that was killed at its start may be."""
+def require_own(run_dir: Path) -> None:
+    """Refuse a folder with files of somebody else's; what a run leaves that was killed at its start may be there."""
     from cl.tracking.base import JOURNAL
 
     ours = {LOG, START, *((CONFIG, JOURNAL, "checkpoints") if _holds_config(run_dir) else ())}
@@ -133,6 +133,8 @@ def _writing(run_dir: Path) -> Iterator[None]:
 def _logging_to(path: Path, say: Callable[[str], None]) -> Iterator[None]:
     """Log lines go to the run's folder; warnings too, and a person reads them as one line each."""
     handler = logging.FileHandler(path)
+    # a full disk stops the run with a sentence; logging would print a traceback for every line besides
+    handler.handleError = lambda record: None  # type: ignore[method-assign]
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     root = logging.getLogger()
     level = root.level

@@ -2,7 +2,7 @@
 
 Usage: cl explain [name=value ...] [at=STEP]
 
-  cl explain stream=split_digits 'strategy=[derpp,ewc]' at=200
+  cl explain stream=split_digits 'strategy=[derpp,ewc]' at=20
   cl explain sensitivity=5 figure=modules.png                       which modules react most to a new experience
 
 Trains silently up to step `at` (default: the first step of the second experience), then takes that step apart. Takes

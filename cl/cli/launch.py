@@ -22,7 +22,7 @@ def launch(plan: Plan, launcher: str, console: Console) -> dict[str, str]:
     A cluster's launcher gets all compositions at once; a local one gets them one after another, because each sweep
     already fills the machine.
     """
-    if launcher not in LAUNCHERS:
+    if launcher not in list(LAUNCHERS):
         raise UserError(f"launcher is {launcher!r}; it must be local, {', '.join(LAUNCHERS)}")
     todo: dict[str, list[int]] = {}
     for folder, config in plan.runs.items():

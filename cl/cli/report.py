@@ -23,6 +23,8 @@ from cl.report.style import UNITS
 
 def main(words: list[str]) -> int:
     """Report on one folder."""
+    from cl.cli.compare import check_writable
+
     options = {"out": "", "reference": "", "sync": ""}
     folders = [word for word in words if "=" not in word]
     for word in words:
@@ -36,9 +38,10 @@ def main(words: list[str]) -> int:
     folder, console = Path(folders[0]), Console()
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder")
+    out, asked = Path(options["out"]) if options["out"] else None, options["reference"]
+    check_writable(out or folder / "report")
     if options["sync"]:
         _sync(folder, options["sync"], console)
-    out, asked = Path(options["out"]) if options["out"] else None, options["reference"]
     report_on(folder, console, asked or "naive", out, must_exist=bool(asked))
     return 0
 
@@ -81,7 +84,8 @@ def comparison_table(title: str, rows: list[StrategyRow]) -> Table:
         box=None,
         pad_edge=False,
     )
-    table.add_column("strategy", no_wrap=True)
+    # where the terminal is narrow, names give way and no number is cut
+    table.add_column("strategy", overflow="fold")
     for name in ("seeds", "final", "forgetting", f"final - {reference}", "Holm p"):
         table.add_column(name, justify="right", no_wrap=True)
     for row in rows:

@@ -5,6 +5,7 @@ Usage: cl rewarm RUN_DIR schedule=NAME [schedule.OPTION=VALUE] [optimizer.lr=LR]
   cl rewarm RUN_DIR schedule=cosine schedule.warmup_frac=0.01           the rest of an unfinished stream
   cl rewarm RUN_DIR schedule=cosine trainer.max_steps=900               the last experience of a finished one, longer
   cl rewarm RUN_DIR schedule=cosine stream=text_domains stream.domains=...   another stream, from its beginning
+  cl rewarm RUN_DIR schedule=cosine stream=mine 'hydra.searchpath=[file://conf]'   a stream of one's own
 
 The new schedule begins at the checkpoint and spans what is trained from there on. Weights and optimizer state are
 taken over; on the rest of the same stream the strategies and their buffers are too, while on another stream they begin
@@ -22,7 +23,7 @@ from rich.console import Console
 from cl.branch import longer, reopened
 from cl.checkpoint import load_start
 from cl.cli import build
-from cl.cli.branch import BUDGETS, Origin, budget_in, changed, options, origin_of, start, tell
+from cl.cli.branch import BUDGETS, SEARCHPATH, Origin, budget_in, changed, options, origin_of, start, tell
 from cl.cli.run import run_with_progress
 from cl.core import UserError
 from cl.setup import experience_steps
@@ -30,7 +31,7 @@ from cl.setup import experience_steps
 
 def main(words: list[str]) -> int:
     """Re-warm the run in the folder given."""
-    allowed = ("schedule", "schedule.", "optimizer.lr", *BUDGETS, "stream", "stream.", "out")
+    allowed = ("schedule", "schedule.", "optimizer.lr", *BUDGETS, "stream", "stream.", SEARCHPATH, "out")
     folder, found = options(words, "rewarm", allowed)
     if not any(name.split(".")[0] == "schedule" for name in found):
         raise UserError(

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from omegaconf import DictConfig
 from rich.console import Console
 
 from cl import distributed
-from cl.cli.compose import import_from_here, one_sentence, open_signatures, plain
+from cl.cli.compose import check_folders, import_from_here, one_sentence, open_signatures, plain
 from cl.cli.console import Pulse, matrix_table, metrics_line, progress_bars, progress_line
 from cl.cli.execute import execute, remove_if_empty
 from cl.core import UserError
@@ -63,6 +64,7 @@ def main(words: list[str]) -> int:
     os.environ["HYDRA_FULL_ERROR"] = "1"
     # argparse wants flags and overrides unmixed
     settings = [word for word in words if "=" in word and not word.startswith("-")]
+    check_folders(_config_dirs(words))
     named = [text for word in settings for text in _in_hydras_words(word)]
     sys.argv = ["cl run", *(word for word in words if word not in settings), *open_signatures(named)]
     if distributed.rank():
@@ -77,6 +79,17 @@ def main(words: list[str]) -> int:
         if isinstance(outcome, Exception):
             raise outcome
     return int(any(outcome.status != "done" for outcome in _outcomes if isinstance(outcome, Result)))
+
+
+def _config_dirs(words: Sequence[str]) -> list[str]:
+    """Folders with configs of the user's own.
+
+    Example:
+        >>> _config_dirs(["--config-dir", "conf", "strategy=mine"]), _config_dirs(["--config-dir=conf"])
+        (['conf'], ['conf'])
+    """
+    flags = [(*word.partition("="), after) for word, after in zip(words, [*words[1:], ""], strict=True)]
+    return [folder or after for flag, _, folder, after in flags if flag in ("--config-dir", "-cd")]
 
 
 def _in_hydras_words(word: str) -> list[str]:

@@ -23,10 +23,11 @@ from rich.table import Table
 
 from cl.cli.compare import Plan, check_words, make_plan, run_all, seeds_of, words_for
 from cl.cli.compose import node_name
-from cl.cli.execute import RESULT
+from cl.cli.execute import CONFIG, RESULT
 from cl.core import UserError
 from cl.result import Result, write_text
 
+NOTES = "tuning.json"
 FIRST_SEED = 1000
 """Seeds of the tuning runs count from here, unless they are listed."""
 
@@ -71,9 +72,13 @@ def tuned(request: Mapping[str, Any], words: Sequence[str], console: Console) ->
             own = request | {"strategies": [list(names)], "seeds": seeds, "reference": label}
             own["out"] = str(folder / label / ",".join(choice))
             on = {label: (*choice, request["tune_on"])}
-            trial = make_plan(own, words_for(names, words), on)
+            try:
+                trial = make_plan(own, words_for(names, words), on)
+            except UserError as error:
+                raise UserError(f"{error} (in the trials, which run with {' '.join(on[label])})") from None
             # with nothing to choose from, a composition needs no run
             trials.append(Trial(label, choice, trial if len(choices) > 1 else replace(trial, runs={})))
+    _check_out(plan, trials)
     runs = {path: config for trial in trials for path, config in trial.plan.runs.items()}
     if runs:
         console.print(f"tuning {', '.join(values)} with {request['tune_on']}: {len(runs)} runs", highlight=False)
@@ -82,9 +87,27 @@ def tuned(request: Mapping[str, Any], words: Sequence[str], console: Console) ->
     for label in _labels(trials):
         first, *others = [trial for trial in trials if trial.label == label]
         chosen[label] = best([first, *others], plan.measure) if others else first
-    _write(plan.out / "tuning.json", trials, chosen, request)
+    _write(plan.out / NOTES, trials, chosen, request)
     console.print(_table(trials, chosen))
     return make_plan(request | {"out": str(plan.out)}, words, {label: trial.words for label, trial in chosen.items()})
+
+
+def _check_out(plan: Plan, trials: Sequence[Trial]) -> None:
+    """Refuse a folder whose runs have settings that cannot be chosen, before any trial runs for it."""
+    known = _known(plan.out / NOTES)
+    for label in _labels(trials):
+        choices = [list(trial.words) for trial in trials if trial.label == label]
+        begun = any((folder / CONFIG).is_file() for folder in plan.runs if folder.parent.name == label)
+        if begun and known.get(label, {}).get("chosen") not in choices:
+            raise UserError(
+                f"{plan.out / label} holds runs with settings that this tuning did not choose; "
+                "choose another folder with out=FOLDER"
+            )
+
+
+def _known(path: Path) -> dict[str, Any]:
+    """What tuning has noted in a folder, by composition."""
+    return dict(json.loads(path.read_text())) if path.is_file() else {}
 
 
 def _labels(trials: Sequence[Trial]) -> list[str]:
@@ -147,7 +170,7 @@ def _seeds(request: Mapping[str, Any]) -> list[int]:
 
 def _write(path: Path, trials: Sequence[Trial], chosen: Mapping[str, Trial], request: Mapping[str, Any]) -> None:
     """Note what was tried and chosen; other compositions in the folder keep their lines."""
-    known = json.loads(path.read_text()) if path.is_file() else {}
+    known = _known(path)
     for label, winner in chosen.items():
         tried = {" ".join(trial.words): trial.final for trial in trials if trial.label == label and trial.plan.runs}
         known[label] = {

@@ -11,6 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from cl.core import UserError
 from cl.observe import Observer
 from cl.result import Result, write_text
 from cl.tracking.points import (
@@ -58,8 +59,8 @@ class Recorder(Observer):
     _waiting: list[Stamped]
 
     def __init__(self, every_steps: int = EVERY_STEPS, flush_every_s: float = FLUSH_EVERY_S) -> None:
-        if every_steps < 1:
-            raise ValueError(f"every_steps is {every_steps}; it must be at least 1")
+        if type(every_steps) is not int or every_steps < 1:
+            raise UserError(f"tracking.every_steps is {every_steps!r}; it must be an integer of at least 1")
         self.every_steps, self.flush_every_s = every_steps, flush_every_s
         self.is_silent = False
         self._reset()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import gzip
+import logging
 import os
 from pathlib import Path
 
@@ -66,7 +67,43 @@ CASES = {
     "clip at zero": ((*RUN, "trainer.clip_norm=0"), "trainer.clip_norm is 0; it must be positive"),
     "negative seed": ((*RUN, "seed=-1"), "seed is -1; it must be an integer of at least 0"),
     "seed in words": ((*RUN, "seed=one"), "seed is 'one'; it must be an integer"),
-    "learning rate in words": ((*RUN, "optimizer.lr=fast"), "optimizer cannot be made from lr='fast'"),
+    "learning rate in words": ((*RUN, "optimizer.lr=fast"), "optimizer.lr is 'fast'; it must be a number"),
+    "learning rates in a list": ((*RUN, "optimizer.lr=[0.1]"), "optimizer.lr is [0.1]; it must be a number"),
+    "learning rate that is a truth": ((*RUN, "optimizer.lr=true"), "optimizer.lr is True; it must be a number"),
+    "one beta": ((*RUN, "optimizer=adam", "optimizer.betas=0.9"), "optimizer.betas is 0.9; it must be a list"),
+    "word for a switch of the optimizer": (
+        (*RUN, "optimizer.foreach=no"),
+        "optimizer.foreach is 'no'; it must be true",
+    ),
+    "threshold in words": (
+        (*RUN, "backbone=snn", "backbone.threshold=x"),
+        "backbone.threshold is 'x'; it must be a number",
+    ),
+    "seed that is a truth": ((*RUN, "seed=true"), "seed is True; it must be an integer of at least 0"),
+    "seed of a stream in words": ((*RUN, "stream.seed=one"), "stream.seed is 'one'; it must be an integer"),
+    "limit that is a truth": ((*RUN, "limit_experiences=true"), "limit_experiences is True; it must be an integer"),
+    "steps of no experience": (
+        (*RUN, "trainer.max_steps=[]"),
+        "trainer.max_steps is []; it must be an integer of at least 1, or a list of one for each experience",
+    ),
+    "starts of no experience": (
+        (*RUN, "schedule=autoregressive", "schedule.starts=[]"),
+        "schedule.starts is []; it must rise from 0",
+    ),
+    "number in a list": (
+        (*RUN, "schedule=infinite", "schedule.timescale=[2]"),
+        "schedule.timescale is [2]; it must be a",
+    ),
+    "no debug": ((*RUN[:2], "debug=null"), "there is no debug 'null'; there are overfit, tiny"),
+    "number for a name": ((*RUN, "strategy=3"), "there is no strategy '3'; there are agem"),
+    "list of no stream": ((*RUN, "stream=[]"), "there is no stream '[]'; there are blurry"),
+    "number for a base": (
+        (*RUN, "stream=power_law", "stream@stream.base=3"),
+        "there is no stream '3'; there are blurry",
+    ),
+    "value without a name": ((*RUN, "=3"), "'=3' is no setting; settings are written name=value"),
+    "value that cannot be read": ((*RUN, "seed=(("), "'seed=((' is no setting; settings are written name=value"),
+    "no config": ((*RUN, "--config-name", "walk"), "there is no config 'walk'; there are compare, run"),
     "unknown option of the optimizer": ((*RUN, "optimizer.momentun=0.9"), "optimizer has no option 'momentun'"),
     "setting that the stream does not offer": (
         (*RUN, "stream.setting=class_incremental"),
@@ -147,6 +184,12 @@ CASES = {
     "limit of zero experiences": ((*RUN, "limit_experiences=0"), "limit_experiences is 0"),
     "store that does not answer": (("run", "debug=tiny", "tracking.uri=http://127.0.0.1:9"), "does not answer"),
     "store of unknown kind": (("run", "debug=tiny", "tracking.uri=ftp://x"), "ftp"),
+    "store that is a number": (("run", "debug=tiny", "tracking.uri=3"), "tracking.uri is 3; it must be a name"),
+    "no steps between points": (
+        ("run", "debug=tiny", "tracking.every_steps=often"),
+        "cl: tracking.every_steps is 'often'; it must be an integer of at least 1",
+    ),
+    "comparison of a number": ((*COMPARE, "strategies=3"), "there is no strategy '[3]'; there are agem"),
     "comparison of nothing": ((*COMPARE, "strategies=[]"), "strategies is empty"),
     "comparison of twice the same": ((*COMPARE, "strategies=naive,naive"), "names a composition twice: naive"),
     "comparison without seeds": ((*COMPARE, "seeds=0"), "seeds is 0; it must be a number of seeds of at least 1"),
@@ -171,6 +214,14 @@ CASES = {
     "a single run's option in a comparison": ((*COMPARE, "seed=1"), "`cl compare` takes strategies=... and seeds=..."),
     "unknown reference": ((*COMPARE, "strategies=naive,replay", "reference=ewc"), "reference is 'ewc'; it must be one"),
     "unknown launcher": ((*COMPARE, "strategies=naive", "launcher=pbs"), "launcher is 'pbs'; it must be local, joblib"),
+    "references": (
+        (*COMPARE, "strategies=naive", "reference=[naive]"),
+        "reference is ['naive']; it must be one of naive",
+    ),
+    "launchers": (
+        (*COMPARE, "strategies=naive", "launcher=[joblib]"),
+        "launcher is ['joblib']; it must be local, joblib",
+    ),
     "resume without a folder": (("resume",), "takes one run folder, got 0"),
     "resume of a folder that is no run": (("resume", "."), "is not a run folder: it has no config.yaml"),
     "report on nothing": (("report", "."), "there is no result.json under"),
@@ -266,6 +317,11 @@ def test_a_result_that_is_no_result_is_named(run_dir: Path, capsys: pytest.Captu
     assert "result.json is not a result file" in capsys.readouterr().err
 
 
+def test_a_report_in_a_place_that_cannot_be_written(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(("report", str(run_dir), "out=/proc/x")) == 2
+    assert "the folder /proc/x cannot be written" in capsys.readouterr().err
+
+
 def test_a_folder_that_cannot_be_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -285,6 +341,20 @@ def test_damaged_images_are_named(
         (raw / f"{kind}-ubyte.gz").write_bytes(gzip.compress(b"\x00\x00\x08\x03" + b"\x00\x00\x00\x05" * 3 + b"ab"))
     assert main((*RUN, "stream=permuted_mnist", f"data.root={tmp_path}")) == 2
     assert "is damaged: its header announces" in capsys.readouterr().err
+
+
+def test_a_disk_too_full_for_the_log_is_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    def full(*given: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(logging.StreamHandler, "flush", full)
+    monkeypatch.setattr(os, "fsync", full)
+    assert main((*RUN, "hydra.run.dir=run")) == 1
+    assert capsys.readouterr().err == "cl: [Errno 28] No space left on device\n"
 
 
 def test_a_full_disk_stops_the_run_and_keeps_what_is_written(

@@ -166,6 +166,21 @@ def test_another_stream_begins_with_the_weights(done: Path) -> None:
     assert other.cost["updates"] == 40
 
 
+STREAM = """
+_target_: streams.permuted.permuted
+dataset: digits
+num_experiences: 2
+"""
+
+
+def test_a_stream_of_ones_own_is_found_in_its_folder(done: Path) -> None:
+    Path("conf/stream").mkdir(parents=True)
+    Path("conf/stream/mine.yaml").write_text(STREAM)
+    words = ("schedule=constant", "stream=mine", "hydra.searchpath=[file://conf]", "out=other")
+    assert main(("rewarm", str(done), *words)) == 0
+    assert Result.load(Path("other/result.json")).R_init == Result.load(done / "result.json").R[-1]
+
+
 def test_a_finished_run_resumes_and_extends_under_its_new_name(done: Path) -> None:
     assert main(("extend", str(done), "trainer.max_steps=22", "out=more")) == 0
     assert main(("resume", "more")) == 0
@@ -185,6 +200,7 @@ BAD = {
     "stretch is no switch": (("extend", "RUN", "trainer.max_steps=30", "stretch=3"), "it must be true or false"),
     "rewarm without a schedule": (("rewarm", "RUN"), "needs a new schedule"),
     "rewarm of a finished run": (("rewarm", "RUN", "schedule=cosine"), "is done: say what to train on"),
+    "a number for a schedule": (("rewarm", "RUN", "schedule=3"), "there is no schedule '3'; there are autoregressive"),
     "no such schedule": (("rewarm", "RUN", "schedule=sawtooth"), "sawtooth"),
     "a schedule that does not fit": (
         ("rewarm", "RUN", "schedule=cosine", "schedule.warmup_steps=99", "trainer.max_steps=30"),
@@ -222,6 +238,14 @@ def test_bad_requests_are_one_sentence(case: str, done: Path, capsys: pytest.Cap
 def test_the_folder_of_a_run_is_not_overwritten(done: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(("extend", str(done), "trainer.max_steps=30", f"out={done}")) == 2
     assert "already holds a run; choose another folder" in capsys.readouterr().err
+
+
+def test_a_folder_with_other_files_is_not_taken(done: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("mine").mkdir()
+    Path("mine/notes.txt").write_text("x")
+    assert main(("extend", str(done), "trainer.max_steps=30", "out=mine")) == 2
+    assert "mine holds other files (notes.txt); a run takes a folder of its own" in capsys.readouterr().err
+    assert [path.name for path in Path("mine").iterdir()] == ["notes.txt"]
 
 
 def test_a_schedule_that_ended_at_zero_is_not_extended(capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -115,6 +116,13 @@ def test_explain_counts_what_it_declares(capsys: pytest.CaptureFixture[str]) -> 
     assert ["forwards", "80", "80"] in rows
     assert ["backwards", "80", "80"] in rows
     assert not list(Path().iterdir())
+
+
+def test_the_step_of_the_help_page_exists() -> None:
+    from cl.cli import explain
+
+    (example,) = [line for line in (explain.__doc__ or "").splitlines() if line.startswith("  cl ") and " at=" in line]
+    assert main(shlex.split(example)[1:]) == 0
 
 
 def test_explain_adds_up_the_micro_batches_of_a_step(capsys: pytest.CaptureFixture[str]) -> None:

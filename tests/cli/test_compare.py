@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import io
 import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from rich.console import Console
 
 from cl.cli.compare import make_plan, split_words
 from cl.cli.compose import composed, plain
 from cl.cli.launch import sweep
 from cl.cli.main import main
+from cl.cli.report import comparison_table
+from cl.report.comparison import Estimate, StrategyRow
 from cl.result import Result
 
 TINY = ("tracking=none", "debug=tiny", "limit_experiences=2", "out=out", "jobs=2")
@@ -203,6 +207,16 @@ def test_branches_beside_the_runs_are_no_part_of_the_comparison(capsys: pytest.C
     assert "reference is 'nonsense'; it must be one of naive, replay" in capsys.readouterr().err
     assert main(("report", str(branch))) == 0
     assert "left out" not in capsys.readouterr().out
+
+
+def test_a_narrow_terminal_folds_names_and_cuts_no_number() -> None:
+    half = Estimate(0.5, 0.25, 0.75)
+    metrics, name = {"final": half, "forgetting_max": half}, "+".join(["replay_distillation"] * 3)
+    row = StrategyRow("toy", "accuracy", name, (0, 1), metrics, difference=half, p_holm=0.5)
+    console = Console(width=80, file=io.StringIO())
+    console.print(comparison_table("toy", [row]))
+    said = console.file.getvalue()
+    assert "50.0 [25.0, 75.0]" in said and "+50.0 [+25.0, +75.0]" in said and "0.500" in said and "…" not in said
 
 
 @pytest.mark.slow

@@ -113,11 +113,62 @@ def test_a_mistake_in_a_strategy_of_ones_own_is_found(capsys: pytest.CaptureFixt
     assert "the run failed" in log and "own_mistake.py" in log
 
 
+UNREADABLE = """
+import numpy as np
+from cl.hooks import Strategy
+class Mine(Strategy):
+    def __init__(self, kept):
+        self.kept = kept
+    def state_dict(self):
+        kept = {"set": {1}, "array": [np.zeros(1)], "number": np.float64(1), "plain": (1, None, "a", {"b": 2.0})}
+        return {"seen": kept[self.kept]}
+    def load_state_dict(self, state):
+        pass
+"""
+
+
+@pytest.mark.parametrize(
+    ("kept", "is_a"), [("set", "is a set"), ("array", "[0] is a ndarray"), ("number", "is a float64")]
+)
+def test_a_state_that_no_checkpoint_holds_is_refused_at_the_first_one(
+    kept: str, is_a: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("own_unreadable.py").write_text(UNREADABLE)
+    words = (*TINY, "strategy=own_unreadable.Mine")
+    assert main((*words, f"strategy.own_unreadable.kept={kept}", "out=one")) == 2
+    said = capsys.readouterr().err
+    assert f"strategy own_unreadable: state_dict()['seen']{is_a if is_a[0] == '[' else f' {is_a}'}, which a " in said
+    assert not list(Path("one").rglob("*.pt"))
+    assert main((*words, "strategy.own_unreadable.kept=plain", "out=two")) == 0
+
+
 def test_a_config_without_a_node_of_its_own_is_told_what_it_lacks(capsys: pytest.CaptureFixture[str]) -> None:
     Path("conf/strategy").mkdir(parents=True)
     Path("conf/strategy/mine.yaml").write_text("_target_: strategies.naive.Naive\n")
     assert main((TINY[0], "--config-dir", "conf", "strategy=mine", *TINY[1:])) == 2
     assert "begin its config file with `# @package strategy.NAME`" in capsys.readouterr().err
+
+
+FOLDER_GIVEN = {
+    "run": ("--config-dir", "conf"),
+    "run, joined": ("--config-dir=conf",),
+    "run, searched": ("hydra.searchpath=[file://conf]",),
+    "explain": ("hydra.searchpath=['conf']",),
+}
+
+
+@pytest.mark.parametrize("case", FOLDER_GIVEN)
+def test_a_config_called_as_one_of_ours_is_not_passed_over(case: str, capsys: pytest.CaptureFixture[str]) -> None:
+    words = (case.partition(",")[0], *FOLDER_GIVEN[case], "strategy=naive", *TINY[1:])
+    assert main(words) == 2
+    assert "conf is no folder; configs of your own are to be read from it" in capsys.readouterr().err
+    Path("conf/strategy").mkdir(parents=True)
+    Path("conf/strategy/naive.yaml").write_text("# @package strategy.naive\n_target_: strategies.joint.Joint\n")
+    assert main(words) == 2
+    sentence = "conf/strategy/naive.yaml would not be read: naive of strategy is one of ours; give it another name"
+    assert sentence in capsys.readouterr().err
+    Path("conf/strategy/naive.yaml").rename("conf/strategy/other.yaml")
+    assert main(words) == 0
 
 
 def test_a_refused_branch_leaves_nothing(capsys: pytest.CaptureFixture[str]) -> None:

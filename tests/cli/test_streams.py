@@ -52,6 +52,20 @@ def test_a_run_around_another_stream(capsys: pytest.CaptureFixture[str]) -> None
     assert "classes 8 9" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("stream", ["permuted_digits", "digits360", "power_law"])
+def test_any_stream_can_be_overfitted(stream: str) -> None:
+    assert main([*RUN, f"stream={stream}", "debug=overfit", "trainer.epochs=1"]) == 0
+    result = Result.load(Path("run/result.json"))
+    assert len(result.experiences) == 1 and len(result.R) == 1
+
+
+@pytest.mark.parametrize("word", ["+experiment=demo", "experiment=demo"])
+def test_an_experiment_is_shortened_too(word: str) -> None:
+    trainer = composed("run", ["debug=tiny", word])["trainer"]
+    assert (trainer["epochs"], trainer["max_steps"], trainer["batch_size"]) == (None, 20, 32)
+    assert composed("run", [word])["trainer"]["epochs"] == 10
+
+
 def test_a_stopped_run_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     """Straight through, and stopped after two of four experiences: the same numbers."""
     words = ("stream=blurry", "stream.base.num_experiences=5", "trainer.batch_size=32")

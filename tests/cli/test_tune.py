@@ -67,6 +67,27 @@ def test_each_composition_gets_its_best_setting(capsys: pytest.CaptureFixture[st
     assert {path: path.stat().st_mtime_ns for path in done} == done
 
 
+def test_a_folder_with_settings_that_were_not_chosen_is_refused_before_a_trial(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = (*TINY, "strategies=naive,ewc", "seeds=1")
+    for label in ("naive", "ewc"):
+        Path(f"out/{label}/seed-0").mkdir(parents=True)
+        Path(f"out/{label}/seed-0/config.yaml").write_text("")
+    monkeypatch.setattr("cl.cli.tune.run_all", lambda plan, console: pytest.fail("a trial was begun"))
+    assert main((*words, "tune={optimizer.lr: [0.1, 0.2]}")) == 2
+    assert "out/naive holds runs with settings that this tuning did not choose;" in capsys.readouterr().err
+    # naive has nothing to choose, and its runs may be those of the comparison
+    assert main((*words, "tune={strategy.ewc.strength: [1, 2]}")) == 2
+    assert "out/ewc holds runs with settings" in capsys.readouterr().err
+    # a single value is not tried and is a choice all the same
+    assert main((*words, "tune={optimizer.lr: [0.3], strategy.ewc.strength: [1, 2]}")) == 2
+    assert "out/naive holds runs with settings" in capsys.readouterr().err
+    Path("out/tuning.json").write_text('{"naive": {"chosen": ["optimizer.lr=0.3"]}}')
+    assert main((*words, "tune={optimizer.lr: [0.1, 0.2]}")) == 2
+    assert "out/naive holds runs with settings" in capsys.readouterr().err
+
+
 def test_settings_of_a_strategy_concern_its_compositions_only() -> None:
     values = {"optimizer.lr": [1, 2], "strategy.replay.capacity": [5, 6]}
     assert grid(values, ["naive"]) == [("optimizer.lr=1",), ("optimizer.lr=2",)]
@@ -135,6 +156,10 @@ def test_the_best_has_the_highest_accuracy_or_the_lowest_loss() -> None:
         (("tune={optimizer.lr: [0.1, 0.2]}", "tune_seeds=0"), "tune_seeds is 0"),
         (("tune={optimizer.lr: [0.1, 0.2]}", "tune_on=stream.eval_on=train"), "eval_on is 'train'"),
         (("tune={optimizer.rate: [0.1, 0.2]}",), "rate"),
+        (
+            ("tune={optimizer.lr: [0.1, 0.2]}", "stream=probes/mqar", "backbone=gpt"),
+            "(in the trials, which run with optimizer.lr=0.1 stream.eval_on=validation)",
+        ),
         (
             ("tune={strategy.replya.capacity: [5, 6]}",),
             "'strategy.replya.capacity' is for replya, which is not compared",
