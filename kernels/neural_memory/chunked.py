@@ -37,8 +37,8 @@ class _Decays(torch.autograd.Function):
     def forward(ctx: Any, g_SHc1: Tensor) -> tuple[Tensor, Tensor]:
         # in float64 the difference of running sums is as good as the sum over the interval, wipes among them or not
         run = g_SHc1.double().clamp(min=WIPED).cumsum(2)
-        # above the diagonal there is no interval: cut before too, since exp is slow where it leaves the range of floats;
-        # but what is returned is not written over: compiled by torch 2.11, it would have no gradient
+        # above the diagonal there is no interval: cut before too, since exp is slow where it leaves the range of floats
+        # what is returned is not written over: compiled by torch 2.11, it would have no gradient
         between = (run - run.mT).to(g_SHc1.dtype).tril_().exp_().tril()
         into = run.to(g_SHc1.dtype).exp()
         ctx.save_for_backward(between, into)
