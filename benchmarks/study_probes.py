@@ -26,6 +26,17 @@ from _study import table
 FIGURE = "accuracy_by_state.png"
 
 
+def spread(accuracies: list[float]) -> str:
+    """In percent: the lowest and the highest, or one number where they are the same.
+
+    Example:
+        >>> spread([0.912, 0.249]), spread([0.991, 0.994])
+        ('25 to 91', '99')
+    """
+    ends = [f"{100 * end(accuracies):.0f}" for end in (min, max)]
+    return " to ".join(dict.fromkeys(ends))
+
+
 def probe_table(study: Probes, probe: str) -> str:
     """Accuracy on every domain, by size of state."""
     rows, domains = [], []
@@ -35,10 +46,10 @@ def probe_table(study: Probes, probe: str) -> str:
             continue
         size, hidden, state = chosen(probe, name, target)
         domains = runs[0].domains
-        means = [fmean(run.R[-1][j] or 0.0 for run in runs) for j in range(len(domains))]
+        found = [spread([run.R[-1][j] or 0.0 for run in runs]) for j in range(len(domains))]
         weights = active_weights(built(probe, MEMORIES[name], size, hidden))
         rate = median(run.cost["train_samples_per_s"] for run in runs) * PROBES[probe].length
-        numbers = (*(f"{100 * mean:.0f}" for mean in means), str(len(runs)), f"{rate:,.0f}")
+        numbers = (*found, str(len(runs)), f"{rate:,.0f}")
         rows.append((state, (name, f"{state:,}", f"{weights:,}", *numbers)))
     if not rows:
         return "Not run yet.\n"
@@ -88,8 +99,9 @@ def page(study: Probes) -> str:
     parts = [
         "# Probes: what a memory holds\n",
         f"Made by `python benchmarks/study_probes.py --seeds {study.seeds}`; how it is done is in that file's "
-        f"docstring. Accuracy in percent on what is asked, batches of {BATCH} rows, AdamW at one rate for all; means "
-        "over seeds. The first column of accuracies is what was trained. The state of attention grows with the row; "
+        f"docstring. Accuracy in percent on what is asked, batches of {BATCH} rows, AdamW at one rate for all; "
+        "the lowest and the highest of the seeds where they differ, their mean in the figure. The first column of "
+        "accuracies is what was trained. The state of attention grows with the row; "
         "the others' does not. Training is short, and no rate suits all: a low number may mean slow to learn as well "
         "as unable. The memories that are matrices, ridge and titans see neighbours through a short convolution; "
         "attention, recurrences, rmt and armt do not, and must learn first that a value stands beside its key. In mqar "
