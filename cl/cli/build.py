@@ -133,10 +133,12 @@ def _check_kind(path: str, value: Any, annotation: str) -> None:
     # streams and strategies say what range it is besides
     if kind in NUMBERS and not is_number and group not in ("stream", "strategy"):
         raise UserError(f"{path} is {value!r}; it must be a number")
-    if group in ("stream", "backbone"):
+    if group == "stream":
         return
     if kind in ("str", "str | None") and not isinstance(value, str):
         raise UserError(f"{path} is {value!r}; it must be a name")
+    if group == "backbone":
+        return
     is_word = isinstance(value, str) and "str" in kind
     if kind.startswith(("Sequence[", "tuple[")) and not is_word and not isinstance(value, list | tuple):
         raise UserError(f"{path} is {value!r}; it must be a list")

@@ -75,6 +75,10 @@ CASES = {
         (*RUN, "optimizer.foreach=no"),
         "optimizer.foreach is 'no'; it must be true",
     ),
+    "kinds in a list": (
+        (*RUN, "backbone=recurrent", "backbone.kind=[gru]"),
+        "backbone.kind is ['gru']; it must be a name",
+    ),
     "threshold in words": (
         (*RUN, "backbone=snn", "backbone.threshold=x"),
         "backbone.threshold is 'x'; it must be a number",
