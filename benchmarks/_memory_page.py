@@ -26,22 +26,21 @@ def page(found: Mapping[str, Any], folder: Path) -> str:
         "training are to the transformer that was measured by the same call, whose tokens/s stand beside them; tables "
         "may be made by several calls, and the row `attention` is of the last one.\n",
     ]
-    for title, group in found.items():
-        if title.startswith("train"):
-            tokens = int(title.rpartition(" ")[2])
-            rows = [
-                (
-                    name,
-                    f"{row['weights']:,.0f}",
-                    f"{rate:,.0f}",
-                    f"{row['ratio']:.2f}x",
-                    f"{rate / row['ratio']:,.0f}",
-                    f"{row['bytes'] / 1e6:,.0f}",
-                )
-                for name, row in sorted(group.items(), key=lambda item: -item[1]["ratio"])
-                for rate in [row.get("rows", num_rows(tokens)) * tokens / row["seconds"]]
-            ]
-            parts += [f"## {title}\n", table(HEAD, rows)]
+    by_length = {title: int(title.rpartition(" ")[2]) for title in found if title.startswith("train")}
+    for title, tokens in sorted(by_length.items(), key=lambda item: item[1]):
+        rows = [
+            (
+                name,
+                f"{row['weights']:,.0f}",
+                f"{rate:,.0f}",
+                f"{row['ratio']:.2f}x",
+                f"{rate / row['ratio']:,.0f}",
+                f"{row['bytes'] / 1e6:,.0f}",
+            )
+            for name, row in sorted(found[title].items(), key=lambda item: -item[1]["ratio"])
+            for rate in [row.get("rows", num_rows(tokens)) * tokens / row["seconds"]]
+        ]
+        parts += [f"## {title}\n", table(HEAD, rows)]
     if generated := found.get("generate"):
         places = sorted({row["at"] for line in generated.values() for row in line})
         head = ("block", *(f"µs after {at:,}" for at in places), "bytes of state, first", "last")
