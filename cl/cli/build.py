@@ -11,6 +11,7 @@ import hashlib
 import inspect
 import json
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -156,8 +157,11 @@ def make(path: str, node: Mapping[str, Any]) -> Any:
         return partial(target, **given)
     try:
         return target(**given)
-    except UserError:
-        raise
+    except UserError as error:
+        if not path.startswith("stream."):
+            raise
+        # streams call their options stream.NAME, and do not know what is around them
+        raise UserError(re.sub(r"\bstream\.(?!base\b)(?=\w)", f"{path}.", str(error))) from None
     except (TypeError, ValueError) as error:
         raise UserError(f"{path} cannot be made from {_shown(given)}: {error}") from error
 

@@ -75,6 +75,10 @@ CASES = {
         (*RUN, "optimizer.foreach=no"),
         "optimizer.foreach is 'no'; it must be true",
     ),
+    "an option of what a stream is around": (
+        (*RUN, "stream=power_law", "stream.base.num_experiences=0"),
+        "stream.base.num_experiences is 0; it must be",
+    ),
     "kinds in a list": (
         (*RUN, "backbone=recurrent", "backbone.kind=[gru]"),
         "backbone.kind is ['gru']; it must be a name",
