@@ -138,7 +138,8 @@ def changed(config: Mapping[str, Any], found: Mapping[str, Any], groups: Sequenc
     for group in groups:
         own = {name: value for name, value in found.items() if name == group or name.startswith(f"{group}.")}
         if group in own:
-            own |= {name: found[name] for name in (SEARCHPATH,) if name in found}
+            if SEARCHPATH in found:
+                own[SEARCHPATH] = found[SEARCHPATH]
             words = [f"{name}={_written(value)}" for name, value in own.items()]
             data = [f"data.root={config['data']['root']}"] if (config.get("data") or {}).get("root") else []
             new[group] = plain(composed("run", [*words, *data, f"seed={config['seed']}"])[group])

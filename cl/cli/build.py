@@ -126,6 +126,7 @@ def _check_kind(path: str, value: Any, annotation: str) -> None:
         return
     if kind in ("bool", "bool | None") and not isinstance(value, bool):
         raise UserError(f"{path} is {value!r}; it must be true or false")
+    # of other integers, whoever takes them says the range; a seed may be any
     is_integer = type(value) is int if path.endswith(".seed") else not isinstance(value, bool)
     if kind in ("int", "int | None") and not is_integer:
         raise UserError(f"{path} is {value!r}; it must be an integer")

@@ -126,8 +126,8 @@ def backward(
         dbias += g.sum(1)
         order.put(dx_BTGHD, cell.tokens(planes).unflatten(-1, (gates, width)).movedim(0, 2), begin, end)
     dr_GHDD = dr.unflatten(2, (gates, width)).permute(2, 0, 1, 3).to(r_GHDD.dtype).contiguous()
-    dbias_type = r_GHDD.dtype if bias_GHD is None else bias_GHD.dtype
-    dbias_GHD = dbias.unflatten(1, (gates, width)).transpose(0, 1).to(dbias_type).contiguous()
+    like = r_GHDD if bias_GHD is None else bias_GHD
+    dbias_GHD = dbias.unflatten(1, (gates, width)).transpose(0, 1).to(like.dtype).contiguous()
     return dx_BTGHD, dr_GHDD, dbias_GHD, order.unsort(adjoint_PHSD.permute(2, 0, 1, 3).contiguous())
 
 
