@@ -13,17 +13,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cl.backbones._heads import require_width
 from cl.backbones._spec import Spec, build, parse_one
 from cl.core import UserError
 
 
-def make_cell(cell: str | Spec, folder: str, option: str, width: int, **shared: Any) -> Any:
-    """The cell that a word such as `mingru`, or `hippo(order=4)`, stands for; `shared` as in `build`.
+def make_cell(cell: str | Spec, folder: str, option: str, width: int, units: int, **shared: Any) -> Any:
+    """The cell of so many units that a word such as `mingru`, or `hippo(order=4)`, stands for; `shared` as in `build`.
 
     Raises:
         UserError: there is none of this name, or it has no such option.
     """
-    return build(parse_one(cell, option) if isinstance(cell, str) else cell, folder, option, width, **shared)
+    require_width("units", units)
+    spec = cell if isinstance(cell, Spec) else parse_one(cell, option)
+    return build(spec, folder, option, width, {"units": units}, **shared)
 
 
 def wide(x: Tensor) -> Tensor:

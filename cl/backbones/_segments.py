@@ -67,18 +67,18 @@ class Segment:
         return number_BT == number_BT[:, -1:]
 
     @property
-    def carried_reset(self) -> Tensor:
-        """(B, T) resets for a decoder whose own state goes on over the borders: also at the first token."""
-        return torch.cat((self.is_new.unsqueeze(1), self.reset[:, 1:]), 1)
+    def carried_reset(self) -> Tensor | None:
+        """`own_reset` for a decoder whose own state goes on over the borders: also at the first token."""
+        return torch.cat((self.is_new.unsqueeze(1), self.reset[:, 1:]), 1) if self.has_resets else None
 
     @property
     def is_left(self) -> Tensor:
         """(B,) rows in which the document of the memory ends."""
         return self.reset.any(1)
 
-    def around(self, before: int, after: int) -> Tensor:
-        """Resets of the tokens with as many more on both sides."""
-        return nn.functional.pad(self.reset, (before, after))
+    def around(self, before: int, after: int) -> Tensor | None:
+        """`own_reset` of the tokens with as many more on both sides."""
+        return nn.functional.pad(self.reset, (before, after)) if self.has_resets else None
 
 
 class Segmented(Gpt):

@@ -12,11 +12,13 @@ Names are those of the files in `cl/backbones/mixers/` (and `mlps/`, `memory_rul
 from __future__ import annotations
 
 import inspect
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from importlib import import_module
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -27,6 +29,14 @@ from cl.core import UserError
 NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?(?![\w.])"
 TOKEN = re.compile(rf"\s*(?:(?P<times>\d+)\s*x\s*(?=\[|[A-Za-z_])|(?P<word>{NUMBER}|[\w.]+)|(?P<mark>[\[\]()=,+]))")
 WORDS = {"true": True, "false": False, "none": None, "null": None}
+MOST_BLOCKS, MOST_BRACKETS = 1000, 20
+KINDS: dict[str, tuple[type | tuple[type, ...], str]] = {
+    "bool": (bool, "true or false"),
+    "int": (int, "an integer"),
+    "float": ((int, float), "a finite number"),
+    "str": (str, "a word"),
+}
+"""By annotation: what is allowed, and how a message names it."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +46,10 @@ class Spec:
     name: str
     options: Mapping[str, Any] = field(default_factory=dict)
     inner: tuple[Spec, ...] = ()
+
+    def __repr__(self) -> str:
+        """For messages."""
+        return f"{self.name}(...)"
 
 
 @dataclass(frozen=True)
@@ -61,6 +75,9 @@ def parse(text: str, name: str = "backbone.blocks") -> Blocks:
     """
     if not isinstance(text, str):
         raise UserError(f"{name} is {text!r}; it must be words such as attention or 3x[linear_memory] + attention")
+    deepest = max(accumulate((c in "([") - (c in ")]") for c in text), default=0)
+    if deepest > MOST_BRACKETS:
+        raise UserError(f"{name} has {deepest} brackets inside each other; it must have at most {MOST_BRACKETS}")
     reader = _Reader(text, name)
     specs = reader.blocks()
     if reader.peek()[0]:
@@ -95,10 +112,10 @@ class _Reader:
             self.refuse("a name, a number or one of [ ] ( ) = , +")
         return str(found.lastgroup), found[str(found.lastgroup)]
 
-    def take(self, mark: str | None = None) -> str:
+    def take(self, mark: str | None = None, wanted: str = "a name") -> str:
         kind, word = self.peek()
         if (mark is None and kind != "word") or (mark is not None and word != mark):
-            self.refuse(mark or "a name")
+            self.refuse(mark or wanted)
         self.skip()
         return word
 
@@ -130,10 +147,16 @@ class _Reader:
                 self.refuse("a count of at least 1")
             self.skip()
         if self.peek()[1] != "[":
-            return [self.block()] * count
-        self.skip()
-        specs = self.blocks()
-        self.take("]")
+            specs = [self.block()]
+        else:
+            self.skip()
+            specs = self.blocks()
+            self.take("]")
+        if count * len(specs) > MOST_BLOCKS:
+            raise UserError(
+                f"{self.name} is {self.text!r}, which repeats {len(specs)} blocks {count} times; it must name at most "
+                f"{MOST_BLOCKS}"
+            )
         return specs * count
 
     def block(self, name: str | None = None) -> Spec:
@@ -148,6 +171,10 @@ class _Reader:
             while self.peek()[1] != ")":
                 word = self.take()
                 if self.peek()[1] == "=":
+                    if word in options:
+                        raise UserError(
+                            f"{self.name} is {self.text!r}, which gives {name} the option {word!r} twice; give it once"
+                        )
                     self.skip()
                     options[word] = self.value()
                 else:
@@ -167,7 +194,7 @@ class _Reader:
                     self.take(",")
             self.skip()
             return values
-        word = self.take()
+        word = self.take(wanted="a value")
         if self.peek()[1] == "(":
             return self.block(word)
         if word.lower() in WORDS:
@@ -203,24 +230,30 @@ def plugin(folder: str, name: str, option: str) -> type:
     return loaded
 
 
-def build(spec: Spec, folder: str, option: str, width: int, **shared: Any) -> nn.Module:
+def build(
+    spec: Spec, folder: str, option: str, width: int, fixed: Mapping[str, Any] | None = None, **shared: Any
+) -> nn.Module:
     """The module that a spec stands for.
 
     Args:
         folder: of `cl/backbones/` where its class lives.
         option: name of the option that holds it, for messages.
+        fixed: options that the layer around it decides, and the spec may not.
         shared: options that a class gets when it takes them and the spec does not set them, such as `num_heads`.
 
     Raises:
-        UserError: an unknown name, an option that the class does not take, or a value that it refuses.
+        UserError: an unknown name, an option that the class does not take, or a value of another kind or that it
+            refuses.
     """
+    fixed = {} if fixed is None else fixed
     cls = plugin(folder, spec.name, option)
     parameters = inspect.signature(cls).parameters
-    taken = [name for name in parameters if name not in ("width", "inner")]
-    for name in spec.options:
+    taken = [name for name in parameters if name not in ("width", "inner", *fixed)]
+    for name, value in spec.options.items():
         if name not in taken:
             allowed = ", ".join(taken) or "none"
             raise UserError(f"{option} gives {spec.name} the option {name!r}; its options are {allowed}")
+        _require_kind(f"{name} of {spec.name}", value, str(parameters[name].annotation))
     if len(spec.inner) != ("inner" in parameters):
         wanted = "one block to wrap" if "inner" in parameters else "options only, as name=value"
         raise UserError(f"{option} gives {spec.name} {len(spec.inner)} blocks; it takes {wanted}")
@@ -228,8 +261,20 @@ def build(spec: Spec, folder: str, option: str, width: int, **shared: Any) -> nn
     if spec.inner:
         inner["inner"] = partial(build, spec.inner[0], folder, option, **shared)
     own = {name: value for name, value in shared.items() if name in taken} | dict(spec.options)
-    made: nn.Module = cls(width, **inner, **own)
+    made: nn.Module = cls(width, **inner, **own, **fixed)
     return made
+
+
+def _require_kind(name: str, value: Any, annotation: str) -> None:
+    """Raise `UserError` where a value is not what the annotation says; lists are left to whoever takes them."""
+    word, *others = annotation.split(" | ")
+    if word not in KINDS or (value is None and "None" in others) or (isinstance(value, Spec) and "Spec" in others):
+        return
+    kind, wanted = KINDS[word]
+    # to Python true is an integer as well
+    is_kind = isinstance(value, kind) and isinstance(value, bool) == (kind is bool)
+    if not is_kind or (isinstance(value, float) and not math.isfinite(value)):
+        raise UserError(f"{name} is {value!r}; it must be {wanted}{' or none' if 'None' in others else ''}")
 
 
 def build_mixer(text: str, width: int, **shared: Any) -> nn.Module:
@@ -250,4 +295,4 @@ def build_rule(rule: str | Spec, width: int, num_heads: int, key_width: int, val
     """
     spec = rule if isinstance(rule, Spec) else parse_one(rule, "rule of linear_memory")
     shape = {"num_heads": num_heads, "key_width": key_width, "value_width": value_width}
-    return build(spec, "memory_rules", "rule of linear_memory", width, **shape)
+    return build(spec, "memory_rules", "rule of linear_memory", width, shape)

@@ -81,15 +81,14 @@ class Armt(Segmented):
 
     def read_segment(self, part: Segment, memory: State) -> tuple[Tensor, State, Auxiliary]:
         count, total, after = self.slots.weight.shape[0], Auxiliary(), dict(memory)
-        x_BND, reset, continues = part.x, part.reset, part.continues
+        x_BND, reset = part.x, part.around(0, count if part.is_whole else 0)
         if part.is_whole:
             x_BND = torch.cat((x_BND, self.slots(len(x_BND)).to(x_BND.dtype)), 1)
-            reset = part.around(0, count)
-            continues = reset.cumsum(1) == 0
         fresh = self.fresh_memory(len(x_BND))
         for number, associations in enumerate(self.memories):
             name = str(number)
-            x_BND = x_BND + associations.read(x_BND, memory[name]) * continues.unsqueeze(2)
+            answer_BND = associations.read(x_BND, memory[name])
+            x_BND = x_BND + (answer_BND if reset is None else answer_BND * (reset.cumsum(1) == 0).unsqueeze(2))
             x_BND, _ = self.through(number, x_BND, None, reset, part.mode, total)
             if part.is_whole:
                 own = where_rows(part.is_left, fresh[name], memory[name])

@@ -227,7 +227,7 @@ class Trc2(Gpt):
             return None
         if is_open_B is not None:
             side_BTR = torch.where(is_open_B.view(-1, 1, 1), side_BTR, 0)
-        shift: Tensor = self.shifts[str(number)](side_BTR)
+        shift: Tensor = self.shifts[str(number)](side_BTR.to(self.norm.weight.dtype))
         return shift
 
     # writing

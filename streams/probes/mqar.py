@@ -24,6 +24,8 @@ from streams._settings import require_flag, require_integer
 from streams.probes._sequences import Part, probe, require_table, without_replacement
 
 TRAIN = ((64, 4, 100_000), (128, 8, 20_000), (256, 16, 20_000), (256, 32, 20_000), (256, 64, 20_000))
+MOST_POWER = 20
+"""Beyond it hardly any gap but the longest ones has a chance that is a number."""
 TEST = ((64, 4), (64, 8), (64, 16), (128, 32), (256, 64), (512, 128), (1024, 256))
 
 
@@ -71,8 +73,9 @@ def require_common(vocabulary: object, power: object, is_filled: object, eval_ro
     require_integer("stream.vocabulary", vocabulary, smallest=4)
     require_integer("stream.eval_rows", eval_rows, smallest=4)
     require_flag("stream.is_filled", is_filled)
-    if not isinstance(power, int | float) or not power > 0:
-        raise UserError(f"stream.power is {power!r}; it must be a number above 0")
+    is_number = isinstance(power, int | float) and not isinstance(power, bool)
+    if not is_number or not 0 < power <= MOST_POWER:
+        raise UserError(f"stream.power is {power!r}; it must be a number above 0 and at most {MOST_POWER}")
 
 
 def require_room(tokens: int, pairs: int, updates: int, vocabulary: int) -> None:

@@ -65,6 +65,18 @@ def test_rmt(tokens):
     torch.testing.assert_close(logits(net, tokens), rows(net, tokens, plain), atol=1e-12, rtol=0)
 
 
+# the borders of what hmt reads again are resets as well
+@pytest.mark.parametrize("kind", [Armt, BlockRecurrent, GatedFifo, Memformer, Memoria, Rmt])
+def test_rows_without_separators_have_no_resets(kind, tokens):
+    """So that attention takes its fast road and recurrences are not packed; what is read, the other tests say."""
+    net, seen = model(kind), []
+    for block in net.blocks:
+        block.mixer.register_forward_pre_hook(lambda _, __, given: seen.append(given["reset"]), with_kwargs=True)
+    logits(net, tokens)
+    assert len(seen) == 6
+    assert all(reset is None for reset in seen)
+
+
 def phi(x, degree=3):
     """DPFP feature by feature."""
     r = [max(v, 0.0) for v in x.tolist()] + [max(-v, 0.0) for v in x.tolist()]

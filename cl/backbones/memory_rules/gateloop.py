@@ -5,6 +5,7 @@ Shape legend: B rows, T tokens, D width, H heads, K key width, V value width.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -82,10 +83,11 @@ class Gateloop(Rule):
 
 
 def turned_since(phase_BTHK: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    """Sum of phases since before the first token of the row, or of the document in packed rows, in float64."""
+    """Sum of phases since before the first token of the row, or of the document in packed rows, less whole turns."""
     total = phase_BTHK.double().cumsum(1)
     if cu_seqlens is not None:
         first = cu_seqlens[:-1].long()
         before = total[:, first] - phase_BTHK[:, first].double()
         total = total - before.repeat_interleave(cu_seqlens.long().diff(), 1)
-    return total.to(phase_BTHK.dtype)
+    # whole turns are left out before digits are: the angle of a long text is a large number
+    return total.remainder(2 * math.pi).to(phase_BTHK.dtype)

@@ -11,8 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cl.backbones._heads import require_width
 from cl.backbones._state import State
 from cl.backbones.memory_rules._rule import Gates, Row, Rule, outer, read
+from cl.core import UserError
 from kernels.gated_linear_attention import gated_linear_attention
 
 
@@ -22,6 +24,9 @@ class Gla(Rule):
     Args:
         rank: of the gate's projection.
         temperature: the root that is taken of the sigmoid; larger forgets more slowly.
+
+    Raises:
+        UserError: a value outside its range.
 
     Source: Yang et al., "Gated Linear Attention Transformers with Hardware-Efficient Training", 2023.
     """
@@ -41,6 +46,9 @@ class Gla(Rule):
         temperature: float = 16.0,
     ) -> None:
         super().__init__(width, num_heads, key_width, value_width)
+        require_width("rank", rank)
+        if not temperature > 0:
+            raise UserError(f"temperature of gla is {temperature!r}; it must be a number above 0")
         self.temperature = temperature
         self.retention = nn.Sequential(
             nn.Linear(width, rank, bias=False), nn.Linear(rank, num_heads * key_width, bias=True)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from cl.backbones._heads import require_width
 from cl.backbones._state import State
 from cl.backbones.memory_rules._rule import Decay, Gates, Row, outer, read
 from cl.backbones.memory_rules.gated_delta import GatedDelta
@@ -18,6 +19,9 @@ class Kda(GatedDelta):
     Args:
         negative: let beta reach 2, so that a key's association can change its sign.
         rank: of the decay's projection; None takes the value width.
+
+    Raises:
+        UserError: a rank below 1.
 
     Source: Kimi team, "Kimi Linear: An Expressive, Efficient Attention Architecture", 2025. Differences: the output
         gate is SiLU, as for all rules, in place of a sigmoid of low rank.
@@ -44,7 +48,9 @@ class Kda(GatedDelta):
         rank: int | None = None,
     ) -> None:
         super().__init__(width, num_heads, key_width, value_width, negative=negative)
-        self.retention = Decay(width, num_heads, key_width, rank or value_width)
+        rank = value_width if rank is None else rank
+        require_width("rank", rank)
+        self.retention = Decay(width, num_heads, key_width, rank)
 
     def gates(self, x_BTD: Tensor) -> Gates:
         return {"strength": self.strength(x_BTD), "log_decay": self.retention(x_BTD)[1]}

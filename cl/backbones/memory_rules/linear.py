@@ -47,7 +47,7 @@ class Linear(Rule):
             return read(q_BHK, matrix), {"matrix": matrix}
         z_BHK = state["normaliser"] + k_BHK
         weight_BH1 = (q_BHK * z_BHK).sum(-1, keepdim=True)
-        return read(q_BHK, matrix) / weight_BH1, {"matrix": matrix, "normaliser": z_BHK}
+        return _shared(read(q_BHK, matrix), weight_BH1), {"matrix": matrix, "normaliser": z_BHK}
 
     def chunk(
         self, state: State, q_BTHK: Tensor, k_BTHK: Tensor, v_BTHV: Tensor, gates: Gates, **how: Any
@@ -60,4 +60,10 @@ class Linear(Rule):
         values = torch.cat((v_BTHV, torch.ones_like(v_BTHV[..., :1])), -1)
         start = torch.cat((start, state["normaliser"].unsqueeze(-1)), -1)
         both, end = gated_linear_attention(q_BTHK, k_BTHK, values, scale=1.0, initial_state=start, **how)
-        return both[..., :-1] / both[..., -1:], {"matrix": end[..., :-1], "normaliser": end[..., -1]}
+        return _shared(both[..., :-1], both[..., -1:]), {"matrix": end[..., :-1], "normaliser": end[..., -1]}
+
+
+def _shared(total: Tensor, weight: Tensor) -> Tensor:
+    """q S / (q . z); features of large negative numbers are zero, and a query that no key answers to reads nothing."""
+    is_answered = weight > 0
+    return torch.where(is_answered, total / torch.where(is_answered, weight, 1), 0)

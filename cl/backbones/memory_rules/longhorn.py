@@ -67,7 +67,7 @@ class Longhorn(Rule):
         delta_BTH = _implicit(gates["strength"], k_BTHK)
         start = state["matrix"]
         if self.diagonal:
-            log_decay = torch.log1p(-delta_BTH.unsqueeze(-1) * k_BTHK.to(delta_BTH.dtype).square())
+            log_decay = _log_kept(gates["strength"], k_BTHK)
             values = (delta_BTH.unsqueeze(-1) * v_BTHV).to(v_BTHV.dtype)
             o_BTHV, end = gated_linear_attention(
                 q_BTHK, k_BTHK, values, log_decay, scale=1.0, initial_state=start, **how
@@ -80,3 +80,10 @@ class Longhorn(Rule):
 def _implicit(strength: Tensor, k: Tensor) -> Tensor:
     """beta / (1 + beta |k|^2)."""
     return strength / (1 + strength * k.to(strength.dtype).square().sum(-1))
+
+
+def _log_kept(strength_BTH: Tensor, k_BTHK: Tensor) -> Tensor:
+    """log (1 - delta k_i^2), as log (1 + beta (|k|^2 - k_i^2)) - log (1 + beta |k|^2): finite for keys of any size."""
+    square = k_BTHK.to(strength_BTH.dtype).square()
+    total, beta = square.sum(-1, keepdim=True), strength_BTH.unsqueeze(-1)
+    return torch.log1p(beta * (total - square).clamp(min=0)) - torch.log1p(beta * total)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cl.backbones._state import State
 from cl.backbones.memory_rules._rule import Gates, Row, Rule, outer, read
-from cl.backbones.mixers._rotary import rotary_angles, rotated
+from cl.backbones.mixers._rotary import require_rope_base, rotary_angles, rotated
 from cl.core import UserError
 from kernels.gated_linear_attention import gated_linear_attention, retention_decay
 
@@ -21,7 +21,10 @@ class Retnet(Rule):
     """S = gamma_h S + k (x) v,  o = q S / sqrt(K),  gamma_h = 1 - 2^(-5-h),  with rotary q and k.
 
     Args:
-        rope_base: of the rotary angles.
+        rope_base: of the rotary angles, above 1.
+
+    Raises:
+        UserError: a value outside its range, or keys that cannot be turned in pairs.
 
     Source: Sun et al., "Retentive Network", 2023. Differences: no xPos scaling, which the fixed decay makes needless.
     """
@@ -36,6 +39,7 @@ class Retnet(Rule):
         super().__init__(width, num_heads, key_width, value_width)
         if key_width % 2:
             raise UserError(f"key width of retnet is {key_width}; it must be even, for rotary positions")
+        require_rope_base(rope_base)
         self.rope_base = rope_base
 
     def prepare(self, q_BTHK: Tensor, k_BTHK: Tensor, position: int) -> tuple[Tensor, Tensor]:

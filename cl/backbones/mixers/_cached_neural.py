@@ -13,7 +13,7 @@ from torch import Tensor
 
 from cl.backbones._state import State, mapped, where_rows
 from cl.backbones._windows import pieces
-from cl.backbones.neural_rules._parts import ask
+from cl.backbones.neural_rules._parts import ask, in_order
 from cl.backbones.neural_rules._rule import Gates, NeuralRule
 
 
@@ -118,11 +118,9 @@ def _weights(route_q: Tensor, mean: Tensor, cache: State, options: Options) -> t
 def _soup(rule: NeuralRule, q_B1HF: Tensor, current: State, cache: State, weights: tuple[Tensor, Tensor]) -> Tensor:
     """What the average of all memories' weights answers: (B, 1, H, K)."""
     cached_BHN, own_BH = weights[0][:, 0], weights[1][:, 0, :, 0]
-    layers = sorted(current["weights"])
-    now = rule.recipe.weights(tuple(current["weights"][i] for i in layers))
+    now, cached = (rule.recipe.weights(in_order(each)) for each in (current["weights"], cache["cached"]))
     mixed = []
-    for layer, w in zip(layers, now, strict=True):
-        old = rule.recipe.weights((cache["cached"][layer],))[0]
+    for old, w in zip(cached, now, strict=True):
         mixed.append(own_BH[..., None, None] * w + torch.einsum("bhn,bnhio->bhio", cached_BHN, old))
     return ask(mixed, q_B1HF.transpose(1, 2), rule.norm).transpose(1, 2)
 

@@ -25,7 +25,9 @@ class MemoryAsContext(nn.Module):
     every token of a segment see what was recalled for all of them, which is not causal; here token t sees h_1 .. h_t.
     """
 
-    def __init__(self, branch: NeuralBranch, width: int, num_heads: int, num_persistent: int, rope_base: float) -> None:
+    def __init__(
+        self, branch: NeuralBranch, width: int, num_heads: int, num_persistent: int, rope_base: float | None
+    ) -> None:
         super().__init__()
         self.num_heads, self.rope_base, self.segment = num_heads, rope_base, branch.rule.chunk
         self.query, self.key, self.value = (nn.Linear(width, width, bias=False) for _ in range(3))
@@ -61,9 +63,10 @@ class MemoryAsContext(nn.Module):
         pair = torch.stack((recalled_BcD, x_BcD), 2)
         q = self.query(x_BcD).unflatten(-1, (num_heads, -1)).transpose(1, 2)
         k, v = (p(pair).unflatten(-1, (num_heads, -1)).permute(0, 3, 1, 2, 4) for p in (self.key, self.value))
-        place_Bc = position_B[:, None] + torch.arange(num_tokens, device=x_BcD.device)
-        cos, sin = turns(place_Bc.to(seen["key"].dtype), q.shape[-1], self.rope_base)
-        q, k = rotated(q, cos, sin), rotated(k, cos.unsqueeze(3), sin.unsqueeze(3))
+        if self.rope_base is not None:
+            place_Bc = position_B[:, None] + torch.arange(num_tokens, device=x_BcD.device)
+            cos, sin = turns(place_Bc.to(seen["key"].dtype), q.shape[-1], self.rope_base)
+            q, k = rotated(q, cos, sin), rotated(k, cos.unsqueeze(3), sin.unsqueeze(3))
         is_open_Bn = seen["is_open"] & (position_B > 0)[:, None]
         k = torch.cat((seen["key"].to(k.dtype), k), 2)
         v = torch.cat((seen["value"].to(v.dtype), v), 2)

@@ -25,7 +25,7 @@ class NeuralBranch(nn.Module):
         self.convolution = ShortConvolution(3 * width, conv)
         spec = rule if isinstance(rule, Spec) else parse_one(rule, "rule of neural_memory")
         shape = {"num_heads": num_heads, "head_width": width // num_heads}
-        self.rule: NeuralRule = build(spec, "neural_rules", "rule of neural_memory", width, **shape)  # type: ignore[assignment]
+        self.rule: NeuralRule = build(spec, "neural_rules", "rule of neural_memory", width, shape)  # type: ignore[assignment]
         self.norm = nn.RMSNorm(width // num_heads, eps=1e-6)
 
     def init_state(self, num_rows: int) -> State:

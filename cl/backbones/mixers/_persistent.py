@@ -24,7 +24,9 @@ class PersistentAttention(Attention):
         tokens that are projected to them.
     """
 
-    def __init__(self, width: int, *, num_heads: int, window: int, num_persistent: int, rope_base: float) -> None:
+    def __init__(
+        self, width: int, *, num_heads: int, window: int, num_persistent: int, rope_base: float | None
+    ) -> None:
         super().__init__(width, num_heads=num_heads, window=window, rope_base=rope_base)
         del self.out
         shape = (num_heads, num_persistent, self.head_width)
@@ -49,8 +51,9 @@ class PersistentAttention(Attention):
         state = self.init_state(x_BTD.shape[0]) if state is None else state
         age_BT = ages(x_BTD.shape[1], reset, state["age"])
         q, k, v = (self._heads(p(x_BTD), self.num_heads) for p in (self.query, self.key, self.value))
-        cos, sin = turns(age_BT, self.head_width, self.rope_base or 1.0)
-        q, k = rotated(q, cos, sin), rotated(k, cos, sin)
+        if self.rope_base is not None:
+            cos, sin = turns(age_BT, self.head_width, self.rope_base)
+            q, k = rotated(q, cos, sin), rotated(k, cos, sin)
         k = torch.cat((state["key"].to(k.dtype), k), 2)
         v = torch.cat((state["value"].to(v.dtype), v), 2)
         document_BS = self._documents(x_BTD, reset, state)

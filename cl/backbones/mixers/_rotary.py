@@ -10,12 +10,21 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from cl.core import UserError
+
 
 def rotary_angles(
     start: int, num_tokens: int, head_width: int, base: float, device: torch.device, dtype: torch.dtype = torch.float32
 ) -> tuple[Tensor, Tensor]:
     """cos and sin (T, K / 2) of position * base^(-2i / K), computed in float64."""
     return _angles(start, num_tokens, head_width, base, str(device), dtype)
+
+
+def require_rope_base(value: object) -> None:
+    """Raise `UserError` unless it is a base of rotary angles, or None for no positions."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if value is not None and not (is_number and 1 < value < float("inf")):
+        raise UserError(f"backbone.rope_base is {value!r}; it must be a number above 1, or none")
 
 
 @lru_cache(maxsize=16)

@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cl.backbones._heads import require_width
 from cl.backbones._mixer import Lifetime, Mixer, require_mode
 from cl.backbones._state import State
-from cl.backbones.mixers._rotary import rotary_angles, rotated
+from cl.backbones.mixers._rotary import require_rope_base, rotary_angles, rotated
 from cl.core import UserError
 
 
@@ -54,6 +55,8 @@ class Attention(Mixer):
     ) -> None:
         super().__init__()
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        require_width("num_heads", num_heads)
+        require_width("num_kv_heads", num_kv_heads)
         if width % num_heads or width // num_heads % 2:
             raise UserError(
                 f"backbone.width is {width} for backbone.num_heads={num_heads}; a multiple of twice the heads is needed"
@@ -62,8 +65,9 @@ class Attention(Mixer):
             raise UserError(f"backbone.num_kv_heads is {num_kv_heads}; it must divide backbone.num_heads={num_heads}")
         if window is not None and (not isinstance(window, int) or window < 1):
             raise UserError(f"window of attention is {window!r}; it must be an integer of at least 1, or none")
-        if rope_base is not None and (not isinstance(rope_base, int | float) or not rope_base > 1):
-            raise UserError(f"backbone.rope_base is {rope_base!r}; it must be a number above 1, or none")
+        require_rope_base(rope_base)
+        if not 0 <= dropout < 1:
+            raise UserError(f"backbone.dropout is {dropout!r}; it must be a number from 0 to below 1")
         self.num_heads, self.num_kv_heads, self.head_width = num_heads, num_kv_heads, width // num_heads
         self.window, self.rope_base, self.dropout = window, rope_base, dropout
         self.query = nn.Linear(width, width, bias=False)

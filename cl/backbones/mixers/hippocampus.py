@@ -28,7 +28,7 @@ class Hippocampus(Mixer):
         num_heads: H of the attention and of the memory, which share their queries, keys and values.
         window: W, tokens that attention sees.
         rule: of the memory, a file in `cl/backbones/memory_rules/`.
-        rope_base: of the attention's rotary angles; the memory sees queries and keys without them.
+        rope_base: of the attention's rotary angles, None for none; the memory sees queries and keys without them.
 
     Raises:
         UserError: a value outside its range.
@@ -54,7 +54,7 @@ class Hippocampus(Mixer):
         num_heads: int = 4,
         window: int = 64,
         rule: str | Spec = "gated_delta",
-        rope_base: float = 10_000.0,
+        rope_base: float | None = 10_000.0,
     ) -> None:
         super().__init__()
         self.attention = Attention(width, num_heads=num_heads, window=window, rope_base=rope_base)

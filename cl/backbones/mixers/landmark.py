@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from cl.backbones._heads import require_width
 from cl.backbones._mixer import Lifetime, Mixer
 from cl.backbones._state import State
-from cl.backbones.mixers._rotary import rotary_angles, rotated
+from cl.backbones.mixers._rotary import require_rope_base, rotary_angles, rotated
 from cl.core import UserError
 
 COUNTS = ("document", "row")
@@ -61,6 +61,8 @@ class Landmark(Mixer):
         rope_base: float | None = 10_000.0,
     ) -> None:
         super().__init__()
+        require_width("num_heads", num_heads)
+        require_rope_base(rope_base)
         if width % num_heads or width // num_heads % 2:
             raise UserError(
                 f"backbone.width is {width} for backbone.num_heads={num_heads}; a multiple of twice the heads is needed"

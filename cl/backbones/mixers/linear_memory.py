@@ -75,6 +75,7 @@ class LinearMemory(Mixer):
         self.value_width = head_width(width, num_heads, value_width, "value_width")
         if not isinstance(conv, int) or isinstance(conv, bool) or conv < 0:
             raise UserError(f"conv of linear_memory is {conv!r}; it must be an integer of at least 0")
+        require_chunk("linear_memory", chunk)
         keys, values = num_heads * self.key_width, num_heads * self.value_width
         self.query, self.key = nn.Linear(width, keys, bias=False), nn.Linear(width, keys, bias=False)
         self.value = nn.Linear(width, values, bias=False)
@@ -145,12 +146,20 @@ def _split(tokens: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor, dict[str,
     return tokens["q"], tokens["k"], tokens["v"], gates
 
 
+def require_chunk(mixer: str, chunk: Any) -> None:
+    """Raise `UserError` unless it is a chunk that the kernels take, or None."""
+    is_count = isinstance(chunk, int) and not isinstance(chunk, bool) and chunk > 0
+    if chunk is not None and not (is_count and chunk & (chunk - 1) == 0):
+        raise UserError(f"chunk of {mixer} is {chunk!r}; it must be a power of two, or none")
+
+
 def head_width(width: int, num_heads: int, given: Any, name: str) -> int:
     """Width of a head: as given, or D / H.
 
     Raises:
         UserError: D is no multiple of H, or a value below 1.
     """
+    require_width("num_heads", num_heads)
     if given is not None:
         require_width(name, given)
         return int(given)

@@ -79,6 +79,8 @@ class MemoryCache(Mixer):
                 raise UserError(f"{name} of memory_cache is {value!r}; it must be one of {', '.join(allowed)}")
         require_width("segment", segment)
         require_width("top", top)
+        if route_width is not None:
+            require_width("route_width", route_width)
         layer = inner(width)
         self.read, self.segment, self.keep, self.top = read, segment, keep, top
         if isinstance(layer, LinearMemory):
@@ -92,7 +94,9 @@ class MemoryCache(Mixer):
                 f"{type(layer).__name__}"
             )
         self.inner, self.num_heads = layer, num_heads
-        self.route_width = 0 if read == "residual" else route_width or max(1, width // num_heads)
+        self.route_width = (
+            0 if read == "residual" else max(1, width // num_heads) if route_width is None else route_width
+        )
         if read != "residual":
             self.route_query = nn.Linear(width, num_heads * self.route_width, bias=False)
             self.route_key = nn.Linear(width, num_heads * self.route_width, bias=False)

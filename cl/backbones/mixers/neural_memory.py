@@ -15,6 +15,7 @@ from cl.backbones._state import State
 from cl.backbones.mixers._memory_as_context import MemoryAsContext
 from cl.backbones.mixers._neural_branch import NeuralBranch
 from cl.backbones.mixers._persistent import PersistentAttention
+from cl.backbones.mixers._rotary import require_rope_base
 from cl.backbones.neural_rules.tnt import Tnt
 from cl.core import UserError
 
@@ -38,7 +39,7 @@ class NeuralMemory(Mixer):
         conv: tokens that the short convolution of q, k and v sees; 0 leaves it out.
         window: of the attention of mag and mal; mac has segments as long as the rule's chunk.
         num_persistent: learned keys and values that attention sees from everywhere.
-        rope_base: of the attention's rotary angles.
+        rope_base: of the attention's rotary angles; None gives no positions.
 
     Raises:
         UserError: a value outside its range, or tnt as context.
@@ -75,9 +76,12 @@ class NeuralMemory(Mixer):
         conv: int = 4,
         window: int = 64,
         num_persistent: int = 4,
-        rope_base: float = 10_000.0,
+        rope_base: float | None = 10_000.0,
     ) -> None:
         super().__init__()
+        require_width("num_heads", num_heads)
+        require_width("window", window)
+        require_rope_base(rope_base)
         if width % num_heads or width // num_heads % 2:
             raise UserError(
                 f"backbone.width is {width} for backbone.num_heads={num_heads}; a multiple of twice the heads is needed"

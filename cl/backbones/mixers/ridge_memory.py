@@ -13,7 +13,7 @@ from cl.backbones._mixer import Lifetime, Mixer, in_full_precision
 from cl.backbones._state import Packing, State, where_rows
 from cl.backbones.memory_rules._rule import Decay, Row, Strength, unit
 from cl.backbones.mixers._convolution import ShortConvolution
-from cl.backbones.mixers.linear_memory import head_width
+from cl.backbones.mixers.linear_memory import head_width, require_chunk
 from cl.core import UserError
 from kernels.ridge_memory import ridge_memory
 
@@ -82,6 +82,7 @@ class RidgeMemory(Mixer):
         for name, value, least in (("steps", steps, 1), ("conv", conv, 0)):
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise UserError(f"{name} of ridge_memory is {value!r}; it must be an integer of at least {least}")
+        require_chunk("ridge_memory", chunk)
         self.num_heads, self.head_width = num_heads, head_width(width, num_heads, head, "head")
         self.ratio, self.steps, self.chunk = float(ratio), steps, chunk
         inner = num_heads * self.head_width

@@ -1,12 +1,15 @@
 """Self-modifying memory: what makes keys, values, rates and decays is itself a memory that these write to.
 
     for the memories m in {key, value, output, rate, decay}, all linear, per head:
-        k = norm(M_key u);  v = M_value u;  eta = sigmoid(M_rate u);  alpha = sigmoid(M_decay u + b)
-        M_m <- alpha M_m - eta (M_m k - M_m v) k^T            every memory sets its own target, M_m v
+        k = norm(M_key u);  v = norm(M_value u);  eta = sigmoid(M_rate u);  alpha = sigmoid(M_decay u + b)
+        M_m <- M_m0 + alpha (M_m - M_m0) - eta (M_m k - M_m v) k^T        every memory sets its own target, M_m v
         o = M_output q,   q = norm(W_q x), the only static one
 
-u are the token's inputs to its heads; initial memories are weights. All memories are read and written alike, so they
-are the rows of one matrix.
+u are the token's inputs to its heads; initial memories M_m0 are weights. All memories are read and written alike, so
+they are the rows of one matrix.
+
+What is written comes from the memories alone. So they decay to where they began, and not to zero, where all of them
+would end; and v has the length of k: one that is longer would make them grow with every token.
 
 Shape legend: B rows, T tokens, D width, H heads, K width of a head, R = 3 K + 2 rows of a head's memory.
 """
@@ -17,7 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cl.backbones._mixer import Lifetime, Mixer, require_mode
+from cl.backbones._heads import require_width
+from cl.backbones._mixer import Lifetime, Mixer, in_full_precision, require_mode
 from cl.backbones._state import State
 from cl.core import UserError
 
@@ -36,7 +40,8 @@ class SelfModifying(Mixer):
     Cost: 4 D^2 + 12 D K multiply-adds a token, one token after another; the state holds D (3 K + 2) numbers a row.
     Source: in the spirit of the self-modifying Titans of Behrouz et al., "Nested Learning: The Illusion of Deep
         Learning Architectures", NeurIPS 2025: k, v, eta, alpha and the memory are memories, q is static. Update and
-        targets [recalled]. Differences: linear memories, one gradient step of a squared error a token, read after it.
+        targets [recalled]. Differences: linear memories, one gradient step of a squared error a token, read after it;
+        values of length 1, and decay to the initial memories.
     """
 
     lifetime = Lifetime(fast=("memory",))
@@ -44,6 +49,7 @@ class SelfModifying(Mixer):
 
     def __init__(self, width: int, *, num_heads: int = 4, keep: float = 5.0) -> None:
         super().__init__()
+        require_width("num_heads", num_heads)
         if width % num_heads:
             raise UserError(f"backbone.width is {width}; it must be a multiple of backbone.num_heads={num_heads}")
         if isinstance(keep, bool) or not isinstance(keep, int | float):
@@ -74,25 +80,27 @@ class SelfModifying(Mixer):
             layer(x_BTD).unflatten(-1, (self.num_heads, -1)).to(memory_BHRK.dtype) for layer in (self.query, self.inner)
         )
         q_BTHK, outputs = F.normalize(q_BTHK, dim=-1), []
-        for t in range(x_BTD.shape[1]):
-            if reset is not None:
-                memory_BHRK = torch.where(reset[:, t].view(-1, 1, 1, 1), fresh_BHRK, memory_BHRK)
-            memory_BHRK = self._written(memory_BHRK, u_BTHK[:, t])
-            output_BHKK = memory_BHRK[:, :, 2 * self.head_width : 3 * self.head_width]
-            outputs.append(_read(output_BHKK, q_BTHK[:, t]))
+        with in_full_precision(x_BTD):
+            for t in range(x_BTD.shape[1]):
+                if reset is not None:
+                    memory_BHRK = torch.where(reset[:, t].view(-1, 1, 1, 1), fresh_BHRK, memory_BHRK)
+                memory_BHRK = self._written(memory_BHRK, fresh_BHRK, u_BTHK[:, t])
+                output_BHKK = memory_BHRK[:, :, 2 * self.head_width : 3 * self.head_width]
+                outputs.append(_read(output_BHKK, q_BTHK[:, t]))
         o_BTHK = self.norm(torch.stack(outputs, 1).to(x_BTD.dtype))
         y_BTD: Tensor = self.out(o_BTHK.flatten(2) * F.silu(self.gate(x_BTD)))
         return y_BTD, {"memory": memory_BHRK}
 
-    def _written(self, memory_BHRK: Tensor, u_BHK: Tensor) -> Tensor:
+    def _written(self, memory_BHRK: Tensor, fresh_BHRK: Tensor, u_BHK: Tensor) -> Tensor:
         """All memories after one token."""
         width = self.head_width
         k, v, _, rate, decay = _read(memory_BHRK, u_BHK).split((width, width, width, 1, 1), -1)
-        k = F.normalize(k, dim=-1)
+        k, v = F.normalize(k, dim=-1), F.normalize(v, dim=-1)
         eta, alpha = rate.sigmoid().unsqueeze(-1), (decay + self.keep).sigmoid().unsqueeze(-1)
         # M k - M v, the error of every memory, in one reading
         error_BHR = _read(memory_BHRK, k - v)
-        return alpha * memory_BHRK - eta * error_BHR.unsqueeze(-1) * k.unsqueeze(-2)
+        kept_BHRK = torch.lerp(fresh_BHRK, memory_BHRK, alpha)
+        return kept_BHRK - eta * error_BHR.unsqueeze(-1) * k.unsqueeze(-2)
 
 
 def _read(memory_BHRK: Tensor, x_BHK: Tensor) -> Tensor:

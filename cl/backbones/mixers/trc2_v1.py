@@ -170,6 +170,7 @@ class Trc2V1(Mixer):
 
     def _route(self, mean_BKD: Tensor) -> Tensor:
         """(B, K, M) weight of each column, 0 where it was not chosen."""
+        mean_BKD = mean_BKD.to(self.near_JD.dtype)
         here_BK12 = torch.tanh(self.location(mean_BKD)).unsqueeze(2)
         logits_BKM = self.route_query(mean_BKD) @ self.route_key_MR.T
         logits_BKM = logits_BKM - self.distance * (here_BK12 - self.places).square().sum(-1)

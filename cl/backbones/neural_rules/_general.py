@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from cl.backbones._state import State, mapped, where_rows
-from cl.backbones.neural_rules._parts import LOSSES, RETENTIONS, Norm, Weights, ask, orthogonal
+from cl.backbones.neural_rules._parts import LOSSES, RETENTIONS, Norm, Weights, ask, in_order, orthogonal
 from kernels.neural_memory.model import Model, answer, slopes
 from kernels.neural_memory.schedule import NeuralMemoryState, Piece, Row
 from kernels.neural_memory.schedule import run as run_schedule
@@ -159,12 +159,12 @@ def walked(
     Returns:
         outputs (B, T, H, V) and the state after the last token.
     """
-    layers, outs = sorted(state["weights"]), []
+    layers, outs = sorted(state["weights"], key=int), []
     for t in range(tokens.q.shape[1]):
         if reset_BT is not None:
             state = where_rows(reset_BT[:, t], fresh, state)
         state = state | {"start": where_rows(state["position"] == 0, state["weights"], state["start"])}
-        start = recipe.weights(tuple(state["start"][i] for i in layers))
+        start = recipe.weights(in_order(state["start"]))
         at = tokens.k[:, t], tokens.v[:, t], tokens.omega[:, t], tokens.threshold[:, t]
 
         def loss(weights: Weights, at: tuple[Tensor, ...] = at) -> Tensor:
@@ -183,7 +183,7 @@ def walked(
             push = mapped(lambda x, eta=eta: eta * orthogonal(x), push)
         keep = 1.0 if g is None else g[:, t, :, None, None].exp()
         now = mapped(lambda a, x, keep=keep: keep * a + x, state["weights"], push)
-        weights = recipe.weights(tuple(now[i] for i in layers))
+        weights = recipe.weights(in_order(now))
         outs.append(ask(weights, tokens.q[:, t].unsqueeze(2), norm).squeeze(2))
         state = state | {"weights": now, "position": (state["position"] + 1) % chunk}
     start = where_rows(state["position"] == 0, state["weights"], state["start"])

@@ -7,7 +7,7 @@ Shape legend: S sequences, H heads, N tokens, K key width, V value width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +15,11 @@ from torch import Tensor
 
 Weights = tuple[Tensor, ...]
 Norm = tuple[Tensor, Tensor]
+
+
+def in_order(by_layer: Mapping[str, Tensor]) -> Weights:
+    """Weights of the layers "0", "1", .. "10" as a state keeps them, one after the other."""
+    return tuple(by_layer[number] for number in sorted(by_layer, key=int))
 
 
 def ask(weights: Sequence[Tensor], x: Tensor, norm: Norm | None) -> Tensor:

@@ -22,7 +22,7 @@ from cl.backbones._mixer import in_full_precision
 from cl.backbones._state import Packing, State, mapped
 from cl.backbones._windows import windows
 from cl.backbones.neural_rules._general import Recipe, Tokens, chunked, walked
-from cl.backbones.neural_rules._parts import Norm, Weights, ask, monomials
+from cl.backbones.neural_rules._parts import Norm, ask, in_order, monomials
 from cl.core import UserError
 from kernels.neural_memory import NeuralMemoryState, neural_memory
 from kernels.neural_memory.schedule import Row
@@ -155,7 +155,7 @@ class NeuralRule(nn.Module):
 
     def ask(self, weights: State, q_BTHF: Tensor) -> Tensor:
         """What a memory with accumulators `weights` answers to features, and nothing is written: (B, T, H, K)."""
-        a = self.recipe.weights(tuple(weights[i] for i in sorted(weights)))
+        a = self.recipe.weights(in_order(weights))
         return ask(a, q_BTHF.transpose(1, 2), self.norm).transpose(1, 2)
 
     def run(
@@ -234,7 +234,7 @@ def require_above(rule: str, option: str, value: object, bound: float) -> None:
 
 def unpacked(state: State) -> NeuralMemoryState:
     """As the kernels take it."""
-    weights, momentum, start = (_tuple(state[name]) for name in ("weights", "momentum", "start"))
+    weights, momentum, start = (in_order(state[name]) for name in ("weights", "momentum", "start"))
     return NeuralMemoryState(weights, momentum, start, tuple(state["position"].tolist()))
 
 
@@ -245,7 +245,3 @@ def packed(state: NeuralMemoryState, device: torch.device) -> State:
         for name, group in (("weights", state.weights), ("momentum", state.momentum), ("start", state.start))
     }
     return groups | {"position": torch.tensor(state.position, dtype=torch.int64, device=device)}
-
-
-def _tuple(group: State) -> Weights:
-    return tuple(group[i] for i in sorted(group))

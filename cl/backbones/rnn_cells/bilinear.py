@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from cl.backbones._cells import wide
+from cl.backbones._heads import require_width
 from cl.backbones.rnn_cells._base import RnnCell
 from cl.core import UserError
 
@@ -20,7 +21,7 @@ class Bilinear(RnnCell):
         block: N, units that move each other; a block of all units can be any finite automaton.
 
     Raises:
-        UserError: units are no multiple of `block`.
+        UserError: units are no multiple of `block`, or it is below 1.
 
     Cost: D F N + F N multiply-adds a token, T steps in a row; state F.
     Source: in the spirit of Revisiting Bi-Linear State Transitions in Recurrent Neural Networks, from the project's
@@ -30,6 +31,7 @@ class Bilinear(RnnCell):
 
     def __init__(self, width: int, units: int, block: int = 8) -> None:
         super().__init__()
+        require_width("block", block)
         block = min(block, units)
         if units % block:
             raise UserError(f"bilinear has {units} units in blocks of {block}; they must be a multiple of the block")

@@ -38,5 +38,5 @@ class LeakyTau(RnnCell):
 
     def advance(self, driven_B: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
         rate = 1 / self.timescale()
-        h = (1 - rate) * h + rate * torch.tanh(driven_B + h @ self.recurrent)
+        h = (1 - rate) * h + rate * torch.tanh(driven_B + h @ wide(self.recurrent))
         return h, h

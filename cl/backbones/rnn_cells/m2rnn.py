@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from cl.backbones._cells import wide
+from cl.backbones._heads import require_width
 from cl.backbones.rnn_cells._base import RnnCell
 from cl.core import UserError
 from kernels.sequential_rnn import m2rnn
@@ -24,7 +25,7 @@ class M2rnn(RnnCell):
         clip: bound on the elements of the gradient of S_t on its way back; None leaves it alone.
 
     Raises:
-        UserError: units are no multiple of the heads.
+        UserError: units are no multiple of the heads, or a value outside its range.
 
     Cost: 2 D H K + D H V + 2 K V^2 H multiply-adds a token, T steps in a row; state H K V.
     Source: M2RNN (Mishra et al., 2026), its recurrence as in the code of open-lm-engine. Differences: W starts as the
@@ -41,10 +42,14 @@ class M2rnn(RnnCell):
         clip: float | None = None,
     ) -> None:
         super().__init__()
+        require_width("num_heads", num_heads)
+        if clip is not None and not clip > 0:
+            raise UserError(f"clip of m2rnn is {clip!r}; it must be a number above 0, or none")
         if units % num_heads:
             raise UserError(f"m2rnn has {units} units for {num_heads} heads; they must be a multiple of the heads")
         values = units // num_heads
         keys = values if key_width is None else key_width
+        require_width("key_width", keys)
         self.state_shape, self.clip = (num_heads, keys, values), clip
         self.query, self.key = (nn.Linear(width, num_heads * keys, bias=False) for _ in range(2))
         self.value, self.forget = nn.Linear(width, units, bias=False), nn.Linear(width, num_heads, bias=False)
@@ -62,12 +67,12 @@ class M2rnn(RnnCell):
 
     def advance(self, driven_B: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
         q, k, v, f = self._parts(driven_B)
-        z = torch.tanh(h @ self.transition + k.unsqueeze(-1) * v.unsqueeze(-2))
+        z = torch.tanh(h @ wide(self.transition) + k.unsqueeze(-1) * v.unsqueeze(-2))
         h = f.unsqueeze(-1) * h + (1 - f.unsqueeze(-1)) * z
         return (q.unsqueeze(-2) @ h).flatten(1), h
 
     def run(self, driven_BT: Tensor, h0: Tensor, reset_BT: Tensor | None) -> tuple[Tensor, Tensor]:
         q, k, v, f = (part.contiguous() for part in self._parts(driven_BT))
         how = {"initial_state": h0, "reset": reset_BT, "clip": self.clip}
-        o, last = m2rnn(q, k, v, f.squeeze(-1), self.transition, **how)
+        o, last = m2rnn(q, k, v, f.squeeze(-1), wide(self.transition), **how)
         return o.flatten(2), last

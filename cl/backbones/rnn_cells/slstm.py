@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cl.backbones._cells import wide
+from cl.backbones._heads import require_width
 from cl.backbones.rnn_cells._base import RnnCell
 from cl.core import UserError
 from kernels.sequential_rnn import sequential_rnn
@@ -26,7 +27,7 @@ class Slstm(RnnCell):
         forget_bias: b_f at the start; above 0 keeps more.
 
     Raises:
-        UserError: units are no multiple of the heads.
+        UserError: units are no multiple of the heads, of which there is at least one.
 
     Cost: 4 D F + 4 F K multiply-adds a token, T steps in a row; state 4 F.
     Source: xLSTM (Beck et al., 2024). Differences: of the state as in `kernels.sequential_rnn`.
@@ -41,6 +42,7 @@ class Slstm(RnnCell):
         forget_bias: float = 3.0,
     ) -> None:
         super().__init__()
+        require_width("num_heads", num_heads)
         if units % num_heads:
             raise UserError(f"slstm has {units} units for {num_heads} heads; they must be a multiple of the heads")
         size = units // num_heads
@@ -56,7 +58,7 @@ class Slstm(RnnCell):
 
     def advance(self, driven_B: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
         c, n, m, out = h.unbind(1)
-        i, f, z, o = (driven_B + torch.einsum("bhk,ghkl->bghl", out, self.recurrent)).unbind(1)
+        i, f, z, o = (driven_B + torch.einsum("bhk,ghkl->bghl", out, wide(self.recurrent))).unbind(1)
         log_f = f if self.is_exponential else F.logsigmoid(f)
         # an empty memory has no scale of its own
         carried = torch.where(n == 0, i, log_f + m)
@@ -68,5 +70,5 @@ class Slstm(RnnCell):
 
     def run(self, driven_BT: Tensor, h0: Tensor, reset_BT: Tensor | None) -> tuple[Tensor, Tensor]:
         cell = "slstm_exp" if self.is_exponential else "slstm"
-        h, last = sequential_rnn(driven_BT, self.recurrent, cell=cell, initial_state=h0, reset=reset_BT)
+        h, last = sequential_rnn(driven_BT, wide(self.recurrent), cell=cell, initial_state=h0, reset=reset_BT)
         return h.flatten(2), last

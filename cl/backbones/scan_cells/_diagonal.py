@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from cl.backbones._cells import wide
+from cl.backbones._heads import require_width
 from cl.backbones.scan_cells._base import ScanCell
 
 
@@ -22,6 +23,7 @@ class DiagonalCell(ScanCell):
 
     def __init__(self, width: int, units: int, num_states: int) -> None:
         super().__init__()
+        require_width("num_states", num_states)
         self.state_shape = (num_states,)
         self.input = nn.Linear(width, 2 * num_states, bias=False)
         self.output = nn.Linear(2 * num_states, units, bias=False)

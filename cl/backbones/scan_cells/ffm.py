@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from cl.backbones._cells import wide
+from cl.backbones._heads import require_width
 from cl.backbones.scan_cells._base import ScanCell
 from cl.core import UserError
 
@@ -26,7 +27,7 @@ class Ffm(ScanCell):
         longest: steps after which the slowest trace has decayed to 1 / e, and longest period of a context.
 
     Raises:
-        UserError: `longest` not above 1.
+        UserError: `longest` not above 1, or a number below 1.
 
     Cost: 2 D M + 2 M C F + 2 D F multiply-adds a token; state 2 M C.
     Source: Morad et al., 2023 (Reinforcement Learning with Fast and Forgetful Memory). Differences: the starts of a and
@@ -39,6 +40,8 @@ class Ffm(ScanCell):
         self, width: int, units: int, num_traces: int = 16, num_contexts: int = 4, longest: float = 1024.0
     ) -> None:
         super().__init__()
+        require_width("num_traces", num_traces)
+        require_width("num_contexts", num_contexts)
         if not longest > 1:
             raise UserError(f"the longest span of ffm is {longest} steps; it must be above 1")
         self.state_shape = (num_traces, num_contexts)
@@ -49,7 +52,7 @@ class Ffm(ScanCell):
         self.read_gate, self.skip = nn.Linear(width, units), nn.Linear(width, units)
 
     def _gamma(self) -> Tensor:
-        size_M1, angle_C = torch.exp(-self.decay.abs())[:, None], self.frequency
+        size_M1, angle_C = torch.exp(-wide(self.decay).abs())[:, None], wide(self.frequency)
         return torch.complex(size_M1 * angle_C.cos(), size_M1 * angle_C.sin())
 
     def _written(self, x: Tensor) -> Tensor:

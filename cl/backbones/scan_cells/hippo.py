@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from cl.backbones._cells import wide
+from cl.backbones._heads import require_width
 from cl.backbones.scan_cells._base import ScanCell
 from cl.core import UserError
 from kernels.linear_scan import linear_scan
@@ -31,7 +32,7 @@ class Hippo(ScanCell):
         num_channels: C; None takes D / N, at least 1.
 
     Raises:
-        UserError: order outside its range.
+        UserError: a value outside its range.
 
     Cost: D C + C N F multiply-adds a token, and 2 C N^2 for the change of basis; state C N. The scan is in float64.
     Source: Gu et al., 2020 (HiPPO), LegS with the bilinear form. Differences: no recurrent network around it; the
@@ -43,6 +44,7 @@ class Hippo(ScanCell):
         if not 1 <= order <= MOST_ORDER:
             raise UserError(f"the order of hippo is {order}; it must be from 1 to {MOST_ORDER}")
         channels = max(1, width // order) if num_channels is None else num_channels
+        require_width("num_channels", channels)
         self.state_shape = (channels, order)
         self.input, self.mix = nn.Linear(width, channels), nn.Linear(channels * order, units)
 

@@ -10,6 +10,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from cl.backbones._cells import wide
 from cl.backbones.scan_cells._diagonal import DiagonalCell
 from cl.core import UserError
 
@@ -23,7 +24,7 @@ class Lru(DiagonalCell):
         max_phase: angles of lambda at the start, uniform from 0 to it.
 
     Raises:
-        UserError: not 0 <= r_min < r_max < 1.
+        UserError: not 0 <= r_min < r_max < 1, or another value outside its range.
 
     Cost: 2 D N + 2 N F + D F multiply-adds a token; state 2 N.
     Source: Orvieto et al., 2023 (Resurrecting Recurrent Neural Networks for Long Sequences): the normalisation gamma is
@@ -41,6 +42,8 @@ class Lru(DiagonalCell):
     ) -> None:
         if not 0 <= r_min < r_max < 1:
             raise UserError(f"lru starts with magnitudes from {r_min} to {r_max}; they must be within [0, 1), in order")
+        if not max_phase > 0:
+            raise UserError(f"max_phase of lru is {max_phase!r}; it must be a number above 0")
         number = width if num_states is None else num_states
         super().__init__(width, units, number)
         area_N = torch.rand(number) * (r_max**2 - r_min**2) + r_min**2
@@ -51,5 +54,5 @@ class Lru(DiagonalCell):
         self.log_gamma = nn.Parameter(0.5 * torch.log1p(-area_N))
 
     def transition(self) -> tuple[Tensor, Tensor]:
-        magnitude_N, angle_N = torch.exp(-self.nu.exp()), self.theta.exp()
-        return torch.polar(magnitude_N, angle_N), self.log_gamma.exp()
+        magnitude_N, angle_N = torch.exp(-wide(self.nu).exp()), wide(self.theta).exp()
+        return torch.polar(magnitude_N, angle_N), wide(self.log_gamma).exp()

@@ -26,14 +26,17 @@ class Minlstm(ScanCell):
         self.candidate = nn.Linear(width, units)
 
     def elements(self, x_BTD: Tensor) -> tuple[Tensor, Tensor]:
-        # f / (f + i) = sigmoid(log f - log i), which no gate can underflow
-        odds = F.logsigmoid(wide(self.forget(x_BTD))) - F.logsigmoid(wide(self.input(x_BTD)))
-        return odds.sigmoid(), (-odds).sigmoid() * wide(self.candidate(x_BTD))
+        keep, write = self._gates(x_BTD)
+        return keep, write * wide(self.candidate(x_BTD))
 
     def step(self, x_BD: Tensor, h: Tensor, age_B: Tensor) -> Tensor:
-        f, i = wide(self.forget(x_BD)).sigmoid(), wide(self.input(x_BD)).sigmoid()
-        new: Tensor = f / (f + i) * h + i / (f + i) * wide(self.candidate(x_BD))
-        return new
+        keep, write = self._gates(x_BD)
+        return keep * h + write * wide(self.candidate(x_BD))
+
+    def _gates(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        # f / (f + i) = sigmoid(log f - log i), which no gate can underflow
+        odds = F.logsigmoid(wide(self.forget(x))) - F.logsigmoid(wide(self.input(x)))
+        return odds.sigmoid(), (-odds).sigmoid()
 
     def read(self, h: Tensor, x: Tensor) -> Tensor:
         return h

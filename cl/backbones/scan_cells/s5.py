@@ -10,7 +10,9 @@ import math
 import torch
 from torch import Tensor, nn
 
+from cl.backbones._cells import wide
 from cl.backbones.scan_cells._diagonal import DiagonalCell
+from cl.core import UserError
 
 
 class S5(DiagonalCell):
@@ -21,6 +23,9 @@ class S5(DiagonalCell):
     Args:
         num_states: N; None takes half the width.
         shortest, longest: bounds of the step sizes Delta at the start, drawn log-uniformly.
+
+    Raises:
+        UserError: not 0 < shortest <= longest, or another value outside its range.
 
     Cost: 2 D N + 2 N F + D F multiply-adds a token; state 2 N.
     Source: Smith et al., 2023 (Simplified State Space Layers for Sequence Modeling). Differences: B and C are drawn in
@@ -35,6 +40,8 @@ class S5(DiagonalCell):
         shortest: float = 1e-3,
         longest: float = 1e-1,
     ) -> None:
+        if not 0 < shortest <= longest:
+            raise UserError(f"the steps of s5 go from {shortest} to {longest}; they must be above 0 and in this order")
         number = max(1, width // 2) if num_states is None else num_states
         super().__init__(width, units, number)
         eigenvalue_N = legs_eigenvalues(number)
@@ -44,8 +51,8 @@ class S5(DiagonalCell):
         self.log_step = nn.Parameter(torch.rand(number) * spread + math.log(shortest))
 
     def transition(self) -> tuple[Tensor, Tensor]:
-        eigenvalue_N = torch.complex(-self.log_decay.exp(), self.frequency)
-        discrete_N = torch.exp(eigenvalue_N * self.log_step.exp())
+        eigenvalue_N = torch.complex(-wide(self.log_decay).exp(), wide(self.frequency))
+        discrete_N = torch.exp(eigenvalue_N * wide(self.log_step).exp())
         return discrete_N, (discrete_N - 1) / eigenvalue_N
 
 

@@ -108,7 +108,7 @@ class Hippocampus(nn.Module):
         gated_BTD = event_BT1 * m_BTD
         if self.gate is not None:
             gated_BTD = torch.sigmoid(self.gate(torch.cat((x_BTD.detach(), m_BTD), -1))) * gated_BTD
-        feedback_BTR = torch.sigmoid(self.opening) * self.feedback(gated_BTD)
+        feedback_BTR = torch.sigmoid(self.opening) * self.feedback(gated_BTD.to(m_BTD.dtype))
         with torch.no_grad():
             share_BN = weight_BTk.new_zeros(len(x_BTD), len(self.use))
             share_BN.scatter_add_(1, slot_BTk.flatten(1), (event_BT1 * weight_BTk).flatten(1).to(share_BN.dtype))

@@ -76,14 +76,15 @@ class Thalamus(nn.Module):
             surprise_BT: normalised surprise that is known at each token; 0 where there is none.
         """
         # sums over a text are kept in full precision
-        c_BTR = self.down(self.norm(h_BTD)).to(state["sum"].dtype)
+        narrow_BTR = self.down(self.norm(h_BTD))
+        c_BTR = narrow_BTR.to(state["sum"].dtype)
         local_BTR, tail = convolved(c_BTR, state["tail"], self.focal_JR, before_BT)
         past_BTR, sum_BR = self._past(c_BTR, state["sum"], before_BT)
         surprise_BT1 = surprise_BT.unsqueeze(2).to(c_BTR.dtype)
         focal, past = (0.0, 0.0) if self.alert_2G is None else (alert_G * surprise_BT1 for alert_G in self.alert_2G)
-        p_BTGI = self._gated(local_BTR, self.focal_gate(c_BTR) + focal)
+        p_BTGI = self._gated(local_BTR, self.focal_gate(narrow_BTR) + focal)
         if self.past_gate is not None:
-            p_BTGI = p_BTGI + self._gated(past_BTR, self.past_gate(c_BTR) - past)
+            p_BTGI = p_BTGI + self._gated(past_BTR, self.past_gate(narrow_BTR) - past)
         z_BTGI = p_BTGI / (1 + p_BTGI.abs().mean(3, keepdim=True)) if self.has_competition else p_BTGI
         return z_BTGI.flatten(2), {"tail": tail, "sum": sum_BR}
 

@@ -86,15 +86,42 @@ def test_self_modifying_memories_write_each_other():
     x = torch.randn(1, 6, 8, dtype=torch.float64)
     wanted = torch.zeros(6, 8, dtype=torch.float64)
     for h in range(2):
-        key, value, output, rate, decay = (m.clone() for m in mixer.start[h].detach().split((4, 4, 4, 1, 1)))
+        begun = mixer.start[h].detach().split((4, 4, 4, 1, 1))
+        key, value, output, rate, decay = (m.clone() for m in begun)
         for t in range(6):
             u, q = (layer(x[0, t])[4 * h : 4 * h + 4] for layer in (mixer.inner, mixer.query))
             k, v = key @ u, value @ u
-            k = k / k.norm()
+            k, v = k / k.norm(), v / v.norm()
             eta, alpha = torch.sigmoid(rate @ u), torch.sigmoid(decay @ u + 2.0)
-            for memory in (key, value, output, rate, decay):
+            for memory, first in zip((key, value, output, rate, decay), begun, strict=True):
                 target = memory @ v
-                memory.copy_(alpha * memory - eta * torch.outer(memory @ k - target, k))
+                memory.copy_(first + alpha * (memory - first) - eta * torch.outer(memory @ k - target, k))
             wanted[t, 4 * h : 4 * h + 4] = normed(output @ (q / q.norm()))
     with torch.no_grad():
         torch.testing.assert_close(mixer(x)[0][0], mixer.out(wanted * F.silu(mixer.gate(x[0]))), atol=1e-10, rtol=0)
+
+
+@pytest.mark.parametrize("size", [0.3, 1.0, 10.0])
+@pytest.mark.parametrize("kind", ["unlike", "alike", "two"])
+def test_self_modifying_memories_neither_grow_nor_fade(size, kind):
+    """What is written comes from the memories alone: products of hundreds of matrices, whatever is read."""
+    torch.manual_seed(0)
+    mixer = SelfModifying(32, num_heads=2)
+    x = torch.randn(1, 400, 32)
+    x = {"unlike": x, "alike": x[:, :1] + 0.3 * x, "two": x[:, :2].repeat(1, 200, 1)}[kind]
+    with torch.no_grad():
+        mixer.inner.weight.mul_(size)
+        _, state = mixer(x)
+    grown = state["memory"].norm() / mixer.start.norm()
+    assert 0.3 < grown < 3
+
+
+def test_self_modifying_memories_are_written_in_full_precision_under_autocast():
+    torch.manual_seed(0)
+    mixer, x = SelfModifying(32, num_heads=2), torch.randn(1, 20, 32)
+    seen = []
+    written = mixer._written
+    mixer._written = lambda *given: seen.append(given) or written(*given)
+    with torch.autocast("cpu", torch.bfloat16):
+        _, state = mixer(x)
+    assert torch.equal(state["memory"], written(*seen[-1])), "the same step without autocast"

@@ -112,6 +112,48 @@ def test_gateloop_is_its_sum_of_complex_products():
     torch.testing.assert_close(o, summed(q, k, v, lambda t, s: a[:, s + 1 : t + 1].prod(1).real) / K**0.5)
 
 
+def test_gateloop_turns_as_precisely_late_as_early():
+    """In float32 the sum of the angles of a long text has lost the digits that tell where it points."""
+    made = rule("gateloop").float()
+    torch.manual_seed(1)
+    q, k = torch.randn(2, 1, 3000, 1, K).unbind(0)
+    v = torch.randn(1, 3000, 1, V)
+    gates = {"log_decay": torch.full((1, 3000, 1, K), -0.1), "phase": torch.full((1, 3000, 1, K), 3.1)}
+    start = {"matrix": torch.zeros(1, 1, 2 * K, V)}
+    found = [made.chunk(start, q, k, v, gates)[0]]
+    wide = [{name: x.double() for name, x in each.items()} for each in (start, gates)]
+    found.append(made.double().chunk(wide[0], q.double(), k.double(), v.double(), wide[1])[0])
+    error = (found[0] - found[1]).abs()
+    assert error[:, -100:].max() < 10 * error[:, :100].max()
+
+
+def test_longhorn_forgets_all_for_a_key_without_bound():
+    made = rule("longhorn").float()
+    q, k, v = torch.randn(3, 1, 5, H, K, generator=torch.Generator().manual_seed(0)).unbind(0)
+    k = torch.cat((1e5 * k[..., :1], k[..., 1:]), -1).requires_grad_()
+    gates = {"strength": torch.full((1, 5, H), 0.5)}
+    state = {"matrix": torch.ones(1, H, K, V)}
+    o, end = made.chunk(state, q, k, v[..., :V], gates)
+    assert end["matrix"].isfinite().all()
+    (gradient,) = torch.autograd.grad(o.sum(), k)
+    assert gradient.isfinite().all()
+
+
+def test_a_query_that_no_key_answers_to_reads_nothing():
+    """Features of large negative numbers are exactly zero: 0 / 0 of linear attention."""
+    made = rule("linear").float()
+    q = torch.full((1, 2, 1, K), -200.0, requires_grad=True)
+    k, v = torch.ones(1, 2, 1, K), torch.ones(1, 2, 1, V)
+    features = made.prepare(q, k, 0)
+    state = made.init_state(torch.zeros(1, 1, K, V))
+    o, _ = made.chunk(state, *features, v, {})
+    one, _ = made.step(state, features[0][:, 0], features[1][:, 0], v[:, 0], {})
+    assert not o.any()
+    assert not one.any()
+    (gradient,) = torch.autograd.grad(o.sum() + one.sum(), q)
+    assert gradient.isfinite().all()
+
+
 def test_longhorn_is_the_implicit_step():
     """S minimises |S - S_old|^2 + beta |k S - v|^2: a linear system, solved as such."""
     made, (x, q, k, v) = rule("longhorn(diagonal=false)"), drawn()
@@ -298,6 +340,15 @@ def test_more_chebyshev_steps_are_more_exact():
         ("linear_memory(rule=retnet, key_width=3)", "key width of retnet is 3"),
         ("ridge_memory(ratio=0)", "ratio of ridge_memory is 0"),
         ("ridge_memory(steps=0)", "steps of ridge_memory is 0"),
+        ("ridge_memory(ratio=inf)", "ratio of ridge_memory is inf; it must be a finite number"),
+        ("linear_memory(chunk=3)", "chunk of linear_memory is 3; it must be a power of two, or none"),
+        ("linear_memory(gate=no)", "gate of linear_memory is 'no'; it must be true or false"),
+        (
+            "linear_memory(rule=delta(num_heads=1))",
+            "rule of linear_memory gives delta the option 'num_heads'; its options are negative",
+        ),
+        ("linear_memory(rule=gla(rank=0))", "backbone.rank is 0"),
+        ("linear_memory(rule=retnet(rope_base=0))", "backbone.rope_base is 0; it must be a number above 1, or none"),
     ],
 )
 def test_bad_values_are_one_sentence(words, message):

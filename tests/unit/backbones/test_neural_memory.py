@@ -243,6 +243,20 @@ def test_closed_gates_leave_the_learned_start():
         torch.testing.assert_close(o, rule.ask(state["weights"], q))
 
 
+def test_layers_are_taken_in_order():
+    """The eleventh layer's name sorts before the third's."""
+    rule = made("titans(depth=12, expansion=1, chunk=2)", num_heads=1)
+    q, k, v = stream(3, 1)
+    gates = gates_of(rule, 3, 1)
+    state = rule.init_state(1)
+    expected = answer([w[0] for w in rule.start], q[0, 0, 0], False)
+    torch.testing.assert_close(rule.ask(state["weights"], q)[0, 0, 0], expected)
+    closed = {name: torch.zeros_like(gate) for name, gate in gates.items()} | {"momentum": gates["momentum"] - 50}
+    for mode in ("chunk", "recurrent"):
+        _, after = rule.run(state, q, k, v, closed, None, mode)
+        torch.testing.assert_close(after["weights"], state["weights"])
+
+
 def test_tnt_adds_local_memories_that_start_again_in_every_shard():
     rule = made("tnt(chunk=4, local_chunks=[2], shards=[3], project=false, expansion=2)")
     alone, local = made("titans(chunk=4, expansion=2)"), made("titans(chunk=2, expansion=2)")
@@ -301,11 +315,11 @@ def test_what_cannot_be_built_is_refused():
             "neural_memory(rule=ttt_linear(max_step=0))",
             "max_step of the rule ttt_linear is 0; it must be a number above",
         ),
-        ("neural_memory(rule=titans(max_step=fast))", "max_step of the rule titans is 'fast'"),
+        ("neural_memory(rule=titans(max_step=fast))", "max_step of titans is 'fast'; it must be a finite number"),
         ("neural_memory(rule=moneta(p=1))", "p of the rule moneta is 1; it must be a number above 1"),
-        ("neural_memory(rule=moneta(p=two))", "p of the rule moneta is 'two'"),
+        ("neural_memory(rule=moneta(p=two))", "p of moneta is 'two'"),
         ("neural_memory(rule=moneta(q=1.5))", "q of the rule moneta is 1.5; it must be a number of at least 2"),
-        ("neural_memory(rule=memora(mass=none))", "mass of the rule memora is None; it must be a number above 0"),
+        ("neural_memory(rule=memora(mass=none))", "mass of memora is None; it must be a finite number"),
         ("neural_memory(rule=tnt(shards=[4, 8]))", "two lists of one length"),
         ("neural_memory(rule=tnt(shards=4))", "two lists of one length"),
         ("neural_memory(rule=tnt(shards=[short]))", "two lists of one length"),

@@ -69,6 +69,8 @@ def test_minlstm_does_not_underflow():
     fill(cell, forget=(0, -200), input=(0, -200), candidate=(1, 0))
     h, _ = states(cell, torch.ones(1, 2, 1))
     torch.testing.assert_close(h.flatten(), torch.tensor([0.5, 0.75]))
+    one = cell.step(torch.ones(1, 1), torch.zeros(1, 1), torch.ones(1))
+    torch.testing.assert_close(one, torch.tensor([[0.5]]))
 
 
 def test_a_leaky_unit_approaches_its_input_exponentially():

@@ -235,13 +235,18 @@ def test_replayed_gradients_are_those_without_replay(kind):
 
 
 @each
-def test_states_stay_float32_under_autocast(kind):
-    """Of memories around blocks and of the blocks themselves."""
-    net = model(kind).float()
-    with torch.autocast("cpu", torch.bfloat16):
-        state = net.step(batch(tokens())).state
+@pytest.mark.parametrize("is_narrow", [False, True], ids=["autocast", "weights"])
+def test_states_stay_float32_in_bfloat16(kind, is_narrow):
+    """Of memories around blocks and of the blocks themselves, under autocast and in a model in bfloat16."""
+    net = model(kind)
+    exact = net(batch(tokens())).logits
+    net = net.bfloat16() if is_narrow else net.float()
+    with torch.autocast("cpu", torch.bfloat16, enabled=not is_narrow):
+        first = net.step(batch(tokens()))
+        assert net.step(batch(tokens()), first.state).logits.dtype == torch.bfloat16
+    assert (first.logits - exact).norm() < 0.2 * exact.norm()
     dtypes = set()
-    mapped(lambda value: dtypes.add(value.dtype) or value, state)
+    mapped(lambda value: dtypes.add(value.dtype) or value, first.state)
     assert {dtype for dtype in dtypes if dtype.is_floating_point} == {torch.float32}
 
 

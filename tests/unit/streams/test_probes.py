@@ -85,6 +85,13 @@ def test_recall_is_zoologys_law():
     assert (inputs[between] == 0).all(), "unfilled rows hold 0 between"
 
 
+def test_the_largest_power_asks_at_the_end():
+    """Chances of the longest rows are still numbers."""
+    _, targets = recall(4096, 3, 0, 64, 20, True, 50, torch.Generator().manual_seed(0))
+    assert ((targets != IGNORED).sum(1) == 3).all()
+    assert (targets[:, : 4096 // 2] == IGNORED).all()
+
+
 def test_defaults_are_zoologys_sizes():
     import inspect
 
@@ -318,7 +325,11 @@ def test_experiences_that_come_again_are_told_apart():
         (mqar, {"train": [[31, 4, 10]]}, "an even number of at least 16"),
         (mqar, {"train": [[64, 20, 10]]}, "an even number of at least 80"),
         (mqar, {"vocabulary": 8, "train": [[64, 4, 10]], "test": []}, "stream.vocabulary is 8, too few for 4 keys"),
-        (mqar, {"power": 0}, "stream.power is 0; it must be a number above 0"),
+        (mqar, {"power": 0}, "stream.power is 0; it must be a number above 0 and at most 20"),
+        (mqar, {"power": float("inf")}, "stream.power is inf; it must be a number above 0 and at most 20"),
+        (mqar, {"power": float("nan")}, "stream.power is nan"),
+        (forgetting_mqar, {"power": 1e9}, "stream.power is 1000000000.0"),
+        (mqar, {"power": True}, "stream.power is True"),
         (mqar, {"is_filled": "no"}, "stream.is_filled is 'no'"),
         (forgetting_mqar, {"train": [[64, 4, 5, 10]]}, "5 of 4 keys cannot be given another value"),
         (selective_copying, {"lengths": [4], "test_lengths": []}, "it must be at least stream.tokens=16"),
