@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.text import Text
 
 from cl.cli import build
 from cl.cli.compose import composed, import_from_here, node_name, plain, seeded
@@ -62,7 +63,7 @@ def main(words: list[str]) -> int:
     import_from_here()
     own, others = split_words(words)
     request = plain(composed("compare", [*own, *(word for word in others if not _strategy_of(word))]))
-    console = Console()
+    console = Console(markup=False)
     if request["tune"] is not None:
         from cl.cli.tune import tuned
 
@@ -224,8 +225,8 @@ def run_all(plan: Plan, console: Console) -> dict[str, str]:
             label = Path(ending.name).relative_to(plan.out)
             if ending.error:
                 failures[ending.name] = ending.error
-                word = "[yellow]stopped[/]" if ending.error.startswith("interrupted") else "[red]failed[/]"
-                bars.console.print(f"{word} {label}: {ending.error}", highlight=False)
+                word = ("stopped", "yellow") if ending.error.startswith("interrupted") else ("failed", "red")
+                bars.console.print(Text.assemble(word, f" {label}: {ending.error}"))
             elif not console.is_terminal:
                 console.print(f"done {label}", highlight=False)
     return failures

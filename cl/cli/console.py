@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -130,3 +131,12 @@ def metrics_line(result: Result) -> str:
         if value is not None and value == value:
             words.append(f"{name} {value:.3f}" if result.measure == "loss" else f"{name} {100 * value:.1f}")
     return ", ".join(words)
+
+
+def ui_command(run_dir: Path, run_id: str, uri: str | None = None) -> str:
+    """What shows the curves of a run; `uri` of its store where one was named."""
+    from cl.tracking.check import without_password
+    from cl.tracking.store import default_uri, store_of
+
+    found = uri or store_of(run_dir, run_id)
+    return "cl ui" if found == default_uri() else f"cl ui uri={without_password(found)}"

@@ -67,7 +67,7 @@ def main(words: list[str]) -> int:
     out = Path(str(found.get("out") or run_dir / "tasks.json"))
     report = {"step": int(state.step), "experiences": experiences, **shots, "tasks": scores}
     write_text(out, json.dumps(report, indent=1) + "\n")
-    console = Console()
+    console = Console(markup=False)
     show(console, scores, int(state.step), out)
     if not found.get("out"):
         said = record(run_dir, scores, experiences, "_".join(f"{name}_{value}" for name, value in shots.items()))

@@ -108,7 +108,9 @@ def _recorders(config: Mapping[str, Any], run_dir: Path, suite: str) -> list[Any
         return [Journal(run_dir, suite=suite)]
     tracker = build.make("tracking", dict(node) | {"run_dir": run_dir, "suite": suite})
     check_store(tracker.uri)
-    return [Journal(run_dir, experiment=tracker.experiment, suite=suite), tracker]
+    # points on another grid could neither replace nor continue those that a store lost
+    journal = Journal(run_dir, experiment=tracker.experiment, suite=suite, every_steps=tracker.every_steps)
+    return [journal, tracker]
 
 
 def _send_figures(run_dir: Path, recorders: Sequence[Any]) -> None:

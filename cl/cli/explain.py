@@ -148,7 +148,7 @@ def main(words: list[str]) -> int:
     trainer.ledger.observers.append(Losses(seen, trainer.request_stop))
     plot = schedule_plot(trainer)
     trainer.run()
-    console = Console()
+    console = Console(markup=False)
     console.print(f"learning rate over {trainer.state.total_steps} steps, with the first of each experience")
     console.print(plot, highlight=False, soft_wrap=True)
     console.print()

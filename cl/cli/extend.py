@@ -47,7 +47,7 @@ def main(words: list[str]) -> int:
             f"schedule {name} ended at a learning rate of 0, at which {sum(steps) - origin.step} more steps change "
             "nothing; stretch it with stretch=true, or give a new one with `cl rewarm`"
         )
-    console = Console()
+    console = Console(markup=False)
     payload = reopened(origin.payload, origin.steps) if origin.is_over else origin.payload
     run_dir = start(origin, config, payload, found.get("out"), "extend")
     tell(console, f"{origin.run_dir} goes on from step {origin.step} to {sum(steps)} in {run_dir}")

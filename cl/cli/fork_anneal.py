@@ -46,7 +46,7 @@ def main(words: list[str]) -> int:
     }
     config = origin.config | {"schedule": {"_target_": "cl.schedules.infinite", **course}, "trainer": trainer}
     run_dir = start(origin, config, payload, found.get("out"), "anneal")
-    console = Console()
+    console = Console(markup=False)
     tell(
         console, f"a copy of {origin.run_dir} is annealed from step {origin.step} to {origin.step + steps} in {run_dir}"
     )

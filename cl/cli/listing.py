@@ -159,7 +159,7 @@ def _print_table(name: str, entries: list[Entry]) -> None:
     for entry in entries:
         settings = [", ".join(SHORT.get(s, s) for s in entry.settings)] if has_settings else []
         table.add_row(entry.name, entry.line, *settings)
-    console = Console()
+    console = Console(markup=False)
     console.print(table)
     console.print()
 

@@ -10,15 +10,21 @@ Usage: cl report DIR [out=DIR] [reference=naive] [sync=URI]
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import suppress
 from datetime import date
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
+from cl.cli.console import ui_command
 from cl.core import UserError
 from cl.report import StrategyRow, comparison_rows, load_results, write_report
+from cl.report.load import RESULT_FILE, is_copy
 from cl.report.style import UNITS
+from cl.result import Result
 
 
 def main(words: list[str]) -> int:
@@ -35,24 +41,31 @@ def main(words: list[str]) -> int:
             options[name] = value
     if len(folders) != 1:
         raise UserError(f"`cl report` takes one folder, got {len(folders)}: {' '.join(folders) or 'none'}")
-    folder, console = Path(folders[0]), Console()
+    folder, console = Path(folders[0]), Console(markup=False)
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder")
     out, asked = Path(options["out"]) if options["out"] else None, options["reference"]
     check_writable(out or folder / "report")
     if options["sync"]:
         _sync(folder, options["sync"], console)
-    report_on(folder, console, asked or "naive", out, must_exist=bool(asked))
+    report_on(folder, console, asked or "naive", out, must_exist=bool(asked), uri=options["sync"])
     return 0
 
 
 def report_on(
-    folder: Path, console: Console, reference: str = "naive", out: Path | None = None, *, must_exist: bool = False
+    folder: Path,
+    console: Console,
+    reference: str = "naive",
+    out: Path | None = None,
+    *,
+    must_exist: bool = False,
+    uri: str = "",
 ) -> None:
     """Write the report of a folder into it, and print its main table.
 
     Args:
         must_exist: refuse a reference that is none of the strategies, instead of comparing with none.
+        uri: of the store that holds the runs; empty takes the one of their configs.
     """
     try:
         results = load_results(folder)
@@ -65,10 +78,13 @@ def report_on(
     for section in dict.fromkeys(row.section for row in rows):
         console.print(comparison_table(section, [row for row in rows if row.section == section]))
     for warning in paths.warnings:
-        console.print(f"[yellow]note[/yellow] {warning}", highlight=False)
+        console.print(Text.assemble(("note", "yellow"), f" {warning}"))
     console.print(f"report: {paths.html}", highlight=False, soft_wrap=True)
-    if any(result.mlflow_run_id for result in results):
-        console.print("forgetting curves in MLflow: `cl ui`", highlight=False)
+    for run_dir, result in _readable(folder):
+        if result.mlflow_run_id:
+            command = ui_command(run_dir, result.mlflow_run_id, uri or _named_store(run_dir))
+            console.print(f"forgetting curves in MLflow: `{command}`", highlight=False, soft_wrap=True)
+            break
 
 
 def comparison_table(title: str, rows: list[StrategyRow]) -> Table:
@@ -103,8 +119,26 @@ def comparison_table(title: str, rows: list[StrategyRow]) -> Table:
 def _sync(folder: Path, uri: str, console: Console) -> None:
     """Bring every run of the folder into MLflow."""
     from cl.tracking import sync
+    from cl.tracking.check import without_password
 
-    run_dirs = sorted(path.parent for path in folder.rglob("result.json"))
+    run_dirs = [run_dir for run_dir, _ in _readable(folder)]
     for run_dir in run_dirs:
         sync(run_dir, uri)
-    console.print(f"{len(run_dirs)} runs are in {uri}", highlight=False)
+    console.print(f"{len(run_dirs)} runs are in {without_password(uri)}", highlight=False)
+
+
+def _readable(folder: Path) -> Iterator[tuple[Path, Result]]:
+    """Folder and result of each run that can be read; of the others the report says what is wrong."""
+    for path in sorted(folder.rglob(RESULT_FILE)):
+        if not is_copy(path):
+            with suppress(ValueError, OSError):
+                yield path.parent, Result.load(path)
+
+
+def _named_store(run_dir: Path) -> str | None:
+    """Address of the store that a run was told to use."""
+    from cl.cli.resume import saved_config
+
+    with suppress(UserError):
+        return (saved_config(run_dir).get("tracking") or {}).get("uri")
+    return None

@@ -42,7 +42,7 @@ def main(words: list[str]) -> int:
         except ValueError as error:
             raise UserError(f"{error}; delete it, and the same command goes on from the checkpoint") from None
         if result.status == "done":
-            console = Console()
+            console = Console(markup=False)
             console.print("this run is done")
             show_result(console, result, run_dir, (config.get("tracking") or {}).get("uri"))
             return 0

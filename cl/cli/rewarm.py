@@ -63,7 +63,7 @@ def main(words: list[str]) -> int:
     before, after = origin.factor(origin.config, origin.steps), origin.factor(config, steps)
     run_dir = start(origin, config, payload, found.get("out"), "rewarm", rate)
     _tell(origin, config, f"the remaining {sum(steps) - origin.step} steps", str(run_dir))
-    tell(Console(), f"the factor of the next step is {after:.4g}, it was {before:.4g}")
+    tell(Console(markup=False), f"the factor of the next step is {after:.4g}, it was {before:.4g}")
     return int(run_with_progress(config, run_dir, resume=True).status != "done")
 
 
@@ -83,4 +83,5 @@ def _on_another_stream(origin: Origin, config: dict[str, Any], found: dict[str, 
 
 def _tell(origin: Origin, config: dict[str, Any], what: str, run_dir: str) -> None:
     name = str(config["schedule"]["_target_"]).rpartition(".")[2]
-    tell(Console(), f"{origin.run_dir} goes on from step {origin.step} in {run_dir}: schedule {name} over {what}")
+    sentence = f"{origin.run_dir} goes on from step {origin.step} in {run_dir}: schedule {name} over {what}"
+    tell(Console(markup=False), sentence)

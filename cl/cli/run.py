@@ -30,7 +30,7 @@ from rich.console import Console
 
 from cl import distributed
 from cl.cli.compose import check_folders, import_from_here, one_sentence, open_signatures, plain
-from cl.cli.console import Pulse, matrix_table, metrics_line, progress_bars, progress_line
+from cl.cli.console import Pulse, matrix_table, metrics_line, progress_bars, progress_line, ui_command
 from cl.cli.execute import execute, remove_if_empty
 from cl.core import UserError
 from cl.result import Result
@@ -102,7 +102,7 @@ def _in_hydras_words(word: str) -> list[str]:
 
 def run_with_progress(config: dict[str, Any], run_dir: Path, resume: bool = False) -> Result:
     """One run with a progress bar, its table and its folder printed."""
-    console = Console(quiet=distributed.rank() > 0)
+    console = Console(quiet=distributed.rank() > 0, markup=False)
     name = "+".join(config.get("strategy") or ["run"])
     with progress_bars(console) as bars:
         task = bars.add_task("starting", name=name, total=None)
@@ -123,9 +123,5 @@ def show_result(console: Console, result: Result, run_dir: Path, uri: str | None
         console.print(metrics_line(result), highlight=False)
     console.print(f"run folder: {run_dir}", highlight=False, soft_wrap=True)
     if result.mlflow_run_id:
-        from cl.tracking.check import without_password
-        from cl.tracking.store import default_uri, store_of
-
-        found = uri or store_of(run_dir, result.mlflow_run_id)
-        where = "" if found == default_uri() else f" uri={without_password(found)}"
-        console.print(f"forgetting curves: `cl ui{where}`", highlight=False, soft_wrap=True)
+        command = ui_command(run_dir, result.mlflow_run_id, uri)
+        console.print(f"forgetting curves: `{command}`", highlight=False, soft_wrap=True)

@@ -78,7 +78,7 @@ def main(words: list[str]) -> int:
         _check_figure(path)
     overrides = [word for word in words if word.partition("=")[0] not in OPTIONS]
     snapshots = measured(plain(composed("run", overrides)), int(steps))
-    show(Console(), snapshots)
+    show(Console(markup=False), snapshots)
     if options.get("figure"):
         from cl.report.axes import DPI
         from cl.report.sensitivity_figure import module_sensitivity

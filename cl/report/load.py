@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +20,8 @@ class Loaded:
     """What a folder holds.
 
     Args:
-        results: every readable run, oldest file first, so that of two runs of one seed the later one is the newer.
+        results: every readable run, in the order of its names, which a copy of the folder keeps, and then oldest file
+            first, so that of two runs of one seed the later one is the newer.
         warnings: one sentence per file that could not be read, or that was left out.
     """
 
@@ -31,7 +33,8 @@ def load_folder(folder: Path | str) -> Loaded:
     """Read every result under a folder; runs that differ only in a setting get it added to their strategy's name.
 
     A run that goes on from another one (`cl extend`, `cl rewarm`, `cl fork_anneal`) lies beside it by default and is no
-    seed of the comparison there: it is left out, with a warning, unless the folder holds nothing else.
+    seed of the comparison there: it is left out, with a warning, unless the folder holds nothing else. So is, without
+    one, the copy of a run among MLflow's artifacts.
 
     Args:
         folder: searched recursively; may itself be a run folder.
@@ -42,7 +45,9 @@ def load_folder(folder: Path | str) -> Loaded:
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"there is no folder {folder}; give the folder of a run or of a comparison")
-    paths = sorted(folder.rglob(RESULT_FILE), key=lambda path: (path.stat().st_mtime, path))
+    paths = sorted(folder.rglob(RESULT_FILE))
+    # a copy is no second run, and no run that is left out either
+    paths = [path for path in paths if not is_copy(path)] or paths
     if not paths:
         raise ValueError(f"there is no {RESULT_FILE} under {folder}; give the folder of a run or of a comparison")
     found, warnings = [], []
@@ -60,7 +65,22 @@ def load_folder(folder: Path | str) -> Loaded:
             warnings.append(str(error))
     if not found:
         raise ValueError(warnings[-1])
+    found.sort(key=lambda each: (*_names(each[1]), each[0].stat().st_mtime, each[0]))
     return Loaded(name_variants(found), warnings)
+
+
+def is_copy(path: Path) -> bool:
+    """Whether a file is what a run sent to MLflow, which keeps it in `RUN_ID/artifacts`."""
+    return path.parent.name == "artifacts" and bool(re.fullmatch("[0-9a-f]{32}", path.parent.parent.name))
+
+
+def _names(result: Result) -> tuple[object, ...]:
+    return *_kind(result), result.strategy, result.seed
+
+
+def _kind(result: Result) -> tuple[object, ...]:
+    """What runs of one section agree in."""
+    return result.stream, result.setting, result.backbone, result.measure, tuple(result.domains)
 
 
 def _is_branch(path: Path) -> bool:
@@ -73,7 +93,7 @@ def _is_branch(path: Path) -> bool:
 
 
 def load_results(folder: Path | str) -> list[Result]:
-    """The readable results under a folder, oldest file first. Raises as `load_folder`."""
+    """The readable results under a folder, in the order of `Loaded`. Raises as `load_folder`."""
     return load_folder(folder).results
 
 
@@ -139,8 +159,10 @@ def sections(results: Sequence[Result]) -> list[Section]:
     """
     found: dict[tuple[object, ...], Section] = {}
     for result in results:
-        key = (result.stream, result.setting, result.backbone, result.measure, tuple(result.domains))
-        section = found.setdefault(key, Section(*key[:4], list(result.domains)))
+        section = found.setdefault(
+            _kind(result),
+            Section(result.stream, result.setting, result.backbone, result.measure, list(result.domains)),
+        )
         section.results.append(result)
     _name(list(found.values()))
     for section in found.values():
@@ -204,6 +226,12 @@ def _problem(result: Result) -> str:
     wrong = {key: value for key, value in result.cost.items() if isinstance(value, str | list | dict)}
     if wrong:
         return f"`cost` holds what is no number: {wrong!r}"
+    if not isinstance(result.env.get("versions", {}), dict):
+        return f"`env` holds versions that are no object: {result.env['versions']!r}"
+    if not isinstance(result.course, list) or not all(map(_is_point, result.course)):
+        return f"`course` is no list of [experience, step, tokens, learning rate]: {str(result.course)[:80]}"
+    if not isinstance(result.mlflow_run_id, str | None):
+        return f"`mlflow_run_id` is no text: {result.mlflow_run_id!r}"
     if not isinstance(result.seed, int):
         return f"`seed` is no whole number: {result.seed!r}"
     if result.status not in STATUSES:
@@ -211,3 +239,7 @@ def _problem(result: Result) -> str:
     if result.status == "done" and not result.R:
         return "status is 'done' and R is empty"
     return ""
+
+
+def _is_point(entry: object) -> bool:
+    return isinstance(entry, list) and len(entry) == 4 and all(isinstance(number, int | float) for number in entry)

@@ -27,7 +27,7 @@ def average_ranks(view: SectionView) -> Figure:
     names = {label: short(label) for label in ranks.average}
     # all lengths are in points, so that text has its room whatever the number of strategies
     sides = list(names.values())[:half], list(names.values())[half:]
-    left, right = (5.2 * max(map(len, side)) + 46 for side in sides)
+    left, right = (5.2 * max(map(len, side)) + 51 for side in sides)
     # the critical difference lies above the axis
     axis = 34 if ranks.has_enough_seeds else 16
     first_row = axis + 10 + BAR * len(ranks.groups) + 12
@@ -58,7 +58,9 @@ def average_ranks(view: SectionView) -> Figure:
         axes.plot([average], [axis], "o", color=colour, markersize=4.5)
         ends = {"ha": "right" if is_left else "left", "va": "center", "fontsize": 8.5, "parse_math": False}
         axes.text(at + side * 5 / scale, y, f"{average:.2f}", color=MUTED, **ends)
-        axes.text(at + side * 29 / scale, y, names[label], color=readable(colour), **ends)
+        # from rank 10 on a digit more
+        name_at = at + side * (29 if max(ranks.average.values()) < 9.995 else 34) / scale
+        axes.text(name_at, y, names[label], color=readable(colour), **ends)
     for index, group in enumerate(ranks.groups):
         y = axis + 10 + BAR * index
         low, high = ranks.average[group[0]] - 4 / scale, ranks.average[group[-1]] + 4 / scale

@@ -43,6 +43,8 @@ def revisits(view: SectionView) -> Figure:
             axes.plot(x, y, color=colour, lw=1.8, ls=LINE_STYLES[strategy.look.dash], zorder=4)
             text = f"{short(strategy.label)}: {law_text(found)}"
             ends.append((float(x[-1]), float(y[-1]), text, colour))
+        elif shown.any():
+            ends.append((float(found.lag[shown][-1]), float(value[shown][-1]), short(strategy.label), colour))
     axes.set_xlim(0.9, last * 1.1)
     _label_ticks(axes)
     axes.minorticks_off()
@@ -71,7 +73,8 @@ def _label_ticks(axes: Axes) -> None:
     """Plain numbers at 1, 2, 5, 10, ... on both axes; an axis within one octave would otherwise have none."""
     from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_locator(LogLocator(base=10, subs=(1, 1.5, 2, 3, 5, 7)))
+    # there is no half experience
+    for axis, subs in ((axes.xaxis, (1, 2, 3, 5, 7)), (axes.yaxis, (1, 1.5, 2, 3, 5, 7))):
+        axis.set_major_locator(LogLocator(base=10, subs=subs))
         axis.set_major_formatter(StrMethodFormatter("{x:g}"))
         axis.set_minor_formatter(NullFormatter())

@@ -70,7 +70,7 @@ def _rows(run: Result) -> dict[int, FloatArray]:
     width, at = len(run.domains), {int(step): int(tokens) for _, step, tokens, _ in run.course}
     ends = {int(experience): int(tokens) for experience, _, tokens, _ in run.course}
     rows: dict[int, FloatArray] = {}
-    for experience, row in [(-1, run.R_init), *enumerate(run.R)]:
+    for experience, row in [(-1, run.R_init or []), *enumerate(run.R)]:
         if experience in ends and any(value is not None for value in row):
             rows[ends[experience]] = np.array([np.nan if value is None else value for value in row])
     for _, step, domain, value in run.within:

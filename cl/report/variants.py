@@ -14,7 +14,12 @@ CONFIG_FILE = "config.yaml"
 
 # what may change a number; the rest (tracking, folders, progress) may differ between seeds of one comparison
 GROUPS = ("strategy", "optimizer", "schedule", "backbone", "stream", "trainer")
-NO_EFFECT = {"trainer.device", "trainer.checkpoint_every", "trainer.eval_batch_size", "trainer.eval_every"}
+NO_EFFECT = {
+    *("trainer.device", "trainer.parallel", "trainer.compile"),
+    *("trainer.checkpoint_every", "trainer.eval_batch_size", "trainer.eval_every"),
+}
+PLACES = {"root", "download", "cache"}
+"""Where the data of a stream lie, which differs between machines."""
 
 
 def name_variants(found: Sequence[tuple[Path, Result]]) -> list[Result]:
@@ -75,7 +80,11 @@ def _settings(path: Path) -> dict[str, str]:
     if not isinstance(content, dict):
         return {}
     flat = dict(_flat({group: content[group] for group in GROUPS if group in content}))
-    return {key: value for key, value in flat.items() if key not in NO_EFFECT and not key.endswith("seed")}
+    return {
+        key: value
+        for key, value in flat.items()
+        if key not in NO_EFFECT and not key.endswith("seed") and key.rpartition(".")[2] not in PLACES
+    }
 
 
 def _flat(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:

@@ -135,9 +135,12 @@ def _runner_up(best: StrategyRow, second: StrategyRow, unit: Unit) -> str:
     ahead = estimate({seed: best.final.values[seed] - second.final.values[seed] for seed in sorted(shared)})
     if not ahead.has_interval:
         return f"Next is {second.strategy} with {_with_unit(second.final.mean, unit)}"
-    clearly = ahead.low > 0 or ahead.high < 0
     ends = f"{unit.text(ahead.low, True)} to {unit.text(ahead.high, True)}"
     margin = f"{_difference(abs(ahead.mean), unit)}, interval {ends}"
+    if (ahead.mean < 0) is unit.higher_is_better and ahead.mean:
+        # a seed that only one of them has made the difference
+        return f"On the seeds of both, {second.strategy} is ahead (by {margin})"
+    clearly = ahead.low > 0 or ahead.high < 0
     return f"It is {'ahead of' if clearly else 'not clearly ahead of'} {second.strategy} (by {margin})"
 
 

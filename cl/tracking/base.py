@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import sqlite3
 import time
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
@@ -296,10 +297,11 @@ def read_journal(path: Path) -> tuple[dict[str, Any], list[Stamped]]:
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, fit for one sentence; of a failed connection, what the system said."""
+    """What an error says, fit for one sentence; of a failed connection or file, what the system or SQLite said."""
     cause: BaseException | None = error
     while cause is not None:
-        if isinstance(cause, OSError) and (cause.errno is not None or isinstance(cause, TimeoutError)):
+        is_of_system = isinstance(cause, OSError) and (cause.errno is not None or isinstance(cause, TimeoutError))
+        if is_of_system or isinstance(cause, sqlite3.Error):
             error = cause
         cause = cause.__cause__ or cause.__context__
     text = str(error).strip().splitlines()

@@ -31,7 +31,9 @@ def check_store(uri: str) -> None:
     if scheme == "sqlite":
         _within_time(uri, "opening the file", lambda: _check_sqlite(uri))
     elif scheme in ("http", "https"):
-        health = f"{uri.rstrip('/')}/health"
+        # anybody may ask for it, and urllib takes a name and a password before the host for a part of the host
+        host = urlsplit(uri).netloc.rpartition("@")[2]
+        health = f"{urlsplit(uri)._replace(netloc=host).geturl().rstrip('/')}/health"
         _within_time(uri, f"GET {health}", lambda: _check_http(uri, health))
     elif scheme in _DATABASE_PORTS:
         address = urlsplit(uri)
@@ -41,8 +43,8 @@ def check_store(uri: str) -> None:
     else:
         known = ", ".join(("sqlite", "http", "https", *_DATABASE_PORTS))
         raise UserError(
-            f"tracking.uri={uri!r} has no known kind of address; use {known}, for example {default_uri()}, "
-            "or tracking=none"
+            f"tracking.uri={without_password(uri)!r} has no known kind of address; use {known}, "
+            f"for example {default_uri()}, or tracking=none"
         )
 
 
@@ -74,8 +76,13 @@ def _no_answer(uri: str, tried: str, reason: str) -> str:
 
 def without_password(uri: str) -> str:
     """An address as it may be printed."""
+    return hiding_password(uri, uri)
+
+
+def hiding_password(sentence: str, uri: str) -> str:
+    """A sentence on a store without the password that its address holds."""
     password = urlsplit(uri).password
-    return uri.replace(f":{password}@", ":***@") if password else uri
+    return sentence.replace(f":{password}@", ":***@") if password else sentence
 
 
 def _check_http(uri: str, health: str) -> None:

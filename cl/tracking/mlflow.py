@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 from cl.core import UserError
 from cl.result import Result
 from cl.tracking.base import EVERY_STEPS, FLUSH_EVERY_S, JOURNAL, Recorder, Stamped, first_line, read_journal
-from cl.tracking.check import check_store
+from cl.tracking.check import check_store, hiding_password
 from cl.tracking.points import is_settled, points
 from cl.tracking.store import absolute_uri, default_uri, prepare_store, store_of
 from cl.tracking.stored_run import StoredRun
@@ -100,7 +101,8 @@ class MLflowTracker(Recorder):
         later = "without it"
         if self.run_dir is not None:
             later = f"and `cl report {self.run_dir} sync={self.uri}` completes the log"
-        return f"MLflow at {self.uri} was lost ({first_line(error)}); the run goes on, {later}"
+        sentence = f"MLflow at {self.uri} was lost ({first_line(error)}); the run goes on, {later}"
+        return hiding_password(sentence, self.uri)
 
 
 def sync(run_dir: str | Path, uri: str | None = None, *, experiment: str | None = None) -> str:
@@ -142,10 +144,14 @@ def sync(run_dir: str | Path, uri: str | None = None, *, experiment: str | None 
         run.finish(result)
         run.upload(folder, result)
     except Exception as error:  # whatever a store raises, the user asked for this store
-        raise UserError(f"MLflow at {uri} refused the run in {folder}: {first_line(error)}") from error
+        sentence = f"MLflow at {uri} refused the run in {folder}: {first_line(error)}"
+        raise UserError(hiding_password(sentence, uri)) from error
     if result.mlflow_run_id is None and saved.exists():
         result.mlflow_run_id = run.id
+        written = saved.stat()
         result.save(saved)
+        # a report takes the newest file of a seed for its newest run
+        os.utime(saved, ns=(written.st_atime_ns, written.st_mtime_ns))
     return run.id
 
 

@@ -140,13 +140,14 @@ def task_name(section: str, domain: int, num_domains: int) -> str:
 
 
 def legal_name(name: str) -> str:
-    """In the alphabet that MLflow accepts, where one refused name loses a whole batch.
+    """In the alphabet that MLflow accepts, and a path as it wants them: one refused name loses a whole batch.
 
     Example:
-        >>> legal_name("train/loss[my term]")
-        'train/loss_my term_'
+        >>> legal_name("train/loss[my term]"), legal_name("train//a/../b/")
+        ('train/loss_my term_', 'train/a/b')
     """
-    return re.sub(r"[^\w\-.:/ ]", "_", name)[:250]
+    parts = re.sub(r"[^\w\-.:/ ]", "_", name).split("/")
+    return "/".join(part for part in parts if part not in ("", ".", ".."))[:250].rstrip("/")
 
 
 def matrix_table(result: Result) -> dict[str, Any]:

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import io
+import json
 import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from rich.console import Console
 
 from cl.cli.compare import make_plan, split_words
 from cl.cli.compose import composed, plain
+from cl.cli.execute import _recorders
 from cl.cli.launch import sweep
 from cl.cli.main import main
 from cl.cli.report import comparison_table
+from cl.cli.resume import PARTS
 from cl.report.comparison import Estimate, StrategyRow
 from cl.result import Result
 
@@ -207,6 +211,65 @@ def test_branches_beside_the_runs_are_no_part_of_the_comparison(capsys: pytest.C
     assert "reference is 'nonsense'; it must be one of naive, replay" in capsys.readouterr().err
     assert main(("report", str(branch))) == 0
     assert "left out" not in capsys.readouterr().out
+
+
+@pytest.fixture
+def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cl.report.figures.save_figures", lambda view, folder: [])
+
+
+def a_result(folder: str, strategy: str = "naive", **changes: Any) -> Path:
+    """The file of a run that is done."""
+    names = ["a", "b"]
+    result = Result("toy", [strategy], "mlp", "domain_incremental", 0, names, names, [0, 1], "accuracy", status="done")
+    result.R = [[0.9, 0.1], [0.6, 0.8]]
+    vars(result).update(changes)
+    result.save(Path(folder) / "result.json")
+    return Path(folder) / "result.json"
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_brackets_in_names_and_paths_are_printed_and_not_obeyed(capsys: pytest.CaptureFixture[str]) -> None:
+    a_result("out[b]/1", "naive(blocks=[delta])")
+    a_result("out[b]/2", "naive(blocks=[gla])")
+    a_result("out[b]/[/b]/3").write_text("{")
+    assert main(("report", "out[b]")) == 0
+    said = capsys.readouterr().out
+    assert "naive(blocks=[delta])" in said and "naive(blocks=[gla])" in said
+    assert "note out[b]/[/b]/3/result.json is not a result file" in said
+    assert "report: out[b]/report/report.html" in said
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_what_cannot_be_read_keeps_no_other_run_out_of_mlflow(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sent: list[tuple[str, str]] = []
+    monkeypatch.setattr("cl.tracking.sync", lambda run_dir, uri: sent.append((str(run_dir), uri)))
+    for folder in ("1", f"mlartifacts/{'0' * 32}/artifacts", "3"):
+        a_result(f"out/{folder}")
+    a_result("out/2").write_text("{")
+    assert main(("report", "out", "sync=http://me:secret@host")) == 0
+    assert sent == [("out/1", "http://me:secret@host"), ("out/3", "http://me:secret@host")]
+    said = capsys.readouterr().out
+    assert "2 runs are in http://me:***@host" in said and "out/2/result.json is not a result file" in said
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_the_way_to_the_curves_names_the_store_that_has_them(capsys: pytest.CaptureFixture[str]) -> None:
+    a_result("out/1", mlflow_run_id="0" * 32)
+    assert main(("report", "out")) == 0
+    assert "`cl ui`" in capsys.readouterr().out
+    groups: dict[str, Any] = {name: {} for name in PARTS} | {"tracking": {"uri": "sqlite:///other.db"}}
+    Path("out/1/config.yaml").write_text(json.dumps(groups))
+    assert main(("report", "out")) == 0
+    assert "`cl ui uri=sqlite:///other.db`" in capsys.readouterr().out
+
+
+def test_the_journal_has_the_points_of_the_tracker(tmp_path: Path) -> None:
+    node = {"_target_": "cl.tracking.MLflowTracker", "uri": f"sqlite:///{tmp_path}/runs.db", "every_steps": 7}
+    journal, tracker = _recorders({"tracking": node}, tmp_path, "")
+    assert journal.every_steps == tracker.every_steps == 7
 
 
 def test_a_narrow_terminal_folds_names_and_cuts_no_number() -> None:

@@ -47,6 +47,8 @@ function drawRevisit(place, section, shown, label) {
       if (value[i] > 0) points.append(svg("circle", { cx: x(k), cy: at(value[i]), r: 2 + 5 * Math.sqrt(count[i] / most), style: `fill:${s.colour};opacity:0.45` }));
     });
     box.root.append(points);
+    const final = value.findLastIndex((v) => v > 0);
+    if (!law && final >= 0) ends.push({ x: x(lag[final]), y: at(value[final]), text: text(s), colour: s.colour });
     if (!law) continue;
     const xs = Array.from({ length: 40 }, (_, i) => lag[lag.length - 1] ** (i / 39));
     const ys = xs.map((k) => law.scale * k ** -law.exponent);

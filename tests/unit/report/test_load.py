@@ -1,4 +1,5 @@
 import json
+import os
 
 import pytest
 
@@ -42,6 +43,10 @@ BROKEN = {
     "done without rows": lambda content: json.dumps(content | {"R": []}),
     "cost": lambda content: json.dumps(content | {"cost": [1]}),
     "cost value": lambda content: json.dumps(content | {"cost": {"forwards": "many"}}),
+    "versions": lambda content: json.dumps(content | {"env": {"versions": [1]}}),
+    "course": lambda content: json.dumps(content | {"course": [[0, 1]]}),
+    "words in the course": lambda content: json.dumps(content | {"course": [["a", "b", "c", "d"]]}),
+    "run id": lambda content: json.dumps(content | {"mlflow_run_id": 7}),
     "bytes": lambda content: "\udcff",
 }
 
@@ -104,6 +109,32 @@ def test_a_branch_is_left_out_beside_other_runs_and_shown_alone(tmp_path, make_r
     assert [r.label for r in alone.results] == ["naive"] and not alone.warnings
 
 
+def test_a_copy_of_the_folder_has_the_same_order_whatever_its_times(tmp_path, make_result):
+    save([make_result("ewc", 1), make_result("ewc", 0), make_result(stream="later"), make_result()], tmp_path)
+    orders = []
+    for times in ((1, 2, 3, 4), (4, 3, 2, 1)):
+        for k, time in enumerate(times):
+            os.utime(tmp_path / f"run-{k}" / "result.json", (time, time))
+        orders.append([(r.stream, r.label, r.seed) for r in load_results(tmp_path)])
+    assert orders[0] == orders[1] == [("later", "naive", 0), ("toy", "ewc", 0), ("toy", "ewc", 1), ("toy", "naive", 0)]
+
+
+def test_of_two_files_of_a_seed_the_newer_is_last(tmp_path, make_result):
+    save([make_result(R=[[1.0, 0.0], [1.0, 1.0]]), make_result()], tmp_path)
+    os.utime(tmp_path / "run-1" / "result.json", (1, 1))
+    assert [r.R[0][0] for r in load_results(tmp_path)] == [0.9, 1.0]
+
+
+def test_what_mlflow_keeps_of_a_run_is_no_second_run(tmp_path, make_result):
+    run_id = "0123456789abcdef" * 2
+    copy = tmp_path / "mlartifacts" / run_id / "artifacts"
+    for folder in (tmp_path / "runs" / "one", copy):
+        make_result(mlflow_run_id=run_id).save(folder / "result.json")
+    loaded = load_folder(tmp_path)
+    assert len(loaded.results) == 1 and not loaded.warnings
+    assert len(load_results(copy.parents[1])) == 1, "where nothing else is left"
+
+
 def config(path, **parts):
     path.write_text(json.dumps(parts))
 
@@ -127,8 +158,8 @@ def test_seeds_folders_and_watching_are_no_settings(tmp_path, make_result):
             tmp_path / f"{seed}" / "config.yaml",
             seed=seed,
             strategy={"replay": {"capacity": 200}},
-            stream={"permutation_seed": seed},
-            trainer={"device": f"cuda:{seed}", "checkpoint_every": seed},
+            stream={"permutation_seed": seed, "base": {"root": f"/data-{seed}"}, "cache": f"/cache-{seed}"},
+            trainer={"device": f"cuda:{seed}", "checkpoint_every": seed, "parallel": ("none", "ddp", "fsdp")[seed]},
             tracking={"uri": f"file:{seed}"},
         )
     assert {r.label for r in load_results(tmp_path)} == {"replay"}

@@ -129,6 +129,16 @@ def test_enough_seeds_tell_the_ends_apart(finals):
     assert {"replay", "1.00", "ewc", "2.00", "naive", "3.00", "critical difference 1.35"} <= set(written)
 
 
+def test_ranks_of_two_digits_do_not_run_into_names(finals):
+    made = view_of(finals({f"strategy_{k:02d}": [k / 20] * 3 for k in range(12)}))
+    figure = average_ranks(made)
+    figure.draw_without_rendering()
+    texts = {text.get_text(): text.get_window_extent() for text in figure.axes[0].texts}
+    for left, right in (("strategy_11", "1.00"), ("12.00", "strategy_00"), ("7.00", "strategy_05")):
+        assert texts[right].x0 - texts[left].x1 > 4, "pixels, of 150 to the inch"
+    assert all(figure.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1 for box in texts.values())
+
+
 def test_figure_table_page_and_markdown_have_them(tmp_path, finals):
     paths = write_report(finals(), tmp_path)
     assert "ranks.png" in [path.name for path in paths.figures]

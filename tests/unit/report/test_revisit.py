@@ -13,6 +13,7 @@ from cl.report.html import page
 from cl.report.load import sections
 from cl.report.matrix_figures import running_mean
 from cl.report.revisit import law_text
+from cl.report.revisit_figure import revisits
 
 # two classes, one per experience, in the order 0 1 1 1 0 1
 ROWS = [[0.9, 0.1], [0.6, 0.8], [0.4, 0.85], [0.3, 0.9], [0.95, 0.5], [0.5, 0.9]]
@@ -81,6 +82,14 @@ def test_too_few_lags_have_no_law(make_result, tmp_path):
     assert not found.law.is_defined
     assert law_text(found) == "too few lags for a law"
     assert write_report(runs, tmp_path).figures
+
+
+def test_points_without_a_law_are_named_and_no_experience_is_halved(make_result):
+    few = {"trained": [-1] * 3, "practises": [[0], [1], [0]], "experiences": list("abc")}
+    (axes,) = revisits(view_of([make_result(name, 0, ROWS[:3], **few) for name in ("naive", "replay")])).axes
+    assert [text.get_text() for text in axes.texts] == ["naive", "replay"]
+    low, high = axes.get_xlim()
+    assert all(tick == round(tick) for tick in axes.get_xticks() if low <= tick <= high)
 
 
 def long_run(make_result, count, seed=0):

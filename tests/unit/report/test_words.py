@@ -41,6 +41,26 @@ def test_headline_weighs_the_runner_up(make_result, ewc, sentence):
     assert headline(view_of(results)).endswith(sentence)
 
 
+def test_a_runner_up_that_is_ahead_on_the_shared_seeds(make_result):
+    # over its own three seeds ewc is worse than replay, over the two that both have it is better
+    finals = {"replay": (0.7, 0.7), "ewc": (0.8, 0.8, 0.2)}
+    results = [
+        make_result(name, seed, [[0.9, 0.1], [0.8, final]])
+        for name, values in finals.items()
+        for seed, final in enumerate(values)
+    ]
+    sentence = "On the seeds of both, ewc is ahead (by 5.0 points, interval −5.0 to −5.0)."
+    assert headline(view_of(results)).endswith(sentence)
+    losses = {"replay": (2.5, 2.5), "ewc": (2.0, 2.0, 5.0)}
+    results = [
+        make_result(name, seed, [[2.0, 4.0], [2.0, final]], measure="loss")
+        for name, values in losses.items()
+        for seed, final in enumerate(values)
+    ]
+    sentence = "On the seeds of both, ewc is ahead (by 0.250 nats, interval +0.250 to +0.250)."
+    assert headline(view_of(results)).endswith(sentence)
+
+
 def test_headline_of_one_run_and_of_none(make_result):
     assert headline(view_of([make_result("derpp")])) == "derpp reaches 70.0 % final accuracy."
     assert headline(view_of([make_result("derpp", R=[[0.9, 0.1]], status="interrupted")])) == ""

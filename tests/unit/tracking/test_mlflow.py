@@ -3,6 +3,7 @@
 import json
 import logging
 import multiprocessing
+import os
 import shutil
 import socket
 import sys
@@ -271,6 +272,33 @@ def test_sync_writes_the_id_into_the_result(store, make_result, tell, run_dir):
     result.save(run_dir / "result.json")
     run_id = sync(run_dir, store, experiment="id")
     assert Result.load(run_dir / "result.json").mlflow_run_id == run_id
+
+
+def test_sync_makes_no_run_newer_than_it_is(store, make_result, tell, run_dir):
+    result = make_result()
+    tell([], result)
+    result.save(run_dir / "result.json")
+    os.utime(run_dir / "result.json", (1, 1))
+    sync(run_dir, store, experiment="old")
+    assert (run_dir / "result.json").stat().st_mtime == 1
+
+
+def test_no_sentence_tells_the_password_of_a_store(run_dir, make_result, tell, monkeypatch):
+    uri = "http://me:secret@127.0.0.1:1"
+
+    def refuses(*details, **named):
+        raise RuntimeError(f"API request to {uri}/api failed")
+
+    said = MLflowTracker(uri, run_dir=run_dir).lost(RuntimeError(f"API request to {uri}/api failed"))
+    assert "secret" not in said and said.count("http://me:***@127.0.0.1:1") == 3
+    result = make_result()
+    tell([], result)
+    result.save(run_dir / "result.json")
+    monkeypatch.setattr("cl.tracking.mlflow.check_store", lambda uri: None)
+    monkeypatch.setattr("cl.tracking.mlflow.StoredRun.open", refuses)
+    with pytest.raises(UserError, match=r"http://me:\*\*\*@") as caught:
+        sync(run_dir, uri)
+    assert "secret" not in str(caught.value)
 
 
 def test_sync_of_a_killed_run_needs_the_journal_only(store, client, make_result, tell, run_dir):

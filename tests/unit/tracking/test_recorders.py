@@ -2,11 +2,13 @@
 
 import json
 import logging
+import sqlite3
 from types import SimpleNamespace
 
 import pytest
 
 from cl.tracking import Journal, Memory, Recorder, read_journal
+from cl.tracking.base import first_line
 
 
 def curves(found):
@@ -151,6 +153,12 @@ def test_a_full_disk_is_told_once_and_does_not_stop_the_run(make_result, tell, t
         "Journal cannot write ([Errno 28] No space left on device); the run goes on without it"
     ]
     assert memory.curve("final/bwt")
+
+
+def test_what_sqlite_said_is_told_and_not_what_was_wrapped_around_it():
+    wrapped = RuntimeError("(raised as a result of Query-invoked autoflush)\n[SQL: ...]")
+    wrapped.__cause__ = sqlite3.OperationalError("database or disk is full")
+    assert first_line(wrapped) == "database or disk is full"
 
 
 def test_journal_lines_are_plain_json(make_result, tell, tmp_path):

@@ -6,7 +6,9 @@ import socket
 import sqlite3
 import subprocess
 import sys
+import threading
 from contextlib import closing
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -65,6 +67,8 @@ def test_a_busy_file_is_waited_for():
         ("sqlite:///{folder}/text.db", "not a database"),
         ("sqlite:///{folder}/text.db/below.db", "no folder that can be written"),
         ("http://127.0.0.1:{port}", "GET http://127.0.0.1:{port}/health failed"),
+        ("http://me:secret@127.0.0.1:{port}", "GET http://127.0.0.1:{port}/health failed"),
+        ("oracle://me:secret@127.0.0.1:{port}/runs", "no known kind"),
         ("postgresql://me:secret@127.0.0.1:{port}/runs", "connecting to 127.0.0.1:{port} failed"),
     ],
 )
@@ -78,6 +82,21 @@ def test_bad_addresses_get_one_sentence(tmp_path, closed_port, uri, says):
     assert uri.replace("secret", "***") in sentence
     assert "secret" not in sentence
     assert "\n" not in sentence
+
+
+def test_a_name_and_a_password_in_the_address_are_no_part_of_the_host():
+    class Healthy(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200 if self.path == "/below/health" else 404)
+            self.end_headers()
+
+        def log_message(self, *details):
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Healthy) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        check_store(f"http://me:secret@127.0.0.1:{server.server_port}/below/")
+        server.shutdown()
 
 
 def test_a_server_that_hangs_is_given_up(monkeypatch):
