@@ -46,6 +46,9 @@ def fitted(schedule: Schedule, steps: Sequence[int], span: str) -> Schedule:
     """
     parameters, is_run = inspect.signature(schedule).parameters, span == "run"
     given = parameters["starts"].default if "starts" in parameters else None
+    is_list = isinstance(given, Sequence) and all(type(start) is int for start in given)
+    if given is not None and not is_list:
+        raise UserError(f"schedule.starts is {given!r}; it must be a list of integers, or null for those of the run")
     starts = given or (tuple(accumulate(steps[:-1], initial=0)) if is_run else (0,))
     if is_run and "starts" in parameters and given is None:
         schedule = partial(schedule, starts=starts)
@@ -170,8 +173,9 @@ def infinite(
         raise UserError(f"schedule.final is {final!r}; it must be above 0 and at most schedule.constant={constant!r}")
     if cooldown not in ("cosine", "inverse_sqrt"):
         raise UserError(f"schedule.cooldown is {cooldown!r}; it must be cosine or inverse_sqrt")
-    if not timescale > 0:
-        raise UserError(f"schedule.timescale is {timescale!r}; it must be positive")
+    is_number = isinstance(timescale, int | float) and not isinstance(timescale, bool)
+    if not is_number or not 0 < timescale < math.inf:
+        raise UserError(f"schedule.timescale is {timescale!r}; it must be a finite number above 0")
     _, local, length = _round(step, total, starts) if is_annealed_each else (0, step, total)
     anneal = {"anneal": (anneal_frac, anneal_steps)}
     begin = {"warmup": (warmup_frac, warmup_steps), "cooldown": (cooldown_frac, cooldown_steps)}

@@ -9,6 +9,7 @@ Layers are known by what they have, so that nothing here needs peft to be instal
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -81,14 +82,33 @@ def pairs(model: nn.Module) -> dict[str, Pair]:
 
 
 class LoraStrategy(Strategy):
-    """A strategy for models that are trained through adapters."""
+    """A strategy for models that are trained through adapters.
+
+    Attributes:
+        merges: it adds adapters to the weights that they adapt.
+    """
+
+    merges = False
 
     def check_model(self, model: nn.Module, info: StreamInfo) -> None:
-        if not pairs(model):
+        found = pairs(model)
+        if self.merges:
+            self._require_own_weights(model, found)
+        if not found:
             raise UserError(
                 f"{self.name} works on LoRA adapters, and {type(model).__name__} has none; take backbone=hf or gpt "
                 "with 'backbone.lora={rank: 8}'"
             )
+
+    def _require_own_weights(self, model: nn.Module, found: dict[str, Pair]) -> None:
+        """An adapter that is added to a weight which another layer reads too changes that layer as well."""
+        readers = Counter(id(p) for m in model.modules() for p in m._parameters.values())
+        for name, pair in found.items():
+            if readers[id(pair.layer.get_base_layer().weight)] > 1:
+                raise UserError(
+                    f"{self.name} adds adapters to the weights that they adapt, and {name} shares its weight with "
+                    "another layer; leave it out of backbone.lora.target_modules"
+                )
 
     def begin_anew(self, state: TrainState) -> None:
         """Merge every adapter and let it begin anew, for the optimizer as well."""

@@ -95,7 +95,8 @@ class Gere(Strategy):
     ) -> None:
         require_choice("gere.loss", loss, KINDS)
         if weight != "dynamic":
-            is_fine = isinstance(weight, int | float) and 0 <= weight < float("inf")
+            is_number = isinstance(weight, int | float) and not isinstance(weight, bool)
+            is_fine = is_number and 0 <= weight < float("inf")
             require(is_fine, "gere.weight", weight, "a number of at least 0, or dynamic")
         if general_weight is not None:
             require_number("gere.general_weight", general_weight)
@@ -105,6 +106,7 @@ class Gere(Strategy):
         first = int(source == "first")
         is_count = isinstance(since, int) and not isinstance(since, bool) and since >= first
         require(since is None or is_count, "gere.since", since, f"an integer of at least {first} with source {source}")
+        require(layer is None or isinstance(layer, str), "gere.layer", layer, "the path of a module, or null")
         require_number("gere.margin", margin, above=0.0)
         require_choice("gere.reduction", reduction, ("violating", "all"))
         require_number("gere.temperature", temperature, above=0.0)

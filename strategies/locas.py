@@ -200,8 +200,7 @@ def places(backbone: nn.Module) -> list[nn.Module]:
     Raises:
         UserError: there are none.
     """
-    parts = ("gate", "up", "out")
-    gated = [m for m in backbone.modules() if all(isinstance(getattr(m, name, None), nn.Linear) for name in parts)]
+    gated = [m for m in backbone.modules() if _ends(m) is not None]
     linear = {name: m for name, m in backbone.named_modules() if type(m) is nn.Linear}
     body = [m for name, m in linear.items() if not _is_head(name)]
     found = gated or body or list(linear.values())
@@ -210,10 +209,21 @@ def places(backbone: nn.Module) -> list[nn.Module]:
     return found
 
 
+def _ends(layer: nn.Module) -> tuple[nn.Linear, nn.Linear] | None:
+    """What a gated MLP reads with and writes with, as we or transformers name it; None for other layers."""
+    for names in (("gate", "up", "out"), ("gate_proj", "up_proj", "down_proj")):
+        parts = [getattr(layer, name, None) for name in names]
+        if all(isinstance(part, nn.Linear) for part in parts):
+            return parts[1], parts[2]  # type: ignore[return-value]
+    return None
+
+
 def _widths(layer: nn.Module) -> tuple[int, int]:
-    first, last = (layer, layer) if isinstance(layer, nn.Linear) else (layer.up, layer.out)
-    return first.in_features, last.out_features  # type: ignore[union-attr, return-value]
+    first, last = _ends(layer) or (layer, layer)
+    return first.in_features, last.out_features  # type: ignore[return-value]
 
 
 def _is_head(name: str) -> bool:
-    return name.split(".")[0] == "head"
+    """Ours is called head; those of transformers are somewhere inside `backbone=hf`."""
+    parts = name.split(".")
+    return parts[0] == "head" or not {"lm_head", "embed_out"}.isdisjoint(parts)

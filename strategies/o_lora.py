@@ -43,6 +43,7 @@ class OLora(LoraStrategy):
     """
 
     settings = frozenset({Setting.CONTINUAL_PRETRAINING})
+    merges = True
     contract = Contract(
         why_not_zero="every experience begins with a new adapter",
         forgets_less_by=0.25,

@@ -42,6 +42,7 @@ class RegLora(LoraStrategy):
     """
 
     settings = frozenset({Setting.CONTINUAL_PRETRAINING})
+    merges = True
     contract = Contract(
         toy={"strength": 0.5, "top": 20.0},
         why_not_zero="every experience begins with a new adapter",

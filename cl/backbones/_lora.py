@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,28 +14,59 @@ LORA_KEYS = ("rank", "alpha", "dropout", "target_modules")
 ALL = "all-linear"
 
 
-def lora_options(lora: Mapping[str, Any]) -> dict[str, Any]:
+def lora_options(lora: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
     """Arguments of peft's LoraConfig.
 
     Args:
-        lora: rank (8), alpha (twice the rank), dropout (0), target_modules (all-linear, or names of layers).
+        lora: rank (8), alpha (twice the rank), dropout (0), target_modules (all-linear, names of layers, or a regular
+            expression of whole paths).
+        model: that the layers are looked for in.
 
     Raises:
-        UserError: a key that it does not have, or a rank that is none.
+        UserError: a key that it does not have, a value outside its range, or a layer that the model does not have.
     """
+    if not isinstance(lora, Mapping):
+        raise UserError(f"backbone.lora is {lora!r}; it must be a mapping such as {{rank: 8}}")
     for key in lora:
         if key not in LORA_KEYS:
             raise UserError(f"backbone.lora has no key {key!r}; its keys are {', '.join(LORA_KEYS)}")
     rank = lora.get("rank", 8)
     if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
         raise UserError(f"backbone.lora.rank is {rank!r}; it must be an integer of at least 1")
-    targets: str | Sequence[str] = lora.get("target_modules", ALL)
+    alpha, dropout = lora.get("alpha", 2 * rank), lora.get("dropout", 0.0)
+    if not _is_number(alpha) or not 0 < alpha < math.inf:
+        raise UserError(f"backbone.lora.alpha is {alpha!r}; it must be a finite number above 0")
+    if not _is_number(dropout) or not 0 <= dropout < 1:
+        raise UserError(f"backbone.lora.dropout is {dropout!r}; it must be a number from 0 to below 1")
+    targets = lora.get("target_modules", ALL)
+    if not isinstance(targets, str):
+        _require_layers(targets, model)
     return {
         "r": rank,
-        "lora_alpha": lora.get("alpha", 2 * rank),
-        "lora_dropout": lora.get("dropout", 0.0),
+        "lora_alpha": alpha,
+        "lora_dropout": dropout,
         "target_modules": targets if isinstance(targets, str) else list(targets),
     }
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _require_layers(targets: Any, model: nn.Module) -> None:
+    """A list of names, each of some layer: peft is silent about a misspelt one beside another that is there."""
+    if not isinstance(targets, Sequence) or not targets or not all(isinstance(name, str) for name in targets):
+        raise UserError(
+            f"backbone.lora.target_modules is {targets!r}; it must be {ALL}, a list of names of layers, or a regular "
+            "expression"
+        )
+    paths = [f".{path}" for path, _ in model.named_modules()]
+    for name in targets:
+        if not any(path.endswith(f".{name}") for path in paths):
+            known = sorted({last for path in paths if not (last := path.rsplit(".", 1)[1]).isdigit() and last})
+            raise UserError(
+                f"backbone.lora.target_modules names {name!r}, no layer of this model; it has {', '.join(known)[:300]}"
+            )
 
 
 def put_adapters(model: nn.Module, lora: Mapping[str, Any], adapter: str = "default") -> None:
@@ -47,7 +79,7 @@ def put_adapters(model: nn.Module, lora: Mapping[str, Any], adapter: str = "defa
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError:
         raise UserError("backbone.lora needs peft; `pip install peft` brings it") from None
-    options = lora_options(lora)
+    options = lora_options(lora, model)
     if options["target_modules"] == ALL:
         linear = [name for name, layer in model.named_modules() if isinstance(layer, nn.Linear)]
         options["target_modules"] = [name for name in linear if name.startswith("blocks.")]
@@ -55,5 +87,5 @@ def put_adapters(model: nn.Module, lora: Mapping[str, Any], adapter: str = "defa
         p.requires_grad_(False)
     try:
         inject_adapter_in_model(LoraConfig(**options), model, adapter)
-    except ValueError as error:
+    except Exception as error:  # what layers it takes is the library's to say
         raise UserError(f"backbone.lora cannot be put on this model: {str(error).splitlines()[0][:200]}") from None

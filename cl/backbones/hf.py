@@ -1,26 +1,25 @@
 """Any causal language model of transformers: from the hub, from a folder, or drawn anew from a config; full or LoRA.
 
-Documents packed in a row are kept apart by a block-diagonal mask and positions that begin anew. Whether a model heeds
-them is tried when it is built, so that a model which cannot (a recurrent one, a linear attention) is not trained across
-borders without anybody knowing. Code that a repository brings along is never run.
+Documents packed in a row are kept apart by positions that begin anew, from which a model makes masks of its own (its
+sliding windows among them), or by a block-diagonal mask where it does not. Whether a model heeds them is tried when it
+is built, so that a model which cannot (a recurrent one, a linear attention) is not trained across borders without
+anybody knowing. Code that a repository brings along, or that its config names, is never run.
 
 Shape legend: B rows, T tokens, D width.
 """
 
 from __future__ import annotations
 
-import hashlib
-import warnings
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from cl.backbones._hf_models import drawn, first_line, loaded, require_positions
 from cl.backbones._lora import lora_options
 from cl.backbones.gpt import TEXT, require_tokens
 from cl.core import Batch, Output, StreamInfo, UserError
-from cl.hub import hub_address, hub_answers, offline
 
 TINY = {
     "model_type": "llama",
@@ -48,8 +47,8 @@ class Hf(nn.Module):
         download: fetch a model that is on the hub and not on this machine.
 
     Raises:
-        UserError: a model that cannot be had, whose vocabulary or tokenizer is not the stream's, that reads across
-            documents, or a value outside its range.
+        UserError: a model that cannot be had or lacks weights, whose vocabulary or tokenizer is not the stream's, that
+            reads across documents or ahead, or has too few positions, or a value outside its range.
 
     Cost: as the model's; weights are float32, computed in the trainer's precision.
     """
@@ -72,63 +71,104 @@ class Hf(nn.Module):
         require_tokens(info, "hf")
         if pretrained is not None and config is not None:
             raise UserError("backbone.pretrained and backbone.config are both set; a model comes from one of them")
+        if pretrained is not None and not (isinstance(pretrained, str) and pretrained):
+            raise UserError(f"backbone.pretrained is {pretrained!r}; it must be the folder or the hub id of a model")
         self.separator = info.separator if is_separated else None
         if pretrained is None:
-            model = _drawn({**TINY} if config is None else dict(config), info)
+            if config is not None and not isinstance(config, Mapping):
+                raise UserError(f"backbone.config is {config!r}; it must be a mapping such as {{model_type: gpt2}}")
+            model = drawn(dict(TINY if config is None else config), info)
         else:
-            model = _pretrained(pretrained, revision, info, download)
+            model = loaded(pretrained, revision, info, download)
         if is_checkpointed:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         model.config.use_cache = False
         if lora is not None:
             model = _with_lora(model, lora, adapter)
         self.model = model
-        self._has_head_input = False
-        self._try(info, pretrained or str(model.config.model_type))
+        self._has_head_input = self._is_masked = False
+        name = pretrained or str(model.config.model_type)
+        require_positions(model.config, name, info)
+        self._try(info, name)
 
     def forward(self, batch: Batch) -> Output:
         """Logits for every token; `hidden` is what the model's head reads, where the model tells."""
-        masks = {} if self.separator is None else separated(batch.inputs, self.separator, self._dtype)
-        found = self.model(input_ids=batch.inputs, output_hidden_states=True, use_cache=False, **masks)
+        found = self._read(batch.inputs)
         hidden_BTD = found.hidden_states[-1] if self._has_head_input else None
         return Output(found.logits, hidden_BTD)
 
-    @property
-    def _dtype(self) -> torch.dtype:
-        return next(self.model.parameters()).dtype
+    def _read(self, tokens_BT: Tensor) -> Any:
+        """What the model says, documents kept apart in the way that it heeds."""
+        masks = {}
+        if self.separator is not None:
+            masks = separated(tokens_BT, self.separator, next(self.model.parameters()).dtype, self._is_masked)
+        return self.model(input_ids=tokens_BT, output_hidden_states=True, use_cache=False, **masks)
 
     def _try(self, info: StreamInfo, name: str) -> None:
-        """See on a few tokens whether documents stay apart and which hidden state the head reads."""
+        """See on a few tokens that nothing ahead is read, how documents stay apart, and which state the head reads."""
         was_training = self.training
         self.eval()
         first, last = [token for token in range(3) if token != info.separator][:2]
-        rows = torch.tensor([[first] * 3 + [last] * 3, [last] * 3 + [last] * 3])
-        if self.separator is not None:
-            rows[:, 3] = self.separator
+        rows = torch.tensor([[first] * 3 + [last] * 3, [last] * 3 + [last] * 3, [first] * 5 + [last]])
         with torch.inference_mode():
-            masks = {} if self.separator is None else separated(rows, self.separator, self._dtype)
             try:
-                found = self.model(input_ids=rows, output_hidden_states=True, use_cache=False, **masks)
-            except (TypeError, ValueError, RuntimeError) as error:
-                raise UserError(
-                    f"model {name} cannot read packed documents ({str(error).splitlines()[0][:120]}); "
-                    "backbone.is_separated=false reads across their borders"
-                ) from None
-            head = self.model.get_output_embeddings()
-            logits = found.logits
-            self._has_head_input = head is not None and torch.allclose(
-                head(found.hidden_states[-1]).float(), logits.float(), atol=1e-4
-            )
-            if self.separator is not None and not torch.allclose(logits[0, 3:], logits[1, 3:], atol=1e-4):
-                raise UserError(
-                    f"model {name} reads across the borders of packed documents, whatever the attention mask says; "
-                    "backbone.is_separated=false accepts that"
-                )
+                plain = self.model(input_ids=rows[[0, 2]], use_cache=False).logits
+            except Exception as error:  # of models that read more than tokens, each in its own words
+                raise UserError(f"model {name} cannot read plain tokens: {first_line(error)}") from None
+            if not plain.isfinite().all():
+                raise UserError(f"model {name} has weights with which it predicts no finite numbers")
+            if not _near(plain[0, :3], plain[1, :3]):
+                raise UserError(f"model {name} reads the tokens ahead that it is to predict; it is no causal one")
+            if self.separator is not None:
+                rows[:, 3] = self.separator
+                self._is_masked = self._way_to_separate(rows, info, name)
+            self._has_head_input = self._tells_head_input(rows)
         self.train(was_training)
 
+    def _way_to_separate(self, rows: Tensor, info: StreamInfo, name: str) -> bool:
+        """Whether documents need a mask besides their positions.
 
-def separated(tokens_BT: Tensor, separator: int, dtype: torch.dtype) -> dict[str, Tensor]:
-    """What keeps packed documents apart: a mask (B, 1, T, T), 0 where a token may look, and positions (B, T).
+        Raises:
+            UserError: what precedes a document changes it even so.
+        """
+        alone = self.model(input_ids=rows[:1, 3:], use_cache=False).logits[0]
+        said = "it reads across the borders of packed documents, or counts on there, whatever it is told"
+        for is_masked in (False, True):
+            self._is_masked = is_masked
+            try:
+                logits = self._read(rows).logits
+            except (TypeError, ValueError, RuntimeError) as error:
+                said = f"it cannot read packed documents ({first_line(error)[:120]})"
+                continue
+            if _near(logits[0, 3:], logits[1, 3:]) and _near(logits[0, 3:], alone):
+                window = getattr(self.model.config.get_text_config(), "sliding_window", None)
+                if is_masked and window is not None and window < max(info.input_shape):
+                    raise UserError(
+                        f"model {name} keeps documents apart by a mask only, which puts its sliding window of {window} "
+                        f"tokens out of use, and stream.context is {max(info.input_shape)}; it must be at most "
+                        f"{window}, or backbone.is_separated=false"
+                    )
+                return is_masked
+        raise UserError(f"model {name} does not keep documents apart: {said}; backbone.is_separated=false accepts that")
+
+    def _tells_head_input(self, rows: Tensor) -> bool:
+        """Whether the last hidden state that the model gives is what goes into its head."""
+        head, seen = self.model.get_output_embeddings(), []
+        if head is None:
+            return False
+        handle = head.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+        told = self._read(rows).hidden_states
+        handle.remove()
+        return bool(told and seen) and torch.equal(seen[-1], told[-1])
+
+
+def _near(left: Tensor, right: Tensor) -> bool:
+    """Equal up to rounding, however large the numbers are."""
+    return bool((left - right).abs().max() <= 1e-4 * right.abs().max())
+
+
+def separated(tokens_BT: Tensor, separator: int, dtype: torch.dtype, is_masked: bool = True) -> dict[str, Tensor]:
+    """What keeps packed documents apart: positions (B, T), and a mask (B, 1, T, T), 0 where a token may look.
 
     Example:
         >>> found = separated(torch.tensor([[1, 2, 9, 3]]), 9, torch.float32)
@@ -139,96 +179,22 @@ def separated(tokens_BT: Tensor, separator: int, dtype: torch.dtype) -> dict[str
     document_BT = reset_BT.long().cumsum(1)
     places_T = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)
     begin_BT = torch.where(reset_BT, places_T, 0).cummax(1).values
+    found = {"position_ids": places_T - begin_BT}
+    if not is_masked:
+        return found
     visible_BTT = (document_BT.unsqueeze(2) == document_BT.unsqueeze(1)) & (places_T <= places_T.unsqueeze(1))
     mask_BTT = torch.zeros(visible_BTT.shape, dtype=dtype, device=tokens_BT.device)
     mask_BTT.masked_fill_(~visible_BTT, torch.finfo(dtype).min)
-    return {"attention_mask": mask_BTT.unsqueeze(1), "position_ids": places_T - begin_BT}
-
-
-def _drawn(values: dict[str, Any], info: StreamInfo) -> Any:
-    """A model with weights drawn from torch's generator."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    if "model_type" not in values:
-        raise UserError("backbone.config has no model_type; it needs one, such as llama, gpt2 or mamba")
-    special = {"bos_token_id": info.separator, "eos_token_id": info.separator, "pad_token_id": None}
-    length = {"max_position_embeddings": max(64, *info.input_shape)}
-    try:
-        kind = values.pop("model_type")
-        config = AutoConfig.for_model(kind, **{**special, **length, **values, "vocab_size": info.num_outputs})
-        return AutoModelForCausalLM.from_config(config)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UserError(f"backbone.config makes no causal language model: {str(error).splitlines()[0][:160]}") from None
-
-
-def _pretrained(name: str, revision: str | None, info: StreamInfo, download: bool) -> Any:
-    """A model with its weights, from a folder, the hub's cache on this machine, or the network when asked for."""
-    from transformers import AutoModelForCausalLM
-
-    way = "give the folder of a model as backbone.pretrained"
-    is_folder = Path(name).expanduser().is_dir()
-    options = {"revision": revision, "dtype": torch.float32, "trust_remote_code": False}
-    where = str(Path(name).expanduser()) if is_folder else name
-    try:
-        with offline():
-            model = AutoModelForCausalLM.from_pretrained(where, local_files_only=True, **options)
-    except (OSError, ValueError, KeyError) as error:
-        if is_folder:
-            raise UserError(f"backbone.pretrained is {name!r}, which cannot be read: {_first_line(error)}") from None
-        if not download:
-            raise UserError(
-                f"backbone.pretrained is {name!r}: no folder here, and not in the hub's cache; {way}, or let it be "
-                "fetched with data.download=true"
-            ) from None
-        if not hub_answers():
-            raise UserError(f"model {name} cannot be fetched: {hub_address()} does not answer; {way}") from None
-        try:
-            model = AutoModelForCausalLM.from_pretrained(name, **options)
-        except (OSError, ValueError, KeyError) as failure:
-            raise UserError(f"model {name} cannot be fetched: {_first_line(failure)}; {way}") from None
-    rows = model.get_input_embeddings().weight.shape[0]
-    if rows < info.num_outputs:
-        raise UserError(
-            f"model {name} has {rows} tokens and the stream's tokenizer {info.num_outputs}; set "
-            f"stream.tokenizer={name}, the model's own"
-        )
-    _require_own_tokenizer(name, where, info)
-    if rows > info.num_outputs:
-        # embeddings are often padded to a round number; those tokens never occur
-        model.resize_token_embeddings(info.num_outputs)
-    return model
-
-
-def _require_own_tokenizer(name: str, where: str, info: StreamInfo) -> None:
-    """A pretrained model reads the tokens that it was trained with; silent where its tokenizer is not at hand."""
-    file = Path(where) / "tokenizer.json"
-    if not file.is_file():
-        try:
-            from huggingface_hub import hf_hub_download
-
-            file = Path(hf_hub_download(name, "tokenizer.json", local_files_only=True))
-        except Exception:
-            warnings.warn(
-                f"model {name} brings no tokenizer.json: whether it fits the stream is not known", stacklevel=2
-            )
-            return
-    digest = hashlib.sha256(f"{info.separator}\n{file.read_text()}".encode()).hexdigest()[:16]
-    if digest != info.tokenizer:
-        raise UserError(
-            f"model {name} was trained with another tokenizer than that of stream {info.name} "
-            f"({info.tokenizer or 'unknown'}); set stream.tokenizer={name}, the model's own"
-        )
+    return found | {"attention_mask": mask_BTT.unsqueeze(1)}
 
 
 def _with_lora(model: Any, lora: dict[str, Any], adapter: str) -> Any:
     from peft import LoraConfig, TaskType, get_peft_model
 
-    config = LoraConfig(task_type=TaskType.CAUSAL_LM, **lora_options(lora))
+    if not isinstance(adapter, str) or not adapter or "." in adapter:
+        raise UserError(f"backbone.adapter is {adapter!r}; it must be a name without dots")
+    options = lora_options(lora, model)
     try:
-        return get_peft_model(model, config, adapter_name=adapter)
-    except ValueError as error:
-        raise UserError(f"backbone.lora cannot be put on this model: {_first_line(error)}") from None
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+        return get_peft_model(model, LoraConfig(task_type=TaskType.CAUSAL_LM, **options), adapter_name=adapter)
+    except Exception as error:  # what layers it takes is the library's to say
+        raise UserError(f"backbone.lora cannot be put on this model: {first_line(error)}") from None

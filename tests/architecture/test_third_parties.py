@@ -14,7 +14,7 @@ HOMES = {
     "datasets": r"streams(\..*)?",
     "torchvision": r"streams(\..*)?",
     "lm_eval": r"cl\.interop\.harness",
-    "transformers": r"cl\.backbones\.hf|strategies\._?\w*lora\w*",
+    "transformers": r"cl\.backbones\._hf_models|strategies\._?\w*lora\w*",
     "peft": r"cl\.backbones\.(hf|_lora)|strategies\._?\w*lora\w*",
 }
 FIRST_USE = (set(HOMES) - {"hydra", "omegaconf"}) | {"sklearn", "matplotlib"}

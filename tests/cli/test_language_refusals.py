@@ -117,7 +117,7 @@ def test_it_is_refused_in_one_sentence(
     monkeypatch.chdir(folder)
     monkeypatch.delenv("CL_DATA_ROOT", raising=False)
     monkeypatch.setenv("CL_CACHE", str(folder / "cache"))
-    for module in ("streams._documents", "streams._tokenizers", "cl.backbones.hf", "cl.hub"):
+    for module in ("streams._documents", "streams._tokenizers", "cl.backbones._hf_models", "cl.hub"):
         _no_network(monkeypatch, module, asked)
     assert main((*RUN, *words)) == 2
     # transformers draws a bar while it reads weights

@@ -350,6 +350,8 @@ def test_models_of_transformers(lab, lora):
         ({"loss": "mse"}, "gere.loss is 'mse'"),
         ({"weight": "auto"}, "gere.weight is 'auto'"),
         ({"weight": -1.0}, "gere.weight is -1.0"),
+        ({"weight": True}, "gere.weight is True"),
+        ({"layer": 3}, "gere.layer is 3; it must be the path of a module"),
         ({"samples": 0}, "gere.samples is 0"),
         ({"source": "web"}, "gere.source is 'web'"),
         ({"source": "first", "since": 0}, "gere.since is 0"),

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from cl.backbones.gpt import Gpt
 from cl.core import Setting, UserError
 from cl.hooks import Strategy
-from cl.testing import ToyNet
+from cl.testing import ToyNet, toy_stream
 from strategies.locas import Locas, Side, places, sides
 from streams.probes.word_problem import word_problem
 
@@ -140,6 +140,32 @@ def test_gated_mlps_are_the_places_of_a_decoder():
     wrapped = Locas(rank=2).wrap(net, replace(stream.info, num_experiences=3))
     assert len(sides(wrapped)) == 2
     assert torch.equal(wrapped.features(tokens), plain), "nothing has begun"
+
+
+@pytest.mark.parametrize(
+    ("config", "wanted"),
+    [
+        ({"model_type": "llama"}, {f"layers.{number}.mlp" for number in (0, 1)}),
+        (
+            {"model_type": "gpt_neox"},
+            {"attention.dense", "attention.query_key_value", "dense_4h_to_h", "dense_h_to_4h"},
+        ),
+    ],
+    ids=["gated", "linear"],
+)
+def test_so_they_are_of_models_of_transformers_and_never_the_head(config, wanted):
+    pytest.importorskip("transformers")
+    from cl.backbones.hf import Hf
+
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    info = toy_stream(Setting.CONTINUAL_PRETRAINING).info
+    model = Hf(info, config={**config, **sizes})
+    names = {id(module): name for name, module in model.named_modules()}
+    found = [names[id(layer)] for layer in places(model)]
+    assert all(any(name.endswith(each) for each in wanted) for name in found)
+    assert len(found) == (2 if "llama" in config.values() else 8)
+    Locas(rank=2).wrap(model, info)
+    assert {(len(side.up[0][0]), len(side.down[0])) for side in sides(model).values()} >= {(16, 16)}
 
 
 def test_wrong_options_are_one_sentence():

@@ -45,6 +45,20 @@ def test_change_is_that_of_peft_and_merging_leaves_the_model_as_it_is(lora):
     assert all((pair.a if pair._is_embedding is False else pair.b).abs().max() > 0 for pair in found.values())
 
 
+@pytest.mark.parametrize("strategy", [OLora, RegLora])
+def test_an_adapter_of_a_weight_that_another_layer_reads_is_not_merged_into_it(strategy):
+    """Merged into the head's, it would change the embedding that is tied to it."""
+    stream = builtin_text(context=16, train_tokens=160, eval_tokens=160, general=False)
+    for is_tied, target in ((True, "head"), (False, "head"), (True, "gate")):
+        backbone = partial(Gpt, width=32, is_tied=is_tied, lora={"rank": 2, "target_modules": [target]})
+        make = partial(Trainer, stream, backbone, [strategy()], optimizer=partial(torch.optim.SGD, lr=0.1))
+        if (is_tied, target) != (True, "head"):
+            make()
+            continue
+        with pytest.raises(UserError, match="head shares its weight with another layer; leave it out of"):
+            make()
+
+
 def test_a_new_adapter_is_new_for_the_optimizer_too(lora):
     ages = []
 

@@ -1,13 +1,15 @@
 """Models of transformers on packed text: borders, adapters, folders, and what is refused."""
 
 import json
+import shutil
 import time
 from functools import partial
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
-from cl.backbones import hf
+from cl.backbones import _hf_models
 from cl.backbones.hf import Hf, separated
 from cl.config import TrainerConfig
 from cl.core import Batch, Setting, StreamInfo, UserError
@@ -20,6 +22,19 @@ from streams.builtin_text import builtin_text
 pytest.importorskip("transformers")
 SEPARATOR, VOCABULARY, CONTEXT = 10, 11, 12
 GPT2 = {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 2}
+LAYERS = {
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+    "sliding_window": 3,
+}
+MISTRAL, GEMMA = {"model_type": "mistral", **LAYERS}, {"model_type": "gemma2", **LAYERS}
+GPT_OSS = {"model_type": "gpt_oss", **LAYERS, "num_local_experts": 2, "num_experts_per_tok": 1}
+BERT = {"model_type": "bert", "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+BART = {"model_type": "bart", "d_model": 32, "decoder_layers": 1, "decoder_attention_heads": 2, "decoder_ffn_dim": 32}
 MAMBA = {"model_type": "mamba", "hidden_size": 16, "num_hidden_layers": 1, "state_size": 4}
 
 
@@ -56,7 +71,7 @@ def packed():
     return tokens
 
 
-@pytest.mark.parametrize("config", [None, GPT2], ids=["llama", "gpt2"])
+@pytest.mark.parametrize("config", [None, GPT2, MISTRAL, GEMMA], ids=["llama", "gpt2", "window", "windows"])
 def test_packed_documents_give_what_each_gives_alone(config):
     network, tokens = model(config=config), packed()
     whole = network(batch(tokens)).logits
@@ -87,10 +102,37 @@ def test_a_model_that_cannot_keep_documents_apart_is_not_trained_across_them_sil
     assert model(config=MAMBA, is_separated=False)(batch(packed())).logits.isfinite().all()
 
 
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        (BERT, "reads the tokens ahead that it is to predict"),
+        (BART, "or counts on there"),
+        (GPT_OSS, "its sliding window of 3 tokens out of use, and stream.context is 12"),
+        ({**GPT2, "n_positions": 8}, "reads at most 8 tokens (max_position_embeddings of its config)"),
+    ],
+    ids=["ahead", "positions", "window", "short"],
+)
+def test_a_model_that_would_read_rows_otherwise_than_told_is_refused(config, words):
+    with pytest.raises(UserError) as error:
+        model(config=config)
+    assert words in str(error.value)
+
+
+def test_positions_are_as_many_as_the_config_says():
+    assert model(config={**GPT2, "n_positions": 40}).model.transformer.wpe.num_embeddings == 40
+    assert model(config=GPT2).model.transformer.wpe.num_embeddings == 64
+
+
 def test_hidden_is_what_the_head_reads():
     network = model()
     output = network(batch(packed()))
     torch.testing.assert_close(network.model.lm_head(output.hidden), output.logits)
+
+
+def test_hidden_is_told_where_logits_are_capped_behind_the_head():
+    network = model(config={**GEMMA, "final_logit_softcapping": 0.5})
+    output = network(batch(packed()))
+    torch.testing.assert_close((network.model.lm_head(output.hidden) / 0.5).tanh() * 0.5, output.logits)
 
 
 def test_lora_trains_adapters_only_and_starts_from_the_model_itself():
@@ -135,6 +177,100 @@ def test_a_folder_is_loaded_with_its_weights(folder):
     assert {p.dtype for p in left.parameters()} == {torch.float32}
 
 
+def without_head(path):
+    weights = load_file(path / "model.safetensors")
+    del weights["lm_head.weight"]
+    save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
+
+
+def of_other_shapes(path):
+    say(path, intermediate_size=48)
+
+
+def cut(path):
+    file = path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+
+
+def pickled(path):
+    (path / "model.safetensors").unlink()
+    torch.save({"weight": Touch(path / "run")}, path / "pytorch_model.bin")
+
+
+def remote(path):
+    (path / "its.py").write_text(f"open({str(path / 'run')!r}, 'w')")
+    say(path, model_type="own", auto_map={"AutoConfig": "its.C", "AutoModelForCausalLM": "its.M"})
+
+
+def broken(path):
+    weights = load_file(path / "model.safetensors")
+    weights["model.norm.weight"].fill_(float("nan"))
+    save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
+
+
+def adapted(path):
+    (path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(path), "peft_type": "LORA"}))
+
+
+def without_end(path):
+    file = path / "tokenizer.json"
+    file.write_text(file.read_text().replace("<|endoftext|>", "<|other|>"))
+    (path / "tokenizer_config.json").unlink()
+    own = read_tokenizer(str(path), download=False)
+    Hf(info(0, own.vocabulary - 1)).model.save_pretrained(path)
+
+
+def say(path, **values):
+    file = path / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+
+class Touch:
+    """Unpickled, it makes a file."""
+
+    def __init__(self, file):
+        self.file = file
+
+    def __reduce__(self):
+        return open, (str(self.file), "w")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (without_head, "has no weights, or some of another shape, for lm_head.weight; they would be drawn"),
+        (of_other_shapes, "for model.layers.0.mlp.down_proj.weight and 5 more"),
+        (cut, "cannot be read: Error while deserializing header"),
+        (pickled, "its pickle is damaged or holds more than tensors; give safetensors"),
+        (remote, "contains custom code"),
+        (broken, "weights with which it predicts no finite numbers"),
+        (adapted, "is an adapter of peft; merge it into its model"),
+        (without_end, "set eos_token in the tokenizer_config.json beside it"),
+        (partial(say, attn_implementation="nobody/attention"), "attn_implementation='nobody/attention'; it must be"),
+        (partial(say, quantization_config={"quant_method": "gptq", "bits": 4}), "is quantised (quantization_config)"),
+    ],
+)
+def test_a_folder_that_is_no_whole_plain_model_is_refused_in_one_sentence(folder, tmp_path, change, words):
+    """Nothing is drawn in place of what is not there, and nothing that a folder brings is run."""
+    path = tmp_path / "model"
+    shutil.copytree(folder[0], path)
+    change(path)
+    own = read_tokenizer(str(path), download=False)
+    with pytest.raises(UserError) as error:
+        Hf(info(own.separator, own.vocabulary, own.digest), pretrained=str(path))
+    assert words in str(error.value)
+    assert "\n" not in str(error.value)
+    assert not (path / "run").exists()
+
+
+def test_weights_that_nothing_uses_are_told(folder, tmp_path):
+    path, own = tmp_path / "model", folder[1]
+    shutil.copytree(folder[0], path)
+    say(path, num_hidden_layers=1)
+    with pytest.warns(UserWarning, match=r"has no place for some weights .*: model\.layers\.1\."):
+        Hf(info(own.separator, own.vocabulary, own.digest), pretrained=str(path))
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [({"tokenizer": "bytes"}, "another tokenizer"), ({"vocabulary": 5000}, "tokens and the stream's tokenizer 5000")],
@@ -154,17 +290,34 @@ def test_a_tokenizer_that_is_not_the_models_is_refused(folder, changes, words):
         ({"pretrained": "nobody/nothing", "download": True}, "does not answer"),
         ({"pretrained": ".", "config": {}}, "both set"),
         ({"pretrained": "."}, "cannot be read"),
+        ({"pretrained": 5}, "backbone.pretrained is 5; it must be the folder or the hub id"),
+        ({"pretrained": ""}, "backbone.pretrained is ''"),
+        ({"config": 5}, "backbone.config is 5; it must be a mapping"),
+        ({"config": {**GPT2, "attn_implementation": "nobody/attention"}}, "it must be one of sdpa, eager"),
+        ({"config": {**GPT2, "n_head": 0}}, "makes no causal language model"),
+        ({"config": {"model_type": "llama", "hidden_size": "x"}}, "expected int, got str (value: 'x')"),
         ({"config": {"n_embd": 3}}, "has no model_type"),
         ({"config": {"model_type": "no-such"}}, "makes no causal language model"),
         ({"config": {"model_type": "bert", "hidden_size": 30}}, "makes no causal language model"),
         ({"lora": {"r": 3}}, "backbone.lora has no key 'r'"),
         ({"lora": {"rank": 0}}, "backbone.lora.rank is 0"),
-        ({"lora": {"target_modules": ["nowhere"]}}, "cannot be put on this model"),
+        ({"lora": 4}, "backbone.lora is 4; it must be a mapping"),
+        ({"lora": {"alpha": "x"}}, "backbone.lora.alpha is 'x'; it must be a finite number above 0"),
+        ({"lora": {"alpha": -1}}, "backbone.lora.alpha is -1"),
+        ({"lora": {"dropout": 1}}, "backbone.lora.dropout is 1; it must be a number from 0 to below 1"),
+        ({"lora": {"target_modules": 5}}, "backbone.lora.target_modules is 5"),
+        ({"lora": {"target_modules": "("}}, "backbone.lora cannot be put on this model"),
+        ({"lora": {"target_modules": ["q_proj", "q_porj"]}}, "names 'q_porj', no layer of this model"),
+        ({"lora": {}, "adapter": "a.b"}, "backbone.adapter is 'a.b'; it must be a name without dots"),
+        (
+            {"lora": {"target_modules": ["nowhere"]}},
+            "names 'nowhere', no layer of this model; it has act_fn, down_proj",
+        ),
     ],
 )
 def test_bad_requests_are_one_sentence(monkeypatch, tmp_path, options, words):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(hf, "hub_answers", lambda: False)
+    monkeypatch.setattr(_hf_models, "hub_answers", lambda: False)
     naps: list[float] = []
     monkeypatch.setattr(time, "sleep", naps.append)
     with pytest.raises(UserError) as error:

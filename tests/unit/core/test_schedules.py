@@ -1,7 +1,7 @@
 """Learning-rate factors against their formulas, written out again here; numbers by hand are in the doctests."""
 
 from functools import partial
-from math import cos, pi, sqrt
+from math import cos, inf, pi, sqrt
 
 import pytest
 import torch
@@ -191,6 +191,8 @@ def test_autoregressive_peaks_lie_on_one_cosine_over_all_steps_so_far():
         (cosine, {"warmup_steps": 1.5}, "schedule.warmup_steps is 1.5"),
         (autoregressive, {"starts": (0, 200)}, "schedule.starts"),
         (autoregressive, {"starts": ()}, "schedule.starts is []"),
+        (infinite, {"timescale": "x"}, "schedule.timescale is 'x'; it must be a finite number above 0"),
+        (infinite, {"timescale": inf, "cooldown": "inverse_sqrt"}, "schedule.timescale is inf"),
         (inverse_square_root, {"cooldown_frac": 3}, "schedule.cooldown_frac is 3"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
@@ -200,6 +202,12 @@ def test_bad_phases_are_one_sentence(schedule, arguments, words):
         [schedule(step, 100, **arguments) for step in range(100)]
     assert words in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("starts", [5, "ab", [0, 1.5]])
+def test_starts_that_are_no_steps_are_one_sentence(starts):
+    with pytest.raises(UserError, match=r"schedule\.starts is .*; it must be a list of integers, or null"):
+        fitted(partial(infinite, starts=starts), [10, 30], "run")
 
 
 def test_fitted_fills_in_the_starts_of_the_experiences():
