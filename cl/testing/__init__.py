@@ -7,11 +7,13 @@
 | `BackboneContract` | a backbone |
 | `toy_stream`, `ToyNet` | what the suites run on; for your own tests |
 | `train` | a toy run and what it left: losses, weights, work counted |
+| `pretended_card`, `CARD` | a graphics card that is not there: finds what is made on the wrong device |
 | `discover`, `configs` | the plug-ins of a folder, the configs of a group, by listing |
 """
 
 from cl.testing import _asserts as _asserts
 from cl.testing.backbone import BackboneContract
+from cl.testing.card import CARD, pretended_card
 from cl.testing.plugins import Config, Plugin, configs, discover
 from cl.testing.probe import Record, equal, train
 from cl.testing.strategy import StrategyContract, naive_run
@@ -19,6 +21,7 @@ from cl.testing.stream import StreamContract
 from cl.testing.toy import ToyNet, toy_stream
 
 __all__ = [
+    "CARD",
     "BackboneContract",
     "Config",
     "Plugin",
@@ -30,6 +33,7 @@ __all__ = [
     "discover",
     "equal",
     "naive_run",
+    "pretended_card",
     "toy_stream",
     "train",
 ]

@@ -17,6 +17,7 @@ from cl.backbones import Backbone
 from cl.core import Batch, Output, Setting, StreamInfo, UserError
 from cl.hooks import ALL_SETTINGS
 from cl.seeding import Seeds
+from cl.testing.card import CARD, pretended_card
 from cl.testing.probe import equal, weights_of
 
 NUM_ROWS = 6
@@ -157,6 +158,21 @@ class BackboneContract:
         assert loss.isfinite()
         assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
         assert all(p.dtype == torch.float32 for p in model.parameters()), "weights stay float32 under autocast"
+
+    def test_runs_on_a_card(self, setting: Setting) -> None:
+        """What it makes lies where the batches do. The card is pretended, so the numbers are those of the processor."""
+        model, batch = self.build(setting), self.batch(setting)
+        self._loss(model, batch).backward()
+        with pretended_card():
+            there = self.build(setting).to(CARD)
+            self._loss(there, batch.to(CARD)).backward()
+            if getattr(there, "commits", False):
+                there.commit(batch.to(CARD), there(batch.to(CARD)))
+            gradients = {name: p.grad.cpu() for name, p in there.named_parameters() if p.grad is not None}
+        expected = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        assert gradients.keys() == expected.keys()
+        for name, gradient in expected.items():
+            torch.testing.assert_close(gradients[name], gradient, rtol=1e-4, atol=1e-5 * float(gradient.abs().max()))
 
     def test_refuses_rows_it_cannot_read(self) -> None:
         """One sentence for the user, not a matrix that does not fit."""

@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_leaves
 from cl.core import Setting, Stream, UserError
 from cl.hooks import Strategy, overrides
 from cl.state import tensor_bytes
+from cl.testing.card import CARD, pretended_card
 from cl.testing.companion import Companion, Curious
 from cl.testing.probe import BATCH_SIZE, LEARNING_RATE, RECIPE, Record, buffers_of, equal, train, weights_of
 from cl.testing.toy import ToyNet, toy_stream
@@ -249,6 +250,24 @@ class StrategyContract:
         weights = [tensor for tensor in run.weights.values() if tensor.is_floating_point()]
         assert all(tensor.dtype == torch.float32 for tensor in weights), "weights stay float32"
         assert all(tensor.isfinite().all() for tensor in run.weights.values())
+
+    def test_runs_on_a_card(self, setting: Setting) -> None:
+        """What it makes lies where the batches do. The card is pretended, so the numbers are those of the processor."""
+        assert equal(self._weights_on_card(setting), self.run(setting).weights)
+
+    def test_loss_scaling_changes_nothing(self, setting: Setting) -> None:
+        """With float16 losses are multiplied by a power of two until the step, and so must be what acts on gradients."""
+        assert equal(self._weights_on_card(setting, precision="fp16"), self.run(setting).weights)
+
+    def _weights_on_card(self, setting: Setting, **options: Any) -> dict[str, Tensor]:
+        with pretended_card():
+            try:
+                run = self.train(setting, device=str(CARD), **options)
+            except RuntimeError as error:
+                if "already associated to a python object" in str(error):
+                    pytest.skip("makes tensors of a class of its own, which a pretended card cannot hold")
+                raise
+            return {name: tensor.cpu() for name, tensor in run.weights.items()}
 
     def test_forgets_less_than_naive(self) -> None:
         contract = self.strategy.contract

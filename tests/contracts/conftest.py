@@ -8,6 +8,7 @@ SLOW = (
     "test_resumes_exactly_among_others",
     "test_through_the_avalanche_adapter_the_weights_match",
     "test_works_under_bfloat16",
+    "test_loss_scaling_changes_nothing",
 )
 # a run of its own for every setting: one of a strategy's settings, not the same for all, is enough for the fast tests
 ONCE = (
@@ -15,6 +16,7 @@ ONCE = (
     "test_resumes_exactly",
     "test_penalty_may_be_asked_twice",
     "test_works_under_gradient_accumulation",
+    "test_runs_on_a_card",
 )
 
 
