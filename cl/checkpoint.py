@@ -139,14 +139,13 @@ class Keeper:
         run_dir: Path | None,
         fingerprint: str,
         state: TrainState,
-        scaler: torch.amp.GradScaler,
         strategies: Sequence[Strategy],
         ledger: Ledger,
         batch_size: int,
     ) -> None:
         self.folder = None if run_dir is None else run_dir / "checkpoints"
         self.fingerprint = fingerprint
-        self.state, self.scaler, self.strategies, self.ledger = state, scaler, strategies, ledger
+        self.state, self.strategies, self.ledger = state, strategies, ledger
         self.batch_size = batch_size
 
     def save_result(self) -> None:
@@ -164,9 +163,7 @@ class Keeper:
     def save(self, next_experience: int, steps_done: int) -> None:
         """The result so far, and everything that the rest of the run depends on: states, and its position."""
         self.ledger.flush(self.state)
-        # of shards only their owner could say it, and the others would wait for it
-        if self.state.world.size == 1:
-            self.ledger.require_finite_weights(self.state)
+        self.ledger.require_finite_weights(self.state)
         self.save_result()
         if self.folder is None:
             return
@@ -178,7 +175,7 @@ class Keeper:
             _require_plain(content, f"strategy {strategy.name}: state_dict()")
         payload = {
             "state": state,
-            "scaler": self.scaler.state_dict(),
+            "scaler": self.state.scaler.state_dict(),
             "strategies": kept,
             "ledger": self.ledger.state_dict(),
             "position": [next_experience, steps_done],
@@ -203,7 +200,7 @@ class Keeper:
             strategy.on_resume(self.state)
         # after the strategies, which may have to put adapters in place before there are weights to load
         self.state.load_state_dict(saved["state"])
-        self.scaler.load_state_dict(saved["scaler"])
+        self.state.scaler.load_state_dict(saved["scaler"])
         self.ledger.load_state_dict(saved["ledger"])
         start, steps_done = saved["position"]
         return start, steps_done

@@ -27,7 +27,8 @@ class TrainerConfig:
         eval_batch_size: rows per batch at evaluation; changes speed only.
         clip_norm: largest gradient norm; None does not clip.
         logit_mask: "batch" leaves classes that no row of the batch has out of the label loss; "none" keeps all.
-        precision: "fp32", or autocast in "bf16" or "fp16" (the latter with loss scaling, on a GPU).
+        precision: "fp32", or autocast in "bf16" or "fp16". The latter scales losses; a step whose gradients overflow
+            even so updates nothing, lowers the scale and is written down (`Result.traces`, "loss_scale").
         device: "auto" takes a GPU when there is one.
         evaluate: after each experience measure "all" domains, or those "seen" so far.
         eval_every: also measure inside experiences, every so many steps, on the domains seen; 0 never.
@@ -90,9 +91,9 @@ class TrainerConfig:
             value = getattr(self, name)
             if value is None and name.endswith("rows"):
                 continue
-            if not isinstance(value, int) or value < smallest:
+            if type(value) is not int or value < smallest:
                 raise UserError(f"trainer.{name} is {value!r}; it must be an integer of at least {smallest}")
-        if self.clip_norm is not None and not (isinstance(self.clip_norm, int | float) and self.clip_norm > 0):
+        if self.clip_norm is not None and not (type(self.clip_norm) in (int, float) and self.clip_norm > 0):
             raise UserError(f"trainer.clip_norm is {self.clip_norm!r}; it must be positive, or null not to clip")
         self.budget  # noqa: B018  (checks itself)
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,6 +25,8 @@ from torch.utils._pytree import tree_map_only
 from cl.core import IGNORED, Batch, UserError
 
 KINDS = ("none", "ddp", "fsdp")
+BLOCKS = ("blocks", "layers", "h")
+"""Names of the lists whose modules are sharded one by one: ours, and those of transformers."""
 
 
 def start() -> None:
@@ -97,11 +99,15 @@ class World:
 
     def any(self, flag: bool) -> bool:
         """Whether it is so in any process."""
+        return self.anywhere([flag])[0]
+
+    def anywhere(self, flags: Sequence[bool]) -> list[bool]:
+        """For each of some statements, whether it is so in any process."""
         if self.size == 1:
-            return flag
-        box = torch.tensor([int(flag)])
+            return list(flags)
+        box = torch.tensor(flags, dtype=torch.int32)
         dist.all_reduce(box, dist.ReduceOp.MAX)
-        return bool(box)
+        return [bool(flag) for flag in box.tolist()]
 
     def mean(self, terms: dict[str, Tensor]) -> dict[str, Tensor]:
         """Loss terms of the whole batch, from those of every share."""
@@ -192,7 +198,11 @@ class World:
     # the model
 
     def shard(self, model: nn.Module) -> None:
-        """Spread the weights over the processes (FSDP2): blocks in lists one by one, and the rest together."""
+        """Spread the weights over the processes (FSDP2): blocks in lists one by one, and the rest together.
+
+        What is sharded by itself must be called as a whole, and by all processes alike: other lists hold heads of
+        tasks, levels inside a block, or memories that are read by parts.
+        """
         if self.kind != "fsdp":
             return
         from torch.distributed.device_mesh import init_device_mesh
@@ -201,10 +211,11 @@ class World:
         # blocks return views of their states, which nobody changes in place
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
         mesh = init_device_mesh(next(model.parameters()).device.type, (self.size,))
-        for module in model.modules():
-            if isinstance(module, nn.ModuleList):
-                for block in module:
-                    fully_shard(block, mesh=mesh)
+        lists = [module for name, module in model.named_modules() if name.rpartition(".")[2] in BLOCKS]
+        # from the inside out, as FSDP wants it
+        for module in reversed(lists):
+            for block in module if isinstance(module, nn.ModuleList) else ():
+                fully_shard(block, mesh=mesh)
         fully_shard(model, mesh=mesh)
 
     def network(self, model: nn.Module, num_heads: int = 1) -> Callable[[Batch], Any] | None:
@@ -213,24 +224,30 @@ class World:
             return None
         device = next(model.parameters()).device
         ids = [device.index] if device.type == "cuda" else None
-        # of several heads a batch may use one
+        # of several heads a batch may use one, and of a memory nothing
+        leaves_out = num_heads > 1 or any(getattr(module, "leaves_out", False) for module in model.modules())
+        warnings.filterwarnings("ignore", message="find_unused_parameters=True was specified")
         with warnings.catch_warnings():
             # `broadcast_buffers` has another name from torch 2.14 on
             warnings.simplefilter("ignore", FutureWarning)
             made: nn.Module = nn.parallel.DistributedDataParallel(
-                model, device_ids=ids, broadcast_buffers=False, find_unused_parameters=num_heads > 1
+                model, device_ids=ids, broadcast_buffers=False, find_unused_parameters=leaves_out
             )
         return made
 
-    def sync(self, model: nn.Module, network: Any, is_last: bool) -> None:
-        """Exchange gradients in the last micro-batch of a step only."""
+    def sync(self, network: Any, is_last: bool) -> None:
+        """Exchange the gradients of a step once, in its last micro-batch; shards would have to be whole until then."""
         if self.kind == "ddp":
             network.require_backward_grad_sync = is_last
-        elif self.kind == "fsdp":
-            model.set_requires_gradient_sync(is_last)  # type: ignore[operator]
 
 
 # full states: what a checkpoint holds, whatever the number of processes
+
+
+def own(value: Tensor) -> Tensor:
+    """What this process has of a tensor: all of it, unless it is spread over the processes."""
+    found: Tensor = value.to_local() if hasattr(value, "to_local") else value
+    return found
 
 
 def gathered(tree: Any) -> Any:

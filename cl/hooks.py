@@ -115,7 +115,11 @@ class Strategy:
         return None
 
     def on_gradients(self, state: TrainState) -> None:
-        """After backward and unscaling, before clipping: edit `p.grad` in place."""
+        """After backward and unscaling, before clipping: edit `p.grad` in place.
+
+        Neither this nor `step` is called where float16 gradients overflowed (`trainer.precision=fp16`): such a step
+        updates nothing. A gradient of one's own is taken by `state.gradients`, so that it lies beside `p.grad`.
+        """
 
     def step(self, state: TrainState, batch: Batch, update: Callable[[], None]) -> None:
         """Around the optimizer step; must call `update` exactly once."""

@@ -15,10 +15,12 @@ import torch
 from torch import Tensor
 
 from cl.core import Setting
+from cl.distributed import own
 from cl.loader import tokens_per_row
 from cl.metrics import EvalTable, aufc_log_perplexity, language_summary, summary
 from cl.observe import Observer
 from cl.result import Result, environment
+from cl.scaling import SMALLEST_SCALE
 from cl.state import TrainState
 
 WATCH_EVERY = {"cpu": 1}
@@ -105,6 +107,17 @@ class Ledger:
         self.result.traces.append([name, state.step, float(value)])
         self.tell("on_trace", state, name, float(value))
 
+    def overflow(self, state: TrainState) -> None:
+        """Write down a step that updates nothing, since its float16 gradients overflowed, with its loss scale.
+
+        Raises:
+            NonFiniteLoss: the scale is as small as can be, so that it is not the reason.
+        """
+        scale = state.scaler.get_scale()
+        self.trace(state, "loss_scale", scale)
+        if scale < SMALLEST_SCALE:
+            raise NonFiniteLoss(self._blame(state, state.step, {"loss_scale": scale}, "the gradients are"))
+
     def watch(self, state: TrainState, terms: Mapping[str, Tensor], lr: float) -> None:
         """Take note of a step's loss terms before its update.
 
@@ -158,7 +171,10 @@ class Ledger:
         Raises:
             NonFiniteLoss: a weight is infinite or not a number.
         """
-        broken = [name for name, p in state.parameters().items() if not p.isfinite().all()]
+        named = state.parameters()
+        # of a shard only its owner can say it
+        are_broken = state.world.anywhere([not own(p).isfinite().all() for p in named.values()])
+        broken = [name for name, is_broken in zip(named, are_broken, strict=True) if is_broken]
         if broken:
             # the first say enough of a large network
             shown = dict.fromkeys(broken[:3], math.nan)

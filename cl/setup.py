@@ -17,6 +17,7 @@ from cl.core import Setting, Stream, StreamInfo, UserError
 from cl.distributed import World
 from cl.hooks import Strategy, check_all, overrides
 from cl.loader import require_rows, steps_in
+from cl.scaling import LossScaler
 from cl.seeding import Seeds
 from cl.state import TrainState
 
@@ -61,6 +62,7 @@ def prepare(
     optimizer, network = make_optimizer(model), world.network(model, stream.info.num_heads)
     state = TrainState(model, optimizer, stream, seeds, device, autocast, masks_absent=masks_absent)
     state.world, state.network = world, network
+    state.scaler = LossScaler(device.type, enabled=dtype is torch.float16)
     state.experience_steps = experience_steps(stream, config)
     state.total_steps = sum(state.experience_steps)
     return state
@@ -83,6 +85,11 @@ def check_world(
             raise UserError(f"strategy {strategy.name} does not run under {asked}; of the wrappers it declares {known}")
         if num_heads > 1 and overrides(strategy, "penalty"):
             raise UserError(f"strategy {strategy.name} has a penalty, which {asked} allows with one head only")
+    if world.kind == "fsdp" and num_heads > 1:
+        raise UserError(
+            "trainer.parallel=fsdp needs every process to use every weight at every step, and each task has a head of "
+            "its own; take ddp"
+        )
     if masks_absent:
         raise UserError(f"trainer.logit_mask is 'batch', which needs the whole batch in one process, not {asked}")
     for name, module in model.named_modules():

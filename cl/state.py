@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from cl.core import IGNORED, Batch, Data, Experience, Output, Part, Stream, StreamInfo
 from cl.distributed import World, gathered, model_shards, optimizer_shards
+from cl.scaling import LossScaler
 from cl.seeding import Seeds, derive_seed
 
 
@@ -53,6 +54,7 @@ class TrainState:
         masks_absent: the label loss leaves out logits of classes that no row of the batch has (`trainer.logit_mask`).
         strategies: all of the run, in order; the list is the trainer's.
         world: the processes of the run; `network` is what they send training rows through, None for the model itself.
+        scaler: of the losses that are trained on; enabled under fp16 only.
         loss: a batch that the strategies have prepared -> its output, and the terms of its loss by name.
         note: name, number: write down what a strategy measured of the running experience (`Result.extra`).
         trace: name, number: a point of a curve over optimizer steps, such as a coefficient that a strategy controls
@@ -82,6 +84,7 @@ class TrainState:
     strategies: Sequence[Any] = ()
     world: World = field(default_factory=World)
     network: Callable[[Batch], Output] | None = None
+    scaler: LossScaler = field(default_factory=lambda: LossScaler(enabled=False), repr=False)
     loss: Callable[[Batch], tuple[Output, dict[str, Tensor]]] = field(init=False, repr=False)
     note: Callable[[str, float], None] = field(default=lambda name, value: None, repr=False)
     trace: Callable[[str, float], None] = field(default=lambda name, value: None, repr=False)
@@ -121,6 +124,20 @@ class TrainState:
         if self.masks_absent:
             output = Output(without_absent(output.logits, batch))
         return cross_entropy(output, batch)
+
+    def gradients(self, loss: Tensor, tensors: Iterable[Tensor]) -> Sequence[Tensor | None]:
+        """Gradients of a loss of one's own by some tensors; None where one has no part in it.
+
+        What a strategy takes in place of `loss.backward()` and `torch.autograd.grad`: under fp16 these lose what is
+        small, and do not lie beside `p.grad`, which has its own size whenever a hook sees it.
+        """
+        return self.scaler.gradients(loss, tensors)
+
+    def backward(self, loss: Tensor, parameters: Iterable[nn.Parameter]) -> None:
+        """Let the gradients of a loss of one's own be `p.grad`, whatever was there."""
+        parameters = list(parameters)
+        for p, gradient in zip(parameters, self.gradients(loss, parameters), strict=True):
+            p.grad = gradient
 
     def count(self, forwards: int = 0, backwards: int = 0) -> None:
         """Account for work that does not pass through `forward`, such as vectorised per-sample gradients."""

@@ -13,7 +13,6 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -77,13 +76,12 @@ class Trainer:
         self.span = Span(experience_steps(self.state.stream, self.config), self.config)
         self.schedule = fitted(schedule, self.span.steps, self.config.schedule_span)
         device = self.state.device
-        self.scaler = torch.amp.GradScaler(device.type, enabled=self.config.precision == "fp16")
         reported = {"strategy": [strategy.name for strategy in self.strategies]} | dict(names or {})
         told, written = (observers, run_dir) if self.state.world.rank == 0 else ((), None)
         self.ledger = Ledger(new_result(self.state, seed, reported), told, written, device)
         self.evaluator = Evaluator(self.state, self.config, self.ledger, self.strategies)
         batch_size = self.config.batch_size
-        self.keeper = Keeper(run_dir, fingerprint, self.state, self.scaler, self.strategies, self.ledger, batch_size)
+        self.keeper = Keeper(run_dir, fingerprint, self.state, self.strategies, self.ledger, batch_size)
         self.state.loss, self.state.strategies = self._loss, self.strategies
         self.state.note = partial(self.ledger.note, self.state)
         self.state.trace = partial(self.ledger.trace, self.state)
@@ -194,6 +192,7 @@ class Trainer:
         means: dict[str, Tensor] = {}
         state.micro_steps, state.step_rows = len(batches), sum(map(len, batches))
         for state.micro_step, (batch, state.share) in enumerate(zip(batches, shares(batches), strict=True)):
+            state.world.sync(state.network, is_last=state.micro_step == len(batches) - 1)
             state.tokens += batch.targets.numel()
             for strategy in hooked["on_batch"]:
                 batch = strategy.on_batch(state, batch)
@@ -201,7 +200,7 @@ class Trainer:
             if len(batches) > 1:
                 terms = {name: term * state.share for name, term in terms.items()}
             first, *others = terms.values()
-            self.scaler.scale(sum(others, start=first)).backward()
+            state.scaler.scale(sum(others, start=first)).backward()
             for name, term in terms.items():
                 means[name] = means[name] + term.detach() if name in means else term.detach()
             done.append((batch, output))
@@ -228,17 +227,19 @@ class Trainer:
 
     def _update(self, batch: Batch) -> None:
         state, hooked, clip_norm = self.state, self._hooked, self.config.clip_norm
-        if hooked["on_gradients"] or clip_norm is not None:
-            self.scaler.unscale_(state.optimizer)
+        if state.scaler.unscale(state.optimizer):
             for strategy in hooked["on_gradients"]:
                 strategy.on_gradients(state)
             if clip_norm is not None:
                 nn.utils.clip_grad_norm_(state.model.parameters(), clip_norm)
-        update: Callable[[], Any] = partial(self.scaler.step, state.optimizer)
-        for strategy in reversed(hooked["step"]):
-            update = partial(strategy.step, state, batch, update)
-        update()
-        self.scaler.update()
+            update: Callable[[], Any] = partial(state.scaler.step, state.optimizer)
+            for strategy in reversed(hooked["step"]):
+                update = partial(strategy.step, state, batch, update)
+            update()
+        else:
+            # the rows were seen and the step is counted, but no hook may learn from gradients that overflowed
+            self.ledger.overflow(state)
+        state.scaler.update()
 
     def _make_optimizer(self, model: nn.Module) -> Optimizer:
         makers = self._hooked["make_optimizer"]

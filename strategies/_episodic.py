@@ -60,7 +60,7 @@ def loss_gradient(state: TrainState, rows: Batch) -> Tensor:
     parameters = list(state.parameters().values())
     output = state.forward(rows)
     loss = state.label_loss(output, rows)
-    return flattened(parameters, torch.autograd.grad(loss, parameters, allow_unused=True))
+    return flattened(parameters, state.gradients(loss, parameters))
 
 
 def flattened(parameters: list[nn.Parameter], gradients: Any) -> Tensor:

@@ -139,7 +139,7 @@ class Finetune(Rehearsal):
     def finetune(self, state: TrainState) -> None:
         """`repeats` finetunings of the chosen modules, on rows drawn anew for every step.
 
-        Not the loop's steps: nothing is clipped or scaled, and hooks of other strategies are not called.
+        Not the loop's steps: nothing is clipped, and hooks of other strategies are not called.
         """
         buffer = self.source(state.strategies)
         if self.steps == 0 or len(buffer) == 0:
@@ -152,10 +152,9 @@ class Finetune(Rehearsal):
                 optimizer = torch.optim.SGD(chosen.values(), self.lr, self.momentum)
                 for step in range(self.steps):
                     set_learning_rate(optimizer, cosine(step, self.steps))
-                    optimizer.zero_grad()
                     loss = self._loss(state, buffer)
                     if loss.requires_grad:  # not when the rows' heads are none of the chosen modules
-                        loss.backward()
+                        state.backward(loss, chosen.values())
                         optimizer.step()
         if self.tracker is not None:
             self.tracker.interrupt()

@@ -10,8 +10,8 @@ Differences: "auto" ranks modules by `cl.metrics.sensitivity`, whose normalisati
 layer and batch norm in convolutional networks; on an MLP without batch norm the first layer or all layers do better
 than the head alone, so compare with `modules=all`. The defaults of steps, rows and rate are ours. Only the last row of
 R shows the finetuned model, so BWT mixes two models; `kfpf` finetunes along the way. Finetuning runs in the run's
-precision, fp16 without loss scaling; its gradients are not clipped (`trainer.clip_norm`), and hooks of other strategies
-are not called in it, so that their penalties and projections do not hold.
+precision; its gradients are not clipped (`trainer.clip_norm`), and hooks of other strategies are not called in it, so
+that their penalties and projections do not hold.
 """
 
 from __future__ import annotations

@@ -122,7 +122,7 @@ class Locas(Strategy):
             loss = state.label_loss(state.forward(batch), batch)
             # a layer that is read several times is begun from the first reading
             seen = [side.seen[0] for side in found.values() if side.seen]
-            gradients = torch.autograd.grad(loss, [y for _, y in seen])
+            gradients = state.gradients(loss, [y for _, y in seen])
         for (side, (x, _)), gradient in zip(
             ((side, side.seen[0]) for side in found.values() if side.seen), gradients, strict=True
         ):

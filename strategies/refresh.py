@@ -138,7 +138,7 @@ class Refresh(Strategy):
         parameters, generator = state.parameters(), state.seeds.named(self.name)
         with buffers_kept(state.model):
             loss = self._target(state, batch)
-            gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+            gradients = state.gradients(loss, parameters.values())
         with torch.no_grad():
             for (name, p), g in zip(parameters.items(), gradients, strict=True):
                 if g is not None:

@@ -74,10 +74,8 @@ class Si(Quadratic):
         before = snapshot(state)
         update()
         for name, p in state.parameters().items():
-            # gradients are read after the update, which unscales them under fp16; a step that was skipped because
-            # they overflowed moved nothing, and infinity times zero must not enter the path
             if p.grad is not None:
-                self.path[name].addcmul_(p.grad.nan_to_num(), before[name].sub_(p.detach()))
+                self.path[name].addcmul_(p.grad, before[name].sub_(p.detach()))
 
     def on_experience_end(self, state: TrainState) -> None:
         if self.strength == 0:

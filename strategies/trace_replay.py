@@ -6,8 +6,7 @@ Source: the replay baseline of Wang et al., "TRACE: A Comprehensive Benchmark fo
 Models", 2023; code BeyonderXX/TRACE training/replay.py: 10 % of all earlier tasks and all of Lima, after each task.
 Differences: Lima is whatever the stream has as general text, if it has any; rows are chosen once, when their experience
 ends; the learning rate stays at its base value through the pass, whatever the schedule has come to. The pass is the
-strategy's own: gradients are not clipped (`trainer.clip_norm`), fp16 has no loss scaling, and hooks of other strategies
-are not called.
+strategy's own: gradients are not clipped (`trainer.clip_norm`), and hooks of other strategies are not called.
 """
 
 from __future__ import annotations
@@ -74,8 +73,7 @@ class TraceReplay(Strategy):
         set_learning_rate(state.optimizer, 1.0)
         for some in order.split(self.replay_batch_size or self.step_rows):
             batch = state.prepare(rows[some], generator)
-            clear_gradients(state.optimizer)
-            state.label_loss(state.forward(batch), batch).backward()
+            state.backward(state.label_loss(state.forward(batch), batch), state.parameters().values())
             state.optimizer.step()
         clear_gradients(state.optimizer)
 

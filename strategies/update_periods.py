@@ -77,15 +77,11 @@ class UpdatePeriods(Strategy):
     def on_resume(self, state: TrainState) -> None:
         self.on_run_start(state)
 
-    def on_gradients(self, state: TrainState) -> None:
-        """Nothing; but the loop unscales gradients for those that look here, and only such may be added up."""
-
     def step(self, state: TrainState, batch: Batch, update: Callable[[], None]) -> None:
         parameters = {name: p for name, p in state.parameters().items() if name in self.slow}
         for name, p in parameters.items():
             period = self.slow[name]
-            # with half precision a step may overflow; the loop skips it, and so do we
-            if p.grad is not None and bool(p.grad.isfinite().all()):
+            if p.grad is not None:
                 gathered = self.gathered.get(name)
                 self.gathered[name] = p.grad.detach().clone() if gathered is None else gathered.add_(p.grad)
             p.grad = None

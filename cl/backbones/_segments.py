@@ -103,6 +103,8 @@ class Segmented(Gpt):
 
     toy: ClassVar[dict[str, Any]] = {}
     lifetime: ClassVar[Lifetime]
+    leaves_out = True
+    """Texts of one segment have no use for some of the weights, which several processes must know (`World.network`)."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Options of the decoder are listed with a subclass's own, so that commands and tracking see every value."""

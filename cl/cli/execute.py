@@ -56,7 +56,8 @@ def execute(
         require_own(run_dir)
     recorders = _recorders(config, run_dir, suite) if is_first else []
     names = choices(config, _backbone_name(config))
-    trainer = build.make_trainer(config, names, run_dir, [*observers, *recorders])
+    with warnings.catch_warnings(record=True) as early:
+        trainer = build.make_trainer(config, names, run_dir, [*observers, *recorders])
     with _writing(run_dir):
         run_dir.mkdir(parents=True, exist_ok=True)
         if not resume and is_first:
@@ -66,6 +67,8 @@ def execute(
     if not resume and (run_dir / START).exists():
         load_start(run_dir / START, trainer.state)
     with _logging_to(run_dir / LOG, say) if is_first else nullcontext(), _stopping(trainer, say):
+        for warning in early if is_first else ():  # there was no log yet
+            warnings.showwarning(warning.message, warning.category, warning.filename, warning.lineno)
         result = trainer.run(resume=resume)
     if result.status == "done" and len(recorders) > 1:
         _send_figures(run_dir, recorders)
@@ -144,7 +147,9 @@ def _logging_to(path: Path, say: Callable[[str], None]) -> Iterator[None]:
     root.setLevel(logging.INFO)
 
     def show(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
-        root.warning("%s: %s", category.__name__, message)
+        # to the file alone: Hydra's handlers of the root would write it there once more, and print it
+        what = {"name": __name__, "levelno": logging.WARNING, "levelname": "WARNING"}
+        handler.handle(logging.makeLogRecord(what | {"msg": f"{category.__name__}: {message}"}))
         if issubclass(category, UserWarning):
             say(f"note: {message}")
 

@@ -150,14 +150,17 @@ class BackboneContract:
             assert p.grad.isfinite().all(), f"the gradient of {name} is not finite"
             assert p.grad.abs().sum() > 0, f"the gradient of {name} is zero"
 
-    def test_runs_under_bfloat16(self, setting: Setting) -> None:
+    def test_runs_under_half_precision(self, setting: Setting) -> None:
         model, batch = self.build(setting), self.batch(setting)
-        with torch.autocast("cpu", torch.bfloat16):
-            loss = self._loss(model, batch)
-        loss.backward()
-        assert loss.isfinite()
-        assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
-        assert all(p.dtype == torch.float32 for p in model.parameters()), "weights stay float32 under autocast"
+        for dtype in (torch.bfloat16, torch.float16):
+            model.zero_grad()
+            with torch.autocast("cpu", dtype):
+                loss = self._loss(model, batch)
+            loss.backward()
+            assert loss.isfinite()
+            finite = [name for name, p in model.named_parameters() if p.grad is None or p.grad.isfinite().all()]
+            assert finite == [name for name, _ in model.named_parameters()], dtype
+            assert all(p.dtype == torch.float32 for p in model.parameters()), "weights stay float32 under autocast"
 
     def test_runs_on_a_card(self, setting: Setting) -> None:
         """What it makes lies where the batches do. The card is pretended, so the numbers are those of the processor."""

@@ -244,12 +244,13 @@ class StrategyContract:
         assert run.result.status == "done"
         assert all(tensor.isfinite().all() for tensor in run.weights.values())
 
-    def test_works_under_bfloat16(self, setting: Setting) -> None:
-        run = self.train(setting, precision="bf16", epochs=2)
-        assert run.result.status == "done"
-        weights = [tensor for tensor in run.weights.values() if tensor.is_floating_point()]
-        assert all(tensor.dtype == torch.float32 for tensor in weights), "weights stay float32"
-        assert all(tensor.isfinite().all() for tensor in run.weights.values())
+    def test_works_under_half_precision(self, setting: Setting) -> None:
+        for precision in ("bf16", "fp16"):
+            run = self.train(setting, precision=precision, epochs=2)
+            assert run.result.status == "done"
+            weights = [tensor for tensor in run.weights.values() if tensor.is_floating_point()]
+            assert all(tensor.dtype == torch.float32 for tensor in weights), f"weights stay float32 under {precision}"
+            assert all(tensor.isfinite().all() for tensor in run.weights.values())
 
     def test_runs_on_a_card(self, setting: Setting) -> None:
         """What it makes lies where the batches do. The card is pretended, so the numbers are those of the processor."""

@@ -71,11 +71,16 @@ def test_processes_without_a_wrapper_are_refused_in_one_sentence(
     assert not list(Path("runs").glob("*/*")), "nothing was begun"
 
 
-def test_one_process_may_ask_for_a_wrapper_and_trains_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """So that the config of a run of several goes on in one."""
+def test_one_process_may_ask_for_a_wrapper_and_trains_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """So that the config of a run of several goes on in one; what it is told is one line, in the log too."""
     monkeypatch.chdir(tmp_path)
-    with pytest.warns(UserWarning, match="trainer.parallel is 'fsdp' and this is the only process; start several with"):
-        assert main((*RUN, "strategy=derpp", "trainer.parallel=fsdp", "hydra.run.dir=run")) == 0
+    assert main((*RUN, "strategy=derpp", "trainer.parallel=fsdp", "hydra.run.dir=run")) == 0
+    told = "trainer.parallel is 'fsdp' and this is the only process; start several with torchrun"
+    said = capsys.readouterr()
+    assert f"note: {told}" in " ".join(said.out.split()) and not said.err
+    assert said.out.count("trainer.parallel is") == Path("run/run.log").read_text().count(told) == 1
 
 
 def test_options_are_checked() -> None:

@@ -7,7 +7,7 @@ import pytest
 SLOW = (
     "test_resumes_exactly_among_others",
     "test_through_the_avalanche_adapter_the_weights_match",
-    "test_works_under_bfloat16",
+    "test_works_under_half_precision",
     "test_loss_scaling_changes_nothing",
 )
 # a run of its own for every setting: one of a strategy's settings, not the same for all, is enough for the fast tests

@@ -120,13 +120,14 @@ class Hippocampus(nn.Module):
 
         Exact whatever the number of slots: pieces of the store are searched in turn, and the best so far kept.
         """
-        # comparisons in full precision: which slots are the best must not hang on rounding
-        q_BTM = F.normalize(self.query(x_BTD), dim=-1).to(torch.promote_types(torch.float32, x_BTD.dtype))
+        # comparisons in full precision: the best slots must not hang on rounding, and empty ones have length 0
+        dtype = torch.promote_types(torch.float32, x_BTD.dtype)
+        q_BTM = F.normalize(self.query(x_BTD).to(dtype), dim=-1)
         is_filled_N = self.is_filled & is_read
         best, slots = [], []
         for low in range(0, len(self.keys), SLOTS_AT_ONCE):
             piece = slice(low, low + SLOTS_AT_ONCE)
-            k_NM = F.normalize(stored_NM[piece], dim=-1).to(q_BTM.dtype)
+            k_NM = F.normalize(stored_NM[piece].to(dtype), dim=-1)
             with torch.autocast(x_BTD.device.type, enabled=False):
                 similarity_BTN = (q_BTM @ k_NM.T).clamp(-1, 1).masked_fill(~is_filled_N[piece], -2)
             top, where = similarity_BTN.topk(min(self.top, similarity_BTN.shape[-1]), -1)

@@ -5,6 +5,7 @@ RANK=0 WORLD_SIZE=2 MASTER_ADDR=... MASTER_PORT=... python ranks.py FOLDER
 
 from __future__ import annotations
 
+import math
 import sys
 from dataclasses import replace
 from functools import partial
@@ -12,10 +13,17 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
+from cl.backbones.armt import Armt
+from cl.backbones.gated_fifo import GatedFifo
+from cl.backbones.gpt import Gpt
+from cl.backbones.memoria import Memoria
 from cl.config import TrainerConfig
 from cl.core import IGNORED, Setting, TensorData
+from cl.distributed import own
 from cl.hooks import Strategy
+from cl.ledger import NonFiniteLoss
 from cl.observe import Observer
 from cl.schedules import cosine
 from cl.testing import ToyNet, toy_stream
@@ -39,6 +47,35 @@ class Blocks(ToyNet):
         for block in self.blocks:
             hidden = hidden + block(hidden).tanh()
         return hidden
+
+
+class Overflow(Strategy):
+    """Raises the loss scale for one step in the middle of the run, so that gradients of some weights overflow."""
+
+    settings = frozenset(Setting)
+    parallel = frozenset({"ddp", "fsdp"})
+
+    def __init__(self):
+        self.name = "overflow"
+
+    def on_batch(self, state, batch):
+        if state.step in (7, 8) and state.micro_step == 0:
+            state.scaler.update(2.0**20 if state.step == 7 else 2.0**10)
+        return batch
+
+
+class Break(Strategy):
+    """Makes one weight infinite when an experience ends, where no loss shows it."""
+
+    settings = frozenset(Setting)
+    parallel = frozenset({"ddp", "fsdp"})
+
+    def __init__(self):
+        self.name = "break"
+
+    def on_experience_end(self, state):
+        with torch.no_grad():
+            own(state.parameters()["head.bias"]).fill_(math.inf)
 
 
 class Watch(Observer):
@@ -83,13 +120,13 @@ def stream_of(setting):
     return replace(stream, experiences=experiences)
 
 
-def run(strategies, setting, parallel="none", run_dir=None, resume=False, stop_at=None, **config):
+def run(strategies, setting, parallel="none", run_dir=None, resume=False, stop_at=None, backbone=Blocks, **config):
     """(losses by step, R, weights, rows counted) of a toy run. A batch of 17 rows makes uneven shares."""
     watch = Watch()
     strategies = [*strategies, Stop(stop_at)]
     trainer = Trainer(
         stream_of(setting),
-        Blocks,
+        backbone,
         strategies,
         optimizer=partial(torch.optim.AdamW, lr=0.01),
         schedule=cosine,
@@ -106,11 +143,19 @@ def run(strategies, setting, parallel="none", run_dir=None, resume=False, stop_a
     )
     for strategy in strategies:
         strategy.trainer = trainer
-    result = trainer.run(resume=resume)
+    exchanges = []
+    if parallel == "ddp":
+        trainer.state.network.register_comm_hook(exchanges, counted)
+    try:
+        result = trainer.run(resume=resume)
+    except NonFiniteLoss as error:
+        return {"error": str(error)}
     state = trainer.state.state_dict()
     return {
         "losses": watch.losses,
         "R": result.R,
+        "traces": result.traces,
+        "exchanges": len(exchanges),
         "status": result.status,
         "weights": state["model"],
         "optimizer": state["optimizer"],
@@ -118,6 +163,11 @@ def run(strategies, setting, parallel="none", run_dir=None, resume=False, stop_a
         "strategies": [strategy.state_dict() for strategy in strategies],
         "wrote": run_dir is not None and trainer.ledger.run_dir is not None,
     }
+
+
+def counted(exchanges, bucket):
+    exchanges.append(bucket.index())
+    return allreduce_hook(None, bucket)
 
 
 def cases():
@@ -143,6 +193,16 @@ GERE = {
 }
 
 
+BACKBONES = {
+    # lists inside of blocks, lists of lists, lists that are read by parts; what carries over is left out
+    "moe": partial(Gpt, width=8, num_layers=2, num_heads=2, mlp="moe(experts=3, balance=0.0)"),
+    "cms": partial(Gpt, width=8, num_layers=1, num_heads=2, mlp="cms"),
+    "armt": partial(Armt, segment=32, width=8, num_layers=2, num_heads=2),
+    "gated_fifo": partial(GatedFifo, segment=32, width=8, num_layers=1, num_heads=2),
+    "memoria": partial(Memoria, segment=4, width=8, num_layers=1, num_heads=2),
+}
+
+
 def made_gere(name):
     from strategies.gere import Gere
 
@@ -152,6 +212,7 @@ def made_gere(name):
 def main(folder):
     torch.set_num_threads(1)
     from strategies.derpp import Derpp
+    from strategies.naive import Naive
     from strategies.replay import Replay
 
     found = {}
@@ -160,6 +221,12 @@ def main(folder):
     derpp = [Derpp(capacity=40)]
     found["stopped-derpp"] = run(derpp, IMAGES, "ddp", folder / "two-derpp", stop_at=STOP, checkpoint_every=4)
     for wrapper in ("ddp", "fsdp"):
+        found |= {
+            f"{name}-{wrapper}": run([Naive()], TEXT, wrapper, backbone=backbone)
+            for name, backbone in BACKBONES.items()
+        }
+        found[f"overflow-{wrapper}"] = run([Overflow()], IMAGES, wrapper, precision="fp16")
+        found[f"broken-{wrapper}"] = run([Break()], IMAGES, wrapper)
         found |= {f"gere-{name}-{wrapper}": run(made_gere(name), TEXT, wrapper) for name in GERE}
         found[f"stopped-{wrapper}"] = run(
             [Replay(capacity=40)], TEXT, wrapper, folder / f"two-{wrapper}", stop_at=STOP, checkpoint_every=4

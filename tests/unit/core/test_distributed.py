@@ -26,6 +26,7 @@ SCRIPT = Path(__file__).with_name("ranks.py")
 ROOT = Path(__file__).resolve().parents[3]
 ranks = runpy.run_path(str(SCRIPT))
 run, STOP, TEXT, IMAGES, made = (ranks[name] for name in ("run", "STOP", "TEXT", "IMAGES", "made"))
+Overflow, Break = ranks["Overflow"], ranks["Break"]
 CASES = {f"{name}-{setting}-{wrapper}": (kind, setting) for name, kind, setting, wrapper in ranks["cases"]()}
 
 
@@ -93,6 +94,40 @@ def test_buffers_are_the_same_everywhere(found):
     first, second = (one["replay-continual_pretraining-ddp"]["strategies"] for one in found)
     assert equal(first, second)
     assert equal(first, run(made(Replay), TEXT)["strategies"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("wrapper", ["ddp", "fsdp"])
+@pytest.mark.parametrize("name", ranks["BACKBONES"])
+def test_backbones_of_many_parts(name, wrapper, found):
+    alone, (first, second) = (
+        run([Naive()], TEXT, backbone=ranks["BACKBONES"][name]),
+        (one[f"{name}-{wrapper}"] for one in found),
+    )
+    assert_same_run(first, alone)
+    assert equal(first["weights"], second["weights"])
+
+
+@pytest.mark.slow
+def test_gradients_are_exchanged_once_a_step(found):
+    assert found[0][f"naive-{IMAGES}-ddp"]["exchanges"] == len(found[0][f"naive-{IMAGES}-ddp"]["losses"]) == 18
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("wrapper", ["ddp", "fsdp"])
+def test_what_overflows_in_one_process_is_skipped_by_all(wrapper, found):
+    alone, (first, second) = run([Overflow()], IMAGES, precision="fp16"), (one[f"overflow-{wrapper}"] for one in found)
+    assert first["traces"] == second["traces"] == alone["traces"] == [["loss_scale", 7, 2.0**20]]
+    assert_same_run(first, alone, tolerance=1e-3)
+    assert equal(first["weights"], second["weights"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("wrapper", ["ddp", "fsdp"])
+def test_weights_that_are_not_finite_are_not_saved(wrapper, found):
+    alone = run([Break()], IMAGES)["error"]
+    assert alone.startswith("the update left weights that are not finite at step 5") and "head.bias = nan" in alone
+    assert [one[f"broken-{wrapper}"]["error"] for one in found] == [alone, alone]
 
 
 @pytest.mark.slow
@@ -190,6 +225,13 @@ def test_a_single_process_passes_everything_on():
     assert world.mean(terms) is terms
     assert torch.equal(world.joined(batch.inputs, 3), batch.inputs)
     assert world.any(True) and not world.any(False)
+
+
+def test_heads_of_single_tasks_are_not_sharded():
+    """A process whose rows all have one task would wait for ever for the others'."""
+    check_world(World("ddp", 0, 2), [Naive()], torch.nn.Linear(2, 2), masks_absent=False, num_heads=2)
+    with pytest.raises(UserError, match="each task has a head of its own; take ddp"):
+        check_world(World("fsdp", 0, 2), [Naive()], torch.nn.Linear(2, 2), masks_absent=False, num_heads=2)
 
 
 @pytest.mark.parametrize(
