@@ -7,8 +7,6 @@ from collections.abc import Callable, Sequence
 from torch import nn
 
 from cl.backbones.mlps.moe import Moe
-from cl.cli.build import make
-from cl.cli.compose import composed, seeded
 from cl.core import StreamInfo
 
 
@@ -24,6 +22,10 @@ def active_weights(model: nn.Module) -> int:
 
 def network(words: Sequence[str], info: StreamInfo) -> nn.Module:
     """The backbone that a request would build for the rows that `info` describes."""
+    # here, so that networks made without words can be fitted where hydra is not installed
+    from cl.cli.build import make
+    from cl.cli.compose import composed, seeded
+
     made: nn.Module = make("backbone", seeded(composed("run", list(words)), 0)["backbone"])(info)
     return made
 

@@ -22,12 +22,13 @@ def page(found: Mapping[str, Any], folder: Path) -> str:
     """Tables, and the plot beside them."""
     parts = [
         "# Speed of memory\n",
-        f"Made by `benchmarks/memory_speed.py`; how is in its docstring. {machine()}.{found.get('note', '')} Ratios of "
-        "training are to the transformer that was measured by the same call, whose tokens/s stand beside them; tables "
-        "may be made by several calls, and the row `attention` is of the last one.\n",
+        f"Made by `benchmarks/memory_speed.py`; how is in its docstring. {found.get('card') or machine()}."
+        f"{found.get('note', '')} Ratios of training are to the transformer that was measured by the same call, whose "
+        "tokens/s stand beside them; tables may be made by several calls, and the row `attention` is of the last.\n",
     ]
     by_length = {title: int(title.rpartition(" ")[2]) for title in found if title.startswith("train")}
     for title, tokens in sorted(by_length.items(), key=lambda item: item[1]):
+        beside = against_peers(found[title])
         rows = [
             (
                 name,
@@ -36,11 +37,12 @@ def page(found: Mapping[str, Any], folder: Path) -> str:
                 f"{row['ratio']:.2f}x",
                 f"{rate / row['ratio']:,.0f}",
                 f"{row['bytes'] / 1e6:,.0f}",
+                *([beside.get(name, "")] if beside else []),
             )
             for name, row in sorted(found[title].items(), key=lambda item: -item[1]["ratio"])
             for rate in [row.get("rows", num_rows(tokens)) * tokens / row["seconds"]]
         ]
-        parts += [f"## {title}\n", table(HEAD, rows)]
+        parts += [f"## {title}\n", table((*HEAD, "of fla's layer") if beside else HEAD, rows)]
     if generated := found.get("generate"):
         places = sorted({row["at"] for line in generated.values() for row in line})
         head = ("block", *(f"µs after {at:,}" for at in places), "bytes of state, first", "last")
@@ -60,6 +62,12 @@ def page(found: Mapping[str, Any], folder: Path) -> str:
         rows = [(name, f"{1e3 * seconds:.1f}") for name, seconds in sorted(tiny.items(), key=lambda item: item[1])]
         parts += ["## A forward of a tiny network\n", table(("block", "ms"), rows)]
     return "\n".join(parts)
+
+
+def against_peers(group: Mapping[str, Any]) -> dict[str, str]:
+    """Tokens/s of our blocks in those of the layer of others that was measured beside them."""
+    pairs = {name: group.get(row.get("peer")) for name, row in group.items()}
+    return {name: f"{peer['seconds'] / group[name]['seconds']:.2f}x" for name, peer in pairs.items() if peer}
 
 
 def machine() -> str:

@@ -13,9 +13,7 @@ from typing import Any, Self
 
 import torch
 from _records import keep, restore
-from rich.console import Console
 
-from cl.cli.compare import Plan, run_all
 from cl.cli.main import main as cl
 from cl.metrics.statistics import ALPHA
 from cl.result import Result, write_text
@@ -109,6 +107,11 @@ class Comparisons(Study):
 
     def run(self, runs: Mapping[Path, dict[str, Any]], suite: str) -> None:
         """What is not done of runs that were composed, without the reports of a comparison."""
+        # here, so that tables can be written where hydra is not installed
+        from rich.console import Console
+
+        from cl.cli.compare import Plan, run_all
+
         failures = run_all(Plan(self.out, runs, "naive", self.jobs, suite), Console())
         if failures:
             raise SystemExit("; ".join(f"{folder}: {sentence}" for folder, sentence in failures.items()))

@@ -1,61 +1,69 @@
-"""Speed and memory of language training on a CPU: our loop beside a plain one, transformers' Trainer, tokenising, RSS.
+"""Speed and memory of language training: our loop beside a plain one, transformers' Trainer, tokenising, RSS.
 
     python benchmarks/language_speed.py --data DIR [--sections training,trainer,tokenising,memory]
+    python benchmarks/language_speed.py --sections training,trainer --device cuda --width 768 --layers 14 --heads 12
+        --context 1024 --batch 16 --steps 20 --out PAGE
 
 DIR holds `text/`. Each section replaces its own part of the page (`--out`), so that they can be run one by one.
 
 - training: tokens per second of our loop (journal, run folder and schedule included) and of a plain PyTorch loop of the
-  same network on windows of the same tokens, which lie in memory as int64. The last column lets the plain loop leave
-  documents together, as nanoGPT does: what keeping them apart costs in this network, in ours and in the plain loop.
+  same network on windows of the same tokens, which lie in memory as int64. The last but one column lets the plain loop
+  leave documents together, as nanoGPT does: what keeping them apart costs in this network, here and there.
 - trainer: the same Llama of transformers in our loop (`backbone=hf`) and in transformers' Trainer, which knows no
   documents; ours with them apart and together.
 - tokenising: megabytes per second on one core, from text to shards on disk with their hash, and of the encoder alone.
 - memory: peak resident memory of a process that trains on so many experiences.
 
 A rate is that of the median step, in processor time of the process (one thread), over all runs of a loop; runs of the
-loops alternate, `--repeats` times, and the first round and the first two steps of a run are not counted.
+loops alternate, `--repeats` times, and the first round and the first two steps of a run are not counted. With
+`--device cuda` all loops run under bfloat16 autocast, and steps are timed by the card. `--width` with the other sizes
+trains a network of that size in place of the small ones.
+
+Model FLOP utilisation is the share of a matrix product's rate, measured beforehand (`kernels.bench` has the same
+ceiling), that goes into operations which the network cannot do without: 6 for each weight of its linear layers and
+6 L T D of attention for each token, forward and backward, half of what is counted where masked scores are.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
-from _peers import LLAMA, adamw, huggingface, plain_text
+from _language_parts import Rows, memory, tokenising
+from _peers import Clock, adamw, huggingface, llama, plain_text
 from _study import table
 from torch import Tensor, nn
 
 from cl.backbones.gpt import Gpt
 from cl.backbones.hf import Hf
 from cl.config import TrainerConfig
-from cl.core import Stream
+from cl.core import Stream, StreamInfo
 from cl.observe import Observer
-from cl.result import Result, environment, write_text
+from cl.result import environment, write_text
 from cl.schedules import rewarmed_cosine
 from cl.tracking import Journal
 from cl.trainer import Trainer
+from kernels.bench.measure import ceilings
 from strategies.naive import Naive
 from streams.builtin_text import builtin_text
 
-MODELS = {
-    "0.02M, 8 rows of 64": ({"width": 32, "num_layers": 2}, 64, 8, 60),
-    "0.4M, 16 rows of 96": ({"width": 96, "num_layers": 3}, 96, 16, 12),
-    "1.1M, 16 rows of 128": ({"width": 128, "num_layers": 5}, 128, 16, 7),
+Models = Mapping[str, tuple[dict[str, int], int, int, int]]
+"""Settings of a decoder, tokens of a row, rows of a step, steps of a run, by title."""
+MODELS: Models = {
+    "0.02M, 8 rows of 64": ({"width": 32, "num_layers": 2, "num_heads": 4}, 64, 8, 60),
+    "0.4M, 16 rows of 96": ({"width": 96, "num_layers": 3, "num_heads": 4}, 96, 16, 12),
+    "1.1M, 16 rows of 128": ({"width": 128, "num_layers": 5, "num_heads": 4}, 128, 16, 7),
 }
-"""Settings of the decoder, tokens of a row, rows of a step, steps of a run."""
+LLAMA: Models = {"0.4M, 16 rows of 96": ({"width": 96, "num_layers": 3, "num_heads": 4}, 96, 16, 15)}
 WARM = 2
-MEGABYTES = 10
 
 
 def documentation(context: int) -> tuple[Stream, Tensor]:
@@ -65,18 +73,20 @@ def documentation(context: int) -> tuple[Stream, Tensor]:
 
 
 class Stopwatch(Observer):
-    """Notes the processor time at every step."""
+    """Notes when every step ends."""
 
-    def __init__(self) -> None:
-        self.stamps: list[float] = []
+    def __init__(self, clock: Clock) -> None:
+        self.clock = clock
 
     def on_step(self, state: Any, losses: Any, lr: float) -> None:
-        self.stamps.append(time.process_time())
+        self.clock.tick()
 
 
-def ours(backbone: Callable[..., nn.Module], stream: Stream, batch_size: int, steps: int) -> list[float]:
+def ours(
+    backbone: Callable[..., nn.Module], stream: Stream, batch_size: int, steps: int, device: str = "cpu"
+) -> list[float]:
     """Stamps of our loop."""
-    watch = Stopwatch()
+    clock = Clock(device)
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(
             stream,
@@ -85,13 +95,19 @@ def ours(backbone: Callable[..., nn.Module], stream: Stream, batch_size: int, st
             optimizer=adamw,
             schedule=rewarmed_cosine,
             config=TrainerConfig(
-                max_steps=steps, batch_size=batch_size, clip_norm=1.0, evaluate="seen", eval_rows=1, device="cpu"
+                max_steps=steps,
+                batch_size=batch_size,
+                clip_norm=1.0,
+                evaluate="seen",
+                eval_rows=1,
+                device=device,
+                precision="bf16" if clock.is_card else "fp32",
             ),
             run_dir=Path(folder),
-            observers=[Journal(Path(folder)), watch],
+            observers=[Journal(Path(folder)), Stopwatch(clock)],
         )
         trainer.run()
-    return watch.stamps
+    return clock.stamps()
 
 
 def in_turn(runs: Mapping[str, Callable[[], list[float]]], step_tokens: int, repeats: int) -> dict[str, float]:
@@ -105,100 +121,78 @@ def in_turn(runs: Mapping[str, Callable[[], list[float]]], step_tokens: int, rep
     return {name: step_tokens / statistics.median(steps_s) for name, steps_s in found.items()}
 
 
-# the sections of the page
+def ceiling(device: str) -> float:
+    """FLOP/s of a matrix product in the precision of the loops."""
+    return ceilings(torch.device(device), torch.bfloat16 if device == "cuda" else torch.float32, False).flops
 
-Rows = Iterator[tuple[str, ...]]
-"""Of a table, its head first."""
+
+def flops_of_a_token(made: Callable[[StreamInfo], nn.Module], info: StreamInfo, settings: Mapping[str, int]) -> int:
+    """Operations of a training step, forward and backward, that a causal decoder cannot do without."""
+    weights = sum(part.weight.numel() for part in made(info).modules() if isinstance(part, nn.Linear))
+    return 6 * weights + 6 * settings["num_layers"] * info.input_shape[0] * settings["width"]
+
+
+# the sections of the page
 
 
 def training(options: argparse.Namespace) -> Rows:
     """Our loop beside the plain one."""
-    yield "network, step", "ours", "plain loop", "plain, documents together", "ours / plain", "ours / plain, together"
-    for title, (settings, context, batch_size, steps) in MODELS.items():
+    limit, device = ceiling(options.device), options.device
+    ratios_of = ("ours / plain", "ours / plain, together", f"ours, of {limit / 1e12:.3g} TFLOP/s")
+    yield "network, step", "ours", "plain loop", "plain, documents together", *ratios_of
+    for title, (settings, context, batch_size, steps) in chosen(options, MODELS).items():
         stream, tokens = documentation(context)
         made = partial(Gpt, **settings)
+        plain = partial(plain_text, made, stream, tokens, batch_size, steps, device=device)
         rates = in_turn(
             {
-                "ours": partial(ours, made, stream, batch_size, steps),
-                "plain": partial(plain_text, made, stream, tokens, batch_size, steps),
-                "together": partial(plain_text, made, stream, tokens, batch_size, steps, is_separated=False),
+                "ours": partial(ours, made, stream, batch_size, steps, device),
+                "plain": plain,
+                "together": partial(plain, is_separated=False),
             },
             batch_size * context,
             options.repeats,
         )
+        used = rates["ours"] * flops_of_a_token(made, stream.info, settings) / limit
         ratios = (rates["ours"] / rates["plain"], rates["ours"] / rates["together"])
-        yield title, *(f"{rate / 1000:.1f}k" for rate in rates.values()), *(f"{ratio:.2f}" for ratio in ratios)
+        yield title, *map(thousands, rates.values()), *(f"{ratio:.2f}" for ratio in ratios), f"{used:.1%}"
 
 
 def trainer(options: argparse.Namespace) -> Rows:
     """Our loop beside transformers' Trainer."""
-    batch_size, steps = 16, 15
-    stream, tokens = documentation(96)
-    llama = partial(Hf, config=LLAMA)
+    limit, device = ceiling(options.device), options.device
+    ((settings, context, batch_size, steps),) = chosen(options, LLAMA).values()
+    stream, tokens = documentation(context)
+    made = partial(Hf, config=llama(**settings))
     rates = in_turn(
         {
-            "ours": partial(ours, llama, stream, batch_size, steps),
-            "ours, documents together": partial(ours, partial(llama, is_separated=False), stream, batch_size, steps),
-            "transformers' Trainer": partial(huggingface, stream, tokens, batch_size, steps),
+            "ours": partial(ours, made, stream, batch_size, steps, device),
+            "ours, documents together": partial(
+                ours, partial(made, is_separated=False), stream, batch_size, steps, device
+            ),
+            "transformers' Trainer": partial(huggingface, llama(**settings), stream, tokens, batch_size, steps, device),
         },
-        batch_size * 96,
+        batch_size * context,
         options.repeats,
     )
-    yield "loop", "tokens/s", "of transformers' Trainer"
+    flops = flops_of_a_token(made, stream.info, settings)
+    yield "loop", "tokens/s", "of transformers' Trainer", f"of {limit / 1e12:.3g} TFLOP/s"
     for name, rate in rates.items():
-        yield name, f"{rate / 1000:.1f}k", f"{rate / rates[list(rates)[-1]]:.2f}"
+        yield name, thousands(rate), f"{rate / rates[list(rates)[-1]]:.2f}", f"{rate * flops / limit:.1%}"
 
 
-def tokenising(options: argparse.Namespace) -> Rows:
-    """From text to shards, on one core."""
-    os.environ |= {"TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1"}
-    from streams._shards import corpus_of
-    from streams._tokenizers import Bytes, trained_bpe
-
-    documents, size = documents_of(Path(options.data)), MEGABYTES * 1_000_000
-    yield "tokenizer", "text to shards, MB/s", "encoder alone, MB/s", "bytes a token"
-    with tempfile.TemporaryDirectory() as folder:
-        for vocabulary in (257, 1024, 8192):
-            made = Bytes() if vocabulary == 257 else trained_bpe(documents[:400], vocabulary, Path(folder), "some")
-            begin = time.process_time()
-            pieces = ((text, True) for text in documents)
-            corpus = corpus_of("text", pieces, made, Path(folder), str(vocabulary))
-            whole_s, begin = time.process_time() - begin, time.process_time()
-            made.encode(documents)
-            alone_s = time.process_time() - begin
-            title = "bytes" if vocabulary == 257 else f"bpe of {vocabulary:,} tokens"
-            per_token = corpus.num_bytes / corpus.num_tokens
-            yield title, f"{size / 1e6 / whole_s:.1f}", f"{size / 1e6 / alone_s:.1f}", f"{per_token:.2f}"
+def thousands(rate: float) -> str:
+    """Tokens per second."""
+    return f"{rate / 1000:.1f}k"
 
 
-def documents_of(data: Path) -> list[str]:
-    """Ten megabytes of real text: the local files, then the standard library, again where they are too short."""
-    from streams import _builtin_sources
-
-    files = [*sorted((data / "text").rglob("*.jsonl")), *sorted((data / "text").rglob("*.txt"))]
-    pool = [text for path in files for text in path.read_text("utf-8").split("\n\n" if path.suffix == ".txt" else "\n")]
-    pool += list(_builtin_sources.code())
-    documents, total = [], 0
-    while total < MEGABYTES * 1_000_000:
-        text = pool[len(documents) % len(pool)]
-        documents.append(text)
-        total += len(text.encode())
-    return documents
-
-
-def memory(options: argparse.Namespace) -> Rows:
-    """Peak memory of processes that differ in the number of their experiences."""
-    yield "experiences", "updates", "peak resident memory, MB"
-    for count in (2, 10, 40):
-        order = ",".join(["docs", "code"] * (count // 2))
-        words = [
-            "run", "tracking=none", "+experiment=builtin_text", f"stream.order=[{order}]", "trainer.max_steps=8",
-            "stream.train_tokens=null", "stream.eval_tokens=4000", "out=run",
-        ]  # fmt: skip
-        with tempfile.TemporaryDirectory() as folder:
-            subprocess.run([sys.executable, "-m", "cl", *words], cwd=folder, check=True, stdout=subprocess.DEVNULL)
-            cost = Result.load(Path(folder) / "run" / "result.json").cost
-        yield str(count), f"{cost['updates']:.0f}", f"{cost['peak_memory_bytes'] / 1e6:.0f}"
+def chosen(options: argparse.Namespace, default: Models) -> Models:
+    """The network of the size that was asked for, in place of those measured by default."""
+    if not options.width:
+        return default
+    settings = {"width": options.width, "num_layers": options.layers, "num_heads": options.heads}
+    title = f"width {options.width}, {options.layers} layers, {options.batch} rows of {options.context}"
+    return {title: (settings, options.context, options.batch, options.steps)}
 
 
 SECTIONS: Mapping[str, Callable[[argparse.Namespace], Rows]] = {
@@ -219,18 +213,25 @@ def conditions(options: argparse.Namespace) -> str:
     """One sentence on what the numbers were taken with."""
     versions = ", ".join(f"{name} {version}" for name, version in environment()["versions"].items())
     when = time.strftime("%Y-%m-%d")
-    return f"{when}, {options.threads} thread, {options.repeats} runs each; {versions}."
+    where = torch.cuda.get_device_name() if options.device == "cuda" else f"{options.threads} thread"
+    return f"{when}, {where}, {options.repeats} runs each; {versions}."
 
 
 def main(words: Sequence[str] | None = None) -> None:
     """Run the sections asked for and write them into the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", required=True)
+    parser.add_argument("--data", help="folder that holds text/, for tokenising")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--width", type=int, default=0, help="of one network in place of the small ones")
+    for name, value in (("layers", 12), ("heads", 12), ("context", 1024), ("batch", 16), ("steps", 20)):
+        parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--sections", default=",".join(SECTIONS))
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/language_speed.md"))
     options = parser.parse_args(words)
+    if "tokenising" in options.sections and options.data is None:
+        parser.error("--data is missing: tokenising reads the text below it")
     torch.set_num_threads(options.threads)
     found = sections_of(options.out)
     for name in options.sections.split(","):

@@ -1,7 +1,7 @@
 """What memory costs: training at equal weights beside the transformer, and a step of generation late in a text.
 
-    python benchmarks/memory_speed.py train [--tokens 512 4096] [--rows 8] [--width 128 --layers 4] [--blocks mamba2]
-        [--cuda]
+    python benchmarks/memory_speed.py train [--tokens 512 4096] [--rows 8] [--width 128 --layers 4 --heads 4]
+        [--blocks mamba2] [--cuda] [--peers]
     python benchmarks/memory_speed.py generate [--until 100000]
     python benchmarks/memory_speed.py forward
     python benchmarks/memory_speed.py page
@@ -11,7 +11,9 @@ bytes as make 4,096 tokens, or one longer row, or as many as `--rows` says; forw
 is measured in a process of its own, on one thread, in processor seconds, which neighbours disturb less than a clock;
 the transformer is measured again with every call, so that ratios are of one stretch of time. Memory is what the process
 takes beyond what it held before. With --cuda the same on a card, under bfloat16 autocast, in seconds of the clock and
-bytes that torch allocates.
+bytes that torch allocates; with --peers every block is followed by flash-linear-attention's layer of the same name in
+the same decoder (`_fla_layers.py` says which), as far as there is one and it is installed. Kernels are compiled by the
+first step, which is not counted; `--warm N` runs that step for N decoders at a time beforehand, with one row each.
 
 Generation: one token at a time after N tokens. The N tokens are read in pieces, but for attention, whose cache is
 filled with noise: its state, not its content, is what counts.
@@ -25,83 +27,33 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import resource
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from _fit import active_weights, fitted, network
+from _apart import apart, compiled
+from _fit import active_weights
+from _fla_layers import absence, theirs
+from _memory_networks import NAMES, VOCABULARY, counted, decoder, equal, text
 from _memory_page import num_rows, page
+from torch import nn
 
-from cl.cli.build import make  # noqa: F401  (loaded before measurements are forked)
-from cl.core import Batch, Setting, StreamInfo
+from cl.core import Batch
 from cl.result import write_text
 from cl.state import tensor_bytes
-
-VOCABULARY = 256
-BLOCKS: Mapping[str, str] = {
-    "attention": "attention",
-    "window": "attention(window=64)",
-    "linear": "linear_memory(rule=linear)",
-    "retnet": "linear_memory(rule=retnet)",
-    "gla": "linear_memory(rule=gla)",
-    "mamba2": "linear_memory(rule=mamba2)",
-    "mlstm": "linear_memory(rule=mlstm)",
-    "delta": "linear_memory(rule=delta)",
-    "gated_delta": "linear_memory(rule=gated_delta)",
-    "kda": "linear_memory(rule=kda)",
-    "gateloop": "linear_memory(rule=gateloop)",
-    "longhorn": "linear_memory(rule=longhorn)",
-    "ridge": "ridge_memory",
-    "ridge, 20 steps": "ridge_memory(steps=20)",
-    "ttt_linear": "neural_memory(rule=ttt_linear)",
-    "titans": "neural_memory(rule=titans)",
-    "titans, a matrix": "neural_memory(rule=titans(depth=1))",
-    "min_gru": "scan_rnn",
-    "lru": "scan_rnn(cell=lru)",
-    "gru": "nonlinear_rnn",
-    "lstm": "nonlinear_rnn(cell=lstm)",
-    "slstm": "nonlinear_rnn(cell=slstm)",
-    "hippocampus": "hippocampus",
-    "memory_cache": "memory_cache(linear_memory)",
-    "mixture_of_memories": "mixture_of_memories(linear_memory)",
-    # longer pieces than the defaults, which are those of short texts
-    "ttt_linear, chunks of 64": "neural_memory(rule=ttt_linear(chunk=64))",
-    "titans, chunks of 256": "neural_memory(rule=titans(chunk=256))",
-    "titans, a matrix, chunks of 256": "neural_memory(rule=titans(depth=1, chunk=256))",
-    "memory_cache, segments of 512": "memory_cache(linear_memory, segment=512)",
-}
-SEGMENTED: Mapping[str, Sequence[str]] = {
-    name + end: (f"backbone={name}", *words)
-    for end, words in (("", ()), (", segments of 512", ("backbone.segment=512",)))
-    for name in ("rmt", "armt", "block_recurrent", "memformer")
-}
-NAMES = (*BLOCKS, *SEGMENTED)
-
-
-def request(name: str, width: int, layers: int) -> list[str]:
-    """The words of a decoder with blocks of one kind."""
-    kind = SEGMENTED.get(name) or ("backbone=gpt", f"backbone.blocks='{BLOCKS[name]}'")
-    return [*kind, f"backbone.width={width}", f"backbone.num_layers={layers}", "backbone.num_heads=4"]
-
-
-def text(tokens: int) -> StreamInfo:
-    """Rows of bytes."""
-    return StreamInfo("text", Setting.CONTINUAL_PRETRAINING, (tokens,), VOCABULARY, 1, measure="loss")
-
 
 # training
 
 
-def trained(words: Sequence[str], tokens: int, rows: int, repeats: int, device: str) -> dict[str, float]:
+def trained(made: Callable[..., nn.Module], tokens: int, rows: int, repeats: int, device: str) -> dict[str, float]:
     """Seconds of a step, and bytes beyond what was held before."""
     torch.manual_seed(0)
-    model = network(words, text(tokens)).to(device)
+    model = made(text(tokens)).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     shape, is_card = (rows, tokens), device == "cuda"
     zero = torch.zeros(rows, dtype=torch.int64, device=device)
@@ -119,7 +71,7 @@ def trained(words: Sequence[str], tokens: int, rows: int, repeats: int, device: 
         found.append(seconds(is_card) - begin)
     peak = bytes_held(is_card) - before
     weights = float(active_weights(model))
-    return {"seconds": median(found[1:]), "bytes": float(peak), "weights": weights, "rows": rows}
+    return {"seconds": median(found[1:] or found), "bytes": float(peak), "weights": weights, "rows": rows}
 
 
 def seconds(is_card: bool) -> float:
@@ -136,43 +88,51 @@ def bytes_held(is_card: bool) -> int:
 
 
 def train(given: argparse.Namespace, found: dict[str, Any]) -> None:
-    """Every chosen block at every length, the transformer first."""
+    """Every chosen block at every length, the transformer first, and layers of others behind ours."""
+    device, failed = "cuda" if given.cuda else "cpu", []
+    sizes = {"width": given.width, "num_layers": given.layers, "num_heads": given.heads}
+    if given.cuda:
+        found["card"] = f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
     for tokens in given.tokens:
-        info = text(tokens)
-        target = active_weights(network(request("attention", given.width, given.layers), info))
-        rows = given.rows or num_rows(tokens)
+        info, rows, beside = text(tokens), given.rows or num_rows(tokens), None
+        target = counted(decoder("attention", **sizes), info)
         where, many = " on a card" if given.cuda else "", f"{given.rows} rows of " if given.rows else ""
         group = found.setdefault(f"train{where}, {target / 1e6:.1f}M weights, {many}T = {tokens}", {})
-        beside = None
-        for name in dict.fromkeys(("attention", *given.blocks)):
-            words = fitted(request(name, given.width, given.layers), target, info, multiple=2)
-            row = apart(trained, words, tokens, rows, given.repeats, "cuda" if given.cuda else "cpu")
-            beside = row["seconds"] if name == "attention" else beside
+        networks = {name: equal(name, target, info, **sizes) for name in chosen(given)}
+        if given.warm:
+            compiled([(trained, made, tokens, 1, 0, device) for made in networks.values()], given.warm)
+        for name, made in networks.items():
+            row = apart(device, trained, made, tokens, rows, given.repeats, device)
+            beside = row.get("seconds") if name == "attention" else beside
+            if "failure" in row or beside is None:
+                failed.append(f"{name}: {row.get('failure', 'there is no transformer to measure it by')}")
+                print(f"{tokens:5d} {failed[-1]}", flush=True)
+                continue
             group[name] = row | {"ratio": beside / row["seconds"]}
+            if (peer := theirs(name)) in networks:
+                group[name]["peer"] = peer
             keep(given, found)
             rate = rows * tokens / row["seconds"]
             print(f"{tokens:5d} {name:32s} {rate:9,.0f} tokens/s {group[name]['ratio']:.2f}x", flush=True)
+    if failed:
+        raise SystemExit("; ".join(failed))
+
+
+def chosen(given: argparse.Namespace) -> list[str]:
+    """The transformer, then every block, with the layer of others behind it where there is one."""
+    names = ["attention"]
+    for name in given.blocks:
+        row = theirs(name) if given.peers else None
+        missing = absence(row) if row else ""
+        if missing:
+            print(missing, flush=True)
+        names += [name, *([row] if row and not missing else [])]
+    return list(dict.fromkeys(names))
 
 
 def keep(given: argparse.Namespace, found: Mapping[str, Any]) -> None:
     """Write what there is: a call that is stopped loses nothing."""
     write_text(given.out, json.dumps(found, indent=1) + "\n")
-
-
-def apart(function: Callable[..., dict[str, float]], *arguments: Any) -> dict[str, float]:
-    """What `function` returns, from a process of its own."""
-    ours, theirs = os.pipe()
-    if (child := os.fork()) == 0:
-        with os.fdopen(theirs, "w") as channel:
-            json.dump(function(*arguments), channel)
-        os._exit(0)
-    os.close(theirs)
-    with os.fdopen(ours) as channel:
-        said = channel.read()
-    if os.waitpid(child, 0)[1] or not said:
-        raise RuntimeError(f"measuring {arguments[0]} ended without a number")
-    answer: dict[str, float] = json.loads(said)
-    return answer
 
 
 # generation
@@ -182,7 +142,7 @@ def generate(given: argparse.Namespace, found: dict[str, Any]) -> None:
     """One token after N, for every chosen block."""
     places = [n for n in (100, 1000, 10_000, 30_000, 100_000) if n <= given.until]
     for name in given.blocks:
-        model = network(request(name, 32, 2), text(512)).eval()
+        model = small(name, 512)
         rows, state, at = [], None, 0
         with torch.inference_mode():
             for place in places:
@@ -200,6 +160,11 @@ def generate(given: argparse.Namespace, found: dict[str, Any]) -> None:
         found.setdefault("generate", {})[name] = rows
         keep(given, found)
         print(name, [(row["at"], round(1e6 * row["seconds"]), row["bytes"]) for row in rows], flush=True)
+
+
+def small(name: str, tokens: int) -> nn.Module:
+    """The decoder of generation and forward."""
+    return decoder(name, width=32, num_layers=2, num_heads=4)(text(tokens)).eval()
 
 
 def step(model: Any, count: int, state: Any, mode: str = "chunk") -> Any:
@@ -226,7 +191,7 @@ def forward(given: argparse.Namespace, found: dict[str, Any]) -> None:
     rows = torch.randint(VOCABULARY, (2, 64))
     zero = torch.zeros(2, dtype=torch.int64)
     for name in given.blocks:
-        model, times = network(request(name, 32, 2), text(64)).eval(), []
+        model, times = small(name, 64), []
         with torch.inference_mode():
             for _ in range(given.steps):
                 begin = time.process_time()
@@ -244,9 +209,11 @@ def main() -> None:
     parser.add_argument("--blocks", nargs="+", choices=NAMES, default=list(NAMES))
     parser.add_argument("--tokens", nargs="+", type=int, default=[512, 4096])
     parser.add_argument("--rows", type=int, default=0, help="of a training step; 0 takes as many as make 4,096 tokens")
-    for name, value in (("width", 128), ("layers", 4), ("repeats", 3), ("until", 100_000), ("steps", 50)):
+    sizes = {"width": 128, "layers": 4, "heads": 4, "warm": 0, "repeats": 3, "until": 100_000, "steps": 50}
+    for name, value in sizes.items():
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--cuda", action="store_true", help="train on a card; give it an --out of its own")
+    parser.add_argument("--peers", action="store_true", help="train flash-linear-attention's layers too")
     parser.add_argument("--note", default="", help="what a reader must know of the machine at that time")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/memory_speed.json"))
     parser.add_argument("--img", type=Path, default=Path("docs/img"))

@@ -1,6 +1,7 @@
 """The language study: how much of earlier domains replay, GeRe's losses, learning rates and schedules save.
 
     python benchmarks/study_language.py --data DIR [--out runs/language] [--page docs/comparisons/language] [--seeds 3]
+        [--width 512 --layers 8 --words stream.train_tokens=null ...]
 
 Two streams: `builtin` (docs, then code, then arithmetic; bytes; a decoder of 0.38 million weights for 500, 150 and 150
 steps, the protocol whose single-seed numbers are to be confirmed or corrected) and `local` (C4, then WikiText, then
@@ -13,8 +14,9 @@ GSM8K from files below DIR; a BPE of 1,024 tokens; 1.1 million weights for 120 s
 - schedules, without replay and with 5 %.
 
 Every condition is one `cl compare` of one composition (this file only writes its command), so the same command goes on
-where it was stopped; the page is made from the results on disk, whatever there is of them. `--quick` is a trial of
-everything at a size that means nothing.
+where it was stopped; the page is made from the results on disk, whatever there is of them. `--width` and `--layers`
+are those of other networks, `--words` adds overrides: give such runs an `--out` and a `--page` of their own. `--quick`
+is a trial of everything at a size that means nothing.
 """
 
 from __future__ import annotations
@@ -112,13 +114,27 @@ def schedules() -> dict[str, Condition]:
 
 @dataclass(frozen=True, kw_only=True)
 class Language(Comparisons):
-    """The runs of the study."""
+    """The runs of the study.
+
+    Args:
+        width, layers: of the decoder; 0 takes those of the stream.
+        words: more overrides for every run.
+    """
 
     out: Path = Path("runs/language")
     page: Path = Path("docs/comparisons/language")
     seeds: int = 3
     jobs: int = 2
+    width: int = 0
+    layers: int = 0
+    words: Sequence[str] = ()
     is_quick: bool = False
+
+    @property
+    def size(self) -> tuple[str, ...]:
+        """Words beside those of the stream, behind them."""
+        named = {"backbone.width": self.width, "backbone.num_layers": self.layers}
+        return (*(f"{name}={value}" for name, value in named.items() if value), *self.words)
 
     def folder(self, stream: str, condition: Condition) -> Path:
         """Of a condition; conditions of the same words share their runs."""
@@ -132,7 +148,7 @@ class Language(Comparisons):
         tune_on = (f"tune_on={TUNE_ON[stream]}",) if any(word.startswith("tune=") for word in words) else ()
         quick = QUICK[stream] if self.is_quick else ()
         folder = self.folder(stream, condition)
-        self.compare(folder, [strategy], *STREAMS[stream], *COMMON, *quick, *words, *tune_on)
+        self.compare(folder, [strategy], *STREAMS[stream], *COMMON, *quick, *self.size, *words, *tune_on)
 
     def results(self, stream: str, condition: Condition) -> list[Result]:
         """Finished runs, in the order of their seeds."""
@@ -164,7 +180,7 @@ def results_table(study: Language, stream: str, conditions: Mapping[str, Conditi
         share = f"{100 * fmean(avoided):.0f} %" if avoided and name != "naive" else ""
         words = ", ".join(chosen(study.folder(stream, condition)))
         title = f"{name} ({words})" if words else name
-        before = f"{BEFORE[name]} %" if stream == "builtin" and name in BEFORE else ""
+        before = f"{BEFORE[name]} %" if stream == "builtin" and name in BEFORE and not study.size else ""
         updates = f"{runs[0].cost['updates']:,.0f}"
         rows.append((title, *(spread(each, ".2f") for each in ends), share, before, updates, str(len(runs))))
     missing = f"\nNot run yet: {'; '.join(absent)}.\n" if absent else ""
@@ -179,15 +195,17 @@ def rise(run: Result) -> float:
 
 def page(study: Language) -> str:
     """The Markdown page."""
+    # what was read off the runs of the default size says nothing of others
+    added = f" Beside the words of the streams: `{' '.join(study.size)}`." if study.size else ""
     parts = [
         "# Language: replay, GeRe and schedules\n",
         f"Made by `python benchmarks/study_language.py --data DATA --seeds {study.seeds}`; how it is done is in that "
-        "file's docstring. Bits per byte on held-out text after the last experience, lower is better; mean and "
+        f"file's docstring.{added} Bits per byte on held-out text after the last experience, lower is better; mean and "
         "standard deviation over seeds. `general` and `shakespeare` are never trained on. The rise that is avoided "
         "compares, seed by seed, what the first domain lost since its own experience with what it lost under naive "
         "training. GeRe's original model is the one after the first domain, its rows are 200 of that domain, two "
         "beside every step of 16.\n",
-        READING,
+        *(() if study.size else (READING,)),
     ]
     for stream in STREAMS:
         parts += [f"## {stream}: strategies\n", results_table(study, stream, strategies())]

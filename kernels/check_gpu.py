@@ -9,6 +9,9 @@ import argparse
 import json
 import sys
 from collections.abc import Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +72,21 @@ def check(problem: Problem, shape: Shape, dtype: torch.dtype, device: torch.devi
         }
 
 
+def _found(name: str, dtype: torch.dtype, shapes: list[Shape], device: torch.device) -> list[dict[str, Any]]:
+    """Results of one op and dtype."""
+    return [result for shape in shapes for result in check(PROBLEMS[name], shape, dtype, device)]
+
+
+def _results(tasks: list[Any], jobs: int) -> Iterator[list[dict[str, Any]]]:
+    """Of all tasks in their order; with several jobs each in a process of its own, which an illegal access ends."""
+    if jobs == 1:
+        yield from (task() for task in tasks)
+        return
+    with ProcessPoolExecutor(jobs, get_context("spawn"), max_tasks_per_child=1) as pool:
+        waiting: list[Future[list[dict[str, Any]]]] = [pool.submit(task) for task in tasks]
+        yield from (each.result() for each in waiting)
+
+
 def _markdown(rows: list[dict[str, Any]], title: str) -> str:
     lines = [f"{title}: {sum(r['ok'] for r in rows)} of {len(rows)} configurations right", ""]
     lines += ["| op | B T H D | dtype | kernel | row | error | ok |", "|---|---|---|---|---|---|---|"]
@@ -84,6 +102,7 @@ def main(argv: list[str] | None = None) -> int:
     """Check; exit code 0 all right, 1 something was denied, 2 no card."""
     parser = argparse.ArgumentParser(prog="python -m kernels.check_gpu", description=__doc__)
     parser.add_argument("--ops", default=",".join(PROBLEMS))
+    parser.add_argument("--jobs", type=int, default=1, help="processes at a time: most of the time goes into compiling")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--markdown", type=Path)
     parser.add_argument(
@@ -98,14 +117,14 @@ def main(argv: list[str] | None = None) -> int:
     device = torch.device("cpu" if triton.INTERPRET else "cuda")
     title = "interpreter" if triton.INTERPRET else triton.device_tag()
     dtypes = [torch.float32] if triton.INTERPRET else [torch.bfloat16, torch.float16, torch.float32]
+    shapes: list[Shape] = [(1, 40, 1, 16)] if options.smoke else SHAPES
+    tasks = [partial(_found, name, dtype, shapes, device) for name in options.ops.split(",") for dtype in dtypes]
     rows: list[dict[str, Any]] = []
-    for name in options.ops.split(","):
-        for dtype in dtypes:
-            for shape in [(1, 40, 1, 16)] if options.smoke else SHAPES:
-                for result in check(PROBLEMS[name], shape, dtype, device):
-                    rows.append(result)
-                    if not result["ok"]:
-                        print("WRONG", result, flush=True)
+    for found in _results(tasks, options.jobs):
+        rows += found
+        for result in found:
+            if not result["ok"]:
+                print("WRONG", result, flush=True)
     text = _markdown(rows, title)
     print(text)
     if options.json:

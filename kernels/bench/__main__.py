@@ -5,6 +5,7 @@ import json
 import os
 import platform
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,10 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=None, help="times per row (CPU 9, GPU 50)")
     parser.add_argument("--loop", action=argparse.BooleanOptionalAction, default=None, help="time the token loop too")
     parser.add_argument("--smoke", action="store_true", help="tiny shapes: does the command work")
+    parser.add_argument("--shapes", type=_shape, nargs="+", help="BxTxHxD in place of the op's own")
+    parser.add_argument("--fuse", action=argparse.BooleanOptionalAction, default=None, help="force the fused walk")
     parser.add_argument("--json", type=Path, help="write all rows here")
+    parser.add_argument("--read", type=Path, help="measure nothing: take what another run wrote by --json")
     parser.add_argument("--markdown", type=Path, help="write the table here")
     parser.add_argument("--readme", type=Path, nargs="+", default=[], help="fill the marked tables of these files")
     arguments = parser.parse_args(argv)
@@ -52,6 +56,14 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
             if value and value not in allowed:
                 parser.error(f"unknown {name} {value!r}; use {', '.join(allowed)}")
     return arguments
+
+
+def _shape(words: str) -> Shape:
+    try:
+        batch, length, heads, width = map(int, words.split("x"))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{words!r} is no BxTxHxD of four integers, such as 4x2048x16x64") from None
+    return batch, length, heads, width
 
 
 def _row(
@@ -147,6 +159,23 @@ def _peer_row(
     return {"peer": name, "peer err": f"{worst:.1e}", "peer ms": peer_ms, "x peer": peer_ms / ours_ms}
 
 
+def _walk(fuse: bool | None) -> AbstractContextManager[None]:
+    """The fused walk forced on or off, or as the op chooses."""
+    if fuse is None:
+        return nullcontext()
+    from kernels.common.triton_chunks import fusing
+
+    return fusing(fuse)
+
+
+def _write(options: argparse.Namespace, environment: dict[str, Any], rows: list[dict[str, Any]], header: str) -> None:
+    if options.json:
+        found = {"environment": environment, "on": options.device, "header": header, "rows": rows}
+        options.json.write_text(json.dumps(found, indent=1))
+    if options.markdown:
+        options.markdown.write_text("\n".join(["", header, "", table(rows), ""]))
+
+
 def _environment(device: torch.device, limits: Ceilings) -> dict[str, Any]:
     cuda = device.type == "cuda"
     triton = __import__("importlib.metadata").metadata.version("triton") if HAS_TRITON else None
@@ -174,31 +203,36 @@ def _cpu_name() -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the benchmark; exit code 1 if any row was refused for its error."""
+    """Run the benchmark, or show what one has kept; exit code 1 if any row was refused for its error."""
     options = _arguments(argv)
+    if options.read:
+        kept = json.loads(options.read.read_text())
+        return _show(options, kept["on"], kept["rows"], kept["header"])
     device = torch.device(options.device)
     dtypes = [DTYPES[d] for d in (options.dtypes or ("bf16" if device.type == "cuda" else "fp32")).split(",")]
     limits = ceilings(device, dtypes[0], options.smoke)
     environment = _environment(device, limits)
     print(", ".join(f"{k} {v}" for k, v in environment.items()), flush=True)
+    asked = ["python -m kernels.bench", *(sys.argv[1:] if argv is None else argv)]
+    header = f"`{' '.join(asked)}`: " + ", ".join(f"{k} {v}" for k, v in environment.items())
     rows: list[dict[str, Any]] = []
     for name in options.ops.split(","):
         for dtype in dtypes:
-            for shape in shapes(PROBLEMS[name], device, options.smoke):
-                found = _row(PROBLEMS[name], shape, dtype, device, limits, options)
+            for shape in options.shapes or shapes(PROBLEMS[name], device, options.smoke):
+                with _walk(options.fuse):
+                    found = _row(PROBLEMS[name], shape, dtype, device, limits, options)
                 rows += found
                 for row in found:
                     print(line(row), flush=True)
-    asked = ["python -m kernels.bench", *(sys.argv[1:] if argv is None else argv)]
-    header = f"`{' '.join(asked)}`: " + ", ".join(f"{k} {v}" for k, v in environment.items())
-    text = "\n".join(["", header, "", table(rows), ""])
-    print(text)
-    if options.json:
-        options.json.write_text(json.dumps({"environment": environment, "rows": rows}, indent=1))
-    if options.markdown:
-        options.markdown.write_text(text)
+        # op by op, so that a run that is stopped leaves what it measured
+        _write(options, environment, rows, header)
+    return _show(options, device.type, rows, header)
+
+
+def _show(options: argparse.Namespace, device: str, rows: list[dict[str, Any]], header: str) -> int:
     for path in options.readme:
-        path.write_text(fill(path.read_text(), device.type, rows, header))
+        path.write_text(fill(path.read_text(), device, rows, header))
+    print("\n".join(["", header, "", table(rows), ""]))
     return int(any(row["pass"] == "REFUSED" for row in rows))
 
 

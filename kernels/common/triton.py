@@ -191,7 +191,10 @@ def _read_json(path: Path) -> dict[str, Any]:
 def _write_json(path: Path, value: dict[str, Any]) -> None:
     _JSON[path] = value
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(value, indent=1, sort_keys=True))
+    # whole or not at all: other processes on this card read it
+    part = path.with_suffix(f".{os.getpid()}")
+    part.write_text(json.dumps(value, indent=1, sort_keys=True))
+    part.replace(path)
 
 
 def _cached(key: str, rows: list[Row]) -> Row | None:

@@ -62,6 +62,57 @@ def test_bench_names_the_allowed_ops(capsys):
     assert "unknown ops 'attention'; use linear_scan" in capsys.readouterr().err
 
 
+def test_bench_keeps_what_it_measured_when_a_later_op_ends_it(monkeypatch, tmp_path):
+    from kernels.bench import __main__ as bench
+
+    out, row = tmp_path / "b.json", bench._row
+
+    def until_kda(problem, *arguments):
+        if problem.name == "kda":
+            raise RuntimeError("out of time")
+        return row(problem, *arguments)
+
+    monkeypatch.setattr(bench, "_row", until_kda)
+    shapes = ["--shapes", "1x32x1x16", "2x32x1x16"]
+    with pytest.raises(RuntimeError, match="out of time"):
+        bench.main(["--device", "cpu", "--smoke", "--ops", "deltanet,kda", *shapes, "--json", str(out)])
+    rows = json.loads(out.read_text())["rows"]
+    assert [row["B T H D"] for row in rows] == ["1 32 1 16"] * 2 + ["2 32 1 16"] * 2
+
+
+def test_bench_fills_tables_from_what_another_run_kept(tmp_path):
+    """What a card has measured that gives no more back than a file of numbers."""
+    from kernels.bench.__main__ import main
+
+    out, page = tmp_path / "b.json", tmp_path / "page.md"
+    page.write_text("<!-- bench cuda kda short -->\nold\n<!-- end bench -->\n")
+    row = {"op": "kda", "B T H D": "1 2 3 4", "pass": "fwd", "ms": 0.5}
+    out.write_text(json.dumps({"environment": {}, "on": "cuda", "header": "`asked`: device card", "rows": [row]}))
+    assert main(["--read", str(out), "--readme", str(page)]) == 0
+    assert "| kda | 1 2 3 4 | fwd | 0.5 |" in page.read_text()
+    assert "device card" in page.read_text()
+
+
+def test_bench_says_what_a_shape_is(capsys):
+    from kernels.bench.__main__ import main
+
+    with pytest.raises(SystemExit) as stop:
+        main(["--shapes", "4x2048"])
+    assert stop.value.code == 2
+    assert "'4x2048' is no BxTxHxD of four integers, such as 4x2048x16x64" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("flag", "walks"), [("--fuse", True), ("--no-fuse", False)])
+def test_bench_forces_the_walk(flag, walks, monkeypatch):
+    from kernels.bench import __main__ as bench
+    from kernels.common import triton_chunks
+
+    seen = []
+    monkeypatch.setattr(bench, "_row", lambda *_: seen.append(triton_chunks._FUSING) or [{"pass": "fwd"}])
+    bench.main(["--smoke", "--device", "cpu", "--ops", "deltanet", flag])
+    assert seen == [walks]
+
+
 def fake_module(monkeypatch, name, **members):
     """A module `name` and its parents, with plain token loops in the place of the peer's kernels."""
     parts = name.split(".")
@@ -184,6 +235,36 @@ def test_check_gpu_runs_in_the_interpreter(tmp_path):
         "walk_corrected_outputs",
     }
     assert all(row["ok"] for row in rows)
+
+
+@pytest.mark.slow
+def test_check_gpu_in_several_processes_is_the_same(tmp_path):
+    rows = []
+    for jobs in ("1", "2"):
+        out = tmp_path / f"{jobs}.json"
+        words = ("--smoke", "--ops", "linear_scan", "--jobs", jobs, "--json", str(out))
+        done = run("kernels.check_gpu", *words, TRITON_INTERPRET="1")
+        assert done.returncode == 0, done.stdout + done.stderr
+        rows.append(json.loads(out.read_text())["rows"])
+    assert rows[0] == rows[1]
+
+
+def test_what_is_kept_of_tuning_is_whole_or_as_it_was(monkeypatch, tmp_path):
+    """Other processes on the card read it while it is written, and a full disk must not end them."""
+    from kernels.common import triton
+
+    path = tmp_path / "tuned.json"
+    triton._write_json(path, {"kept": "row"})
+    write = type(path).write_text
+
+    def half(self, text, *arguments, **how):
+        write(self, text[: len(text) // 2], *arguments, **how)
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(type(path), "write_text", half)
+    with pytest.raises(OSError, match="no space"):
+        triton._write_json(path, {"kept": "row", "more": "rows"})
+    assert json.loads(path.read_text()) == {"kept": "row"}
 
 
 def test_launcher_honours_the_deny_list(monkeypatch, tmp_path):

@@ -297,19 +297,6 @@ def test_is_a_block_of_the_decoder(words):
     assert tensor_bytes(state) > 0
 
 
-@every_mixer
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA card")
-def test_card_is_processor(words):
-    """The Triton kernels against the torch ones, in single precision."""
-    mixer, x = made(words, torch.float32), tokens(dtype=torch.float32)
-    with torch.no_grad():
-        y, state = mixer(x, reset=documents())
-        on_card, card_state = mixer.cuda()(x.cuda(), reset=documents().cuda())
-    close(on_card.cpu(), y, 1e-3)
-    same_state(mapped(lambda leaf: leaf.cpu(), without_terms(card_state)), state, 1e-3)
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_mixers_keep_the_interface(name):
     mixer = build_mixer((plugin("mixers", name, "").examples or (name,))[0], WIDTH, num_heads=HEADS)

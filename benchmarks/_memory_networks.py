@@ -1,0 +1,88 @@
+"""The decoders that `memory_speed.py` measures: blocks of one kind, memories of segments, and layers of others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from _fit import active_weights, fitted_width
+from _fla_layers import LAYERS, around
+from torch import nn
+
+from cl.backbones.armt import Armt
+from cl.backbones.block_recurrent import BlockRecurrent
+from cl.backbones.gpt import Gpt
+from cl.backbones.memformer import Memformer
+from cl.backbones.rmt import Rmt
+from cl.core import Setting, StreamInfo
+
+VOCABULARY = 256
+BLOCKS: Mapping[str, str] = {
+    "attention": "attention",
+    "window": "attention(window=64)",
+    "linear": "linear_memory(rule=linear)",
+    "retnet": "linear_memory(rule=retnet)",
+    "gla": "linear_memory(rule=gla)",
+    "mamba2": "linear_memory(rule=mamba2)",
+    "mlstm": "linear_memory(rule=mlstm)",
+    "delta": "linear_memory(rule=delta)",
+    "gated_delta": "linear_memory(rule=gated_delta)",
+    "kda": "linear_memory(rule=kda)",
+    "gateloop": "linear_memory(rule=gateloop)",
+    "longhorn": "linear_memory(rule=longhorn)",
+    "ridge": "ridge_memory",
+    "ridge, 20 steps": "ridge_memory(steps=20)",
+    "ttt_linear": "neural_memory(rule=ttt_linear)",
+    "titans": "neural_memory(rule=titans)",
+    "titans, a matrix": "neural_memory(rule=titans(depth=1))",
+    "min_gru": "scan_rnn",
+    "lru": "scan_rnn(cell=lru)",
+    "gru": "nonlinear_rnn",
+    "lstm": "nonlinear_rnn(cell=lstm)",
+    "slstm": "nonlinear_rnn(cell=slstm)",
+    "hippocampus": "hippocampus",
+    "memory_cache": "memory_cache(linear_memory)",
+    "mixture_of_memories": "mixture_of_memories(linear_memory)",
+    # longer pieces than the defaults, which are those of short texts
+    "ttt_linear, chunks of 64": "neural_memory(rule=ttt_linear(chunk=64))",
+    "titans, chunks of 256": "neural_memory(rule=titans(chunk=256))",
+    "titans, a matrix, chunks of 256": "neural_memory(rule=titans(depth=1, chunk=256))",
+    "memory_cache, segments of 512": "memory_cache(linear_memory, segment=512)",
+}
+SEGMENTED: Mapping[str, Callable[..., nn.Module]] = {
+    name + end: partial(kind, **options)
+    for end, options in (("", {}), (", segments of 512", {"segment": 512}))
+    for name, kind in (("rmt", Rmt), ("armt", Armt), ("block_recurrent", BlockRecurrent), ("memformer", Memformer))
+}
+NAMES = (*BLOCKS, *SEGMENTED)
+
+
+def decoder(name: str, **sizes: Any) -> Callable[..., nn.Module]:
+    """What makes a decoder with blocks of one kind, or with the layer of somebody else that `theirs` names."""
+    if name in LAYERS:
+        return partial(around, name, **sizes)
+    return partial(SEGMENTED[name] if name in SEGMENTED else partial(Gpt, blocks=BLOCKS[name]), **sizes)
+
+
+def equal(name: str, target: int, info: StreamInfo, **sizes: Any) -> Callable[..., nn.Module]:
+    """The decoder whose hidden width brings its weights nearest to `target`.
+
+    Raises:
+        ValueError: as `fitted_width`.
+    """
+    made = decoder(name, **sizes)
+    width = fitted_width(lambda hidden: counted(partial(made, mlp_width=hidden), info), target, 2, name)
+    return partial(made, mlp_width=width)
+
+
+def counted(made: Callable[..., nn.Module], info: StreamInfo) -> int:
+    """Active weights of a network that is only counted: nothing is drawn."""
+    with torch.device("meta"):
+        return active_weights(made(info))
+
+
+def text(tokens: int) -> StreamInfo:
+    """Rows of bytes."""
+    return StreamInfo("text", Setting.CONTINUAL_PRETRAINING, (tokens,), VOCABULARY, 1, measure="loss")
