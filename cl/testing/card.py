@@ -3,11 +3,11 @@
     with pretended_card():
         model.to(CARD), inputs.to(CARD)
 
-Tensors on `CARD` say `cuda:0`, keep their numbers in the processor's memory, and refuse to meet a tensor that lies on the
-processor, with the words of a real card. So a mask, a counter or a random generator that was made on the wrong side is
-found without a card, and all numbers are those of the processor: two runs can be compared bit for bit.
+Tensors on `CARD` say `cuda:0`, keep their numbers in the processor's memory, and refuse to meet a tensor that lies on
+the processor, with the words of a real card. So a mask, a counter or a random generator that was made on the wrong side
+is found without a card, and all numbers are those of the processor: two runs can be compared bit for bit.
 
-Not found: what a card computes otherwise (its kernels, its rounding, its random numbers, autocast, which changes nothing
+Not found: what a card computes otherwise (Triton's kernels, its rounding, its random numbers, autocast, which is off
 here), and how fast. Tensors of a class of one's own cannot be on the card (`as_subclass` raises).
 
 Source: the wrapper subclasses of torch (torch/_subclasses/fake_tensor.py is one, without numbers).
@@ -15,13 +15,16 @@ Source: the wrapper subclasses of torch (torch/_subclasses/fake_tensor.py is one
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
+from functools import cache
 from typing import Any
 from unittest.mock import patch
 
 import torch
 from torch import Tensor
+from torch._library.custom_ops import OPDEFS
 from torch._ops import OpOverload
 from torch.utils._mode_utils import no_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -85,7 +88,7 @@ class CardTensor(Tensor):
         return self.on_cpu.tolist()
 
     def numpy(self, **options: Any) -> Any:
-        raise TypeError("can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() to copy it to the host first")
+        raise TypeError("can't convert cuda:0 device type tensor to numpy; use Tensor.cpu() first")
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return self.on_cpu.__reduce_ex__(protocol)
@@ -127,12 +130,14 @@ def pretended_card() -> Iterator[None]:
         stack.enter_context(patch.object(torch.backends.cudnn, "is_acceptable", lambda tensor: False))
         stack.enter_context(patch.object(torch, "is_autocast_enabled", lambda device_type="cuda": False))
         # tensors of inference mode cannot have a Python class
-        stack.enter_context(patch.object(torch, "inference_mode", lambda mode=True: torch.no_grad() if mode else nullcontext()))
+        no_inference = lambda mode=True: torch.no_grad() if mode else nullcontext()  # noqa: E731
+        stack.enter_context(patch.object(torch, "inference_mode", no_inference))
         check = "_accelerator_graph_capture_health_check"
         stack.enter_context(patch.object(torch.optim.Optimizer, check, lambda self: None, create=True))
         # `torch.tensor(numbers, device=CARD)` fills a tensor of the processor first, then asks for the card's
         torch._C._set_only_lift_cpu_tensors(True)
         stack.callback(torch._C._set_only_lift_cpu_tensors, False)
+        stack.enter_context(patch.dict(os.environ, {"KERNELS_BACKEND": "chunked"}))
         stack.enter_context(_Factories())
         yield
 
@@ -142,6 +147,10 @@ def _run(func: OpOverload, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
     target = kwargs.get("device")
     to_card = any(isinstance(x, CardTensor) for x in tensors) if target is None else torch.device(target).type != "cpu"
+    body = _body(func, to_card)
+    if body is not None:
+        with _Factories():
+            return body(*args, **kwargs)
     _refuse_mixtures(func, args, kwargs, tensors, to_card)
     if target is not None:
         kwargs["device"] = torch.device("cpu")
@@ -160,6 +169,14 @@ def _run(func: OpOverload, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         return CardTensor(x) if to_card and isinstance(x, Tensor) else x
 
     return tree_map(placed, result)
+
+
+@cache
+def _body(func: OpOverload, to_card: bool) -> Callable[..., Any] | None:
+    """What an operation is made of where that is others, of torch or in Python, so that it is looked into."""
+    if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"):
+        return func.decompose
+    return OPDEFS[func.name()]._init_fn if to_card and func.name() in OPDEFS else None
 
 
 def _refuse_mixtures(

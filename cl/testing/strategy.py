@@ -254,16 +254,16 @@ class StrategyContract:
 
     def test_runs_on_a_card(self, setting: Setting) -> None:
         """What it makes lies where the batches do. The card is pretended, so the numbers are those of the processor."""
-        assert equal(self._weights_on_card(setting), self.run(setting).weights)
+        assert equal(self._weights_on_card(setting), self.train(setting, epochs=1).weights)
 
     def test_loss_scaling_changes_nothing(self, setting: Setting) -> None:
-        """With float16 losses are multiplied by a power of two until the step, and so must be what acts on gradients."""
-        assert equal(self._weights_on_card(setting, precision="fp16"), self.run(setting).weights)
+        """With float16 losses are multiplied by a power of two until the step; what acts on gradients must know it."""
+        assert equal(self._weights_on_card(setting, precision="fp16"), self.train(setting, epochs=1).weights)
 
     def _weights_on_card(self, setting: Setting, **options: Any) -> dict[str, Tensor]:
         with pretended_card():
             try:
-                run = self.train(setting, device=str(CARD), **options)
+                run = self.train(setting, epochs=1, device=str(CARD), **options)
             except RuntimeError as error:
                 if "already associated to a python object" in str(error):
                     pytest.skip("makes tensors of a class of its own, which a pretended card cannot hold")

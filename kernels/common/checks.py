@@ -52,8 +52,10 @@ def require_numbers(op: str, *, above_zero: bool = False, **numbers: float | Non
             raise ValueError(f"{op}: {name} must be above 0, got {value}")
 
 
-def require_cu_seqlens(op: str, cu_seqlens: Tensor | None, batch: int, length: int) -> None:
-    """Raise unless `cu_seqlens` holds offsets 0 .. T of sequences in the one row of the batch; empty ones are allowed.
+def require_cu_seqlens(op: str, cu_seqlens: Tensor | None, like: Tensor) -> None:
+    """Raise unless `cu_seqlens` holds offsets 0 .. T of sequences in the one row of `like` [1, T, ...], on its device.
+
+    Empty sequences are allowed.
 
     On a card the values are read only where KERNELS_CHECK=1 asks for it: reading waits for the device at every call.
     """
@@ -66,6 +68,9 @@ def require_cu_seqlens(op: str, cu_seqlens: Tensor | None, batch: int, length: i
             f"{op}: cu_seqlens must be 1-D int32 or int64 of at least two offsets, "
             f"got {cu_seqlens.dtype} {list(cu_seqlens.shape)}"
         )
+    if cu_seqlens.device != like.device:
+        raise ValueError(f"{op}: cu_seqlens is on {cu_seqlens.device} but the inputs are on {like.device}")
+    batch, length = like.shape[:2]
     if batch != 1:
         raise ValueError(f"{op}: cu_seqlens packs all sequences into one row, so the batch must be 1, got {batch}")
     # a compiler traces with tensors that hold no values
@@ -126,7 +131,7 @@ def matrix_state_plan(
             f"{op}: g must be [B, T, H] = {list(q.shape[:3])}, [B, T, H, K] = {list(q.shape)} or [H], "
             f"got {list(g.shape)}"
         )
-    require_cu_seqlens(op, cu_seqlens, q.shape[0], q.shape[1])
+    require_cu_seqlens(op, cu_seqlens, q)
     sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     if initial_state is not None:
         shape = (sequences, q.shape[2], q.shape[3], v.shape[3])

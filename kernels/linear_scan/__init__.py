@@ -32,7 +32,7 @@ def _plan(
     require_shape(OP, "a", a, tuple(u.shape), "the shape of u")
     if a.is_complex() != u.is_complex():
         raise ValueError(f"{OP}: a and u must both be real or both complex, got {a.dtype} and {u.dtype}")
-    require_cu_seqlens(OP, cu_seqlens, u.shape[0], u.shape[1])
+    require_cu_seqlens(OP, cu_seqlens, u)
     sequences = u.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     if initial_state is not None:
         require_shape(OP, "initial_state", initial_state, (sequences, *u.shape[2:]), "[sequences, ...]")

@@ -48,7 +48,7 @@ def _plan(
     backend: str = "auto",
 ) -> Decision:
     found = base_plan(OP, q, k, v, beta, g, chunk, backend)
-    require_cu_seqlens(OP, cu_seqlens, q.shape[0], q.shape[1])
+    require_cu_seqlens(OP, cu_seqlens, q)
     for name, value, allowed in (("variant", variant, VARIANTS), ("write", write, WRITES)):
         if value not in allowed:
             raise ValueError(f"{OP}: unknown {name} {value!r}; use one of {', '.join(allowed)}")

@@ -48,7 +48,7 @@ def _plan(
             raise ValueError(f"{OP}: {name} must have a memory axis [B, T, {memories}, ...] like k, got {found_shape}")
     first_k, first_v, first_beta, first_g = (_first(x, per_memory) for x in (k, v, beta, g))
     found = base_plan(OP, q, first_k, first_v, first_beta, first_g, chunk, backend)
-    require_cu_seqlens(OP, cu_seqlens, q.shape[0], q.shape[1])
+    require_cu_seqlens(OP, cu_seqlens, q)
     if initial_state is not None:
         sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
         shape = (sequences, memories, *q.shape[2:], v.shape[-1])

@@ -48,7 +48,7 @@ def _plan(
         if gate is not None:
             require_shape(OP, name, gate, tuple(q.shape[:3]), "[B, T, H]")
     require_alike(OP, {"q": q, "k": k, "v": v, "beta": beta, "g": g, "momentum": momentum})
-    require_cu_seqlens(OP, cu_seqlens, q.shape[0], q.shape[1])
+    require_cu_seqlens(OP, cu_seqlens, q)
     if not isinstance(chunk, int) or chunk < 1:
         raise ValueError(f"{OP}: chunk must be a whole number of at least 1, got {chunk!r}")
     for name, value, allowed in (("activation", activation, ACTIVATIONS), ("loss", loss, LOSSES)):

@@ -76,7 +76,7 @@ def _plan(
         raise ValueError(f"{OP}: peephole is for cell 'lstm', got cell {cell!r}")
     if peephole is not None:
         require_shape(OP, "peephole", peephole, (2, *units), "[2, ...]")
-    require_cu_seqlens(OP, cu_seqlens, x.shape[0], x.shape[1])
+    require_cu_seqlens(OP, cu_seqlens, x)
     if initial_state is not None:
         require_shape(OP, "initial_state", initial_state, _state_shape(x, cell, cu_seqlens), _legend(cell))
     require_reset(OP, reset, x)

@@ -77,7 +77,7 @@ def _plan(
     for name, t in (("q", q), ("k", k), ("v", v)):
         if t.dtype != x.dtype:
             raise ValueError(f"{OP}: x, q, k and v must share one dtype, got {x.dtype} and {name} {t.dtype}")
-    require_cu_seqlens(OP, cu_seqlens, batch, length)
+    require_cu_seqlens(OP, cu_seqlens, x)
     require_reset(OP, reset, x)
     require_numbers(OP, scale=scale)
     _require_state(initial_state, q, v, batch if cu_seqlens is None else cu_seqlens.shape[0] - 1)

@@ -46,7 +46,7 @@ def _plan(
     require_shape(OP, "r", r, (gates, heads, width, width), "[G, H, D, D]")
     if bias is not None:
         require_shape(OP, "bias", bias, (gates, heads, width), "[G, H, D]")
-    require_cu_seqlens(OP, cu_seqlens, x.shape[0], x.shape[1])
+    require_cu_seqlens(OP, cu_seqlens, x)
     if initial_state is not None:
         legend = "[sequences, H, D]" if PARTS[cell] == 1 else f"[sequences, {PARTS[cell]}, H, D]"
         require_shape(OP, "initial_state", initial_state, _state_shape(x, cell, cu_seqlens), legend)

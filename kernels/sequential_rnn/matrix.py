@@ -54,7 +54,7 @@ def _plan(
     for name, t in (("k", k), ("v", v)):
         if t.dtype != q.dtype:
             raise ValueError(f"{OP}: q, k and v must share one dtype, got {q.dtype} and {name} {t.dtype}")
-    require_cu_seqlens(OP, cu_seqlens, q.shape[0], q.shape[1])
+    require_cu_seqlens(OP, cu_seqlens, q)
     sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     if initial_state is not None:
         require_shape(

@@ -27,9 +27,9 @@ def pytest_collection_modifyitems(items):
 
 
 def is_elsewhere(item):
-    """Whether the strategy shows this promise in another setting already."""
-    strategy = getattr(item.cls, "strategy", None)
-    if strategy is None or item.originalname not in ONCE:
+    """Whether the strategy or backbone shows this promise in another setting already."""
+    subject = getattr(item.cls, "strategy", item.cls)
+    if getattr(item, "originalname", None) not in ONCE or not hasattr(subject, "settings"):
         return False
-    settings = sorted(strategy.settings)
-    return item.callspec.params["setting"] != settings[crc32(strategy.__name__.encode()) % len(settings)]
+    settings = sorted(subject.settings)
+    return item.callspec.params["setting"] != settings[crc32(subject.__name__.encode()) % len(settings)]

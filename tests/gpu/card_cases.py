@@ -218,7 +218,7 @@ def fill(buffer, given, device):
     for batch in given:
         buffer.add(batch.to(torch.device(device)), drawn, extra=batch.inputs[:, :2].to(device))
     held = buffer.rows(buffer.draw(4, drawn))
-    assert {column.device.type for column in buffer.columns.values()} == {device}
+    assert {column.device for column in buffer.columns.values()} == {torch.device(device)}
     return {**buffer.columns, "drawn": held.inputs}
 
 

@@ -1,28 +1,39 @@
-"""Everything that is found by listing a folder, on a card against the processor; there, whether the tests are right.
+"""Everything that is found by listing a folder, on a card against the processor; without one, on a pretended card.
 
-Kernels have a file of their own (tests/kernels/test_gpu.py).
+Kernels have files of their own (tests/kernels/test_gpu.py, test_pretended_card.py).
 """
+
+from contextlib import nullcontext
 
 import card_cases as cases
 import pytest
 import torch
 
 from cl.core import Setting
-from cl.testing import ToyNet
+from cl.testing import CARD, ToyNet, pretended_card
 from strategies.derpp import Derpp
 
-CARD = (pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA card"))
+NEEDS_CARD = (pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA card"))
 FAST = 2
-"""Cases of a test that CI tries on the processor; all of them take four minutes, and show nothing of the code."""
+"""Cases of a test that CI tries on a pretended card; all of them take minutes."""
 
 
 def each(*found):
-    """A parameter for every case and device."""
+    """A parameter for every case and kind of card."""
     every = [case for some in found for case in some]
-    on_card = [pytest.param(*case[1:], "cuda", id=f"{case[0]}-cuda", marks=CARD) for case in every]
-    slow = [() if number < FAST else (pytest.mark.slow, pytest.mark.grid) for number in range(len(every))]
-    here = [pytest.param(*case[1:], "cpu", id=f"{case[0]}-cpu", marks=m) for case, m in zip(every, slow, strict=True)]
-    return pytest.mark.parametrize(("build", "inputs", "device"), on_card + here)
+    real = [pytest.param(*case[1:], "real", id=f"{case[0]}-real", marks=NEEDS_CARD) for case in every]
+    slow = [() if number < FAST else pytest.mark.slow for number in range(len(every))]
+    pretended = [
+        pytest.param(*case[1:], "pretended", id=f"{case[0]}-pretended", marks=m)
+        for case, m in zip(every, slow, strict=True)
+    ]
+    return pytest.mark.parametrize(("build", "inputs", "device"), real + pretended, indirect=["device"])
+
+
+@pytest.fixture
+def device(request):
+    with nullcontext() if request.param == "real" else pretended_card():
+        yield str(CARD)
 
 
 @pytest.fixture(autouse=True)
@@ -85,7 +96,7 @@ def test_runs(build, inputs, device):
     assert {value.dtype for value in weights.values() if value.is_floating_point()} == {torch.float32}
 
 
-@pytest.mark.parametrize("device", [pytest.param("cuda", marks=CARD), "cpu"])
+@pytest.mark.parametrize("device", [pytest.param("real", marks=NEEDS_CARD), "pretended"], indirect=True)
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_a_run_goes_on_where_it_stopped(precision, device, tmp_path):
     """With a buffer, and in fp16 with the scale of the losses."""
@@ -100,4 +111,4 @@ def test_a_run_goes_on_where_it_stopped(precision, device, tmp_path):
     rest, again = run(run_dir=tmp_path, resume=True)
     assert begun + rest == pytest.approx(whole, rel=1e-3)
     if precision == "fp16":
-        assert again.scaler.get_scale() > 0
+        assert again.state.scaler.get_scale() > 0

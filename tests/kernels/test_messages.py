@@ -242,10 +242,10 @@ def test_values_of_offsets_are_read_on_a_card_only_when_asked(monkeypatch):
     """`meta` stands for the card: reading a value there raises."""
     cu = torch.tensor([1, 9], device="meta")
     monkeypatch.delenv("KERNELS_CHECK", raising=False)
-    require_cu_seqlens("op", cu, 1, 4)
+    require_cu_seqlens("op", cu, torch.empty(1, 4, device="meta"))
     monkeypatch.setenv("KERNELS_CHECK", "1")
     with pytest.raises((NotImplementedError, RuntimeError)):
-        require_cu_seqlens("op", cu, 1, 4)
+        require_cu_seqlens("op", cu, torch.empty(1, 4, device="meta"))
 
 
 def test_explain_tells_what_runs_and_why(monkeypatch):

@@ -26,7 +26,7 @@ FUNCTIONS = {
     "written list": lambda x, t: x.clone().index_put((torch.tensor([1, 2], device=x.device),), t[:2]),
     "cpu index": lambda x, t: x[torch.tensor([0, 2])],
     "mask": lambda x, t: x[t > 0].cumsum(0),
-    "attention": lambda x, t: F.scaled_dot_product_attention(x[None], t[None], x[None], is_causal=False),
+    "attention": lambda x, t: F.scaled_dot_product_attention(x[None], t[None], x[None]),
     "distillation": lambda x, t: F.kl_div(x.log_softmax(1), t.log_softmax(1), reduction="sum", log_target=True),
     "conjugate": lambda x, t: (torch.complex(x, t) * torch.complex(t, x).conj()).real,
     "complex": lambda x, t: torch.exp(torch.complex(-x.abs(), t)).cumprod(0).imag,
@@ -34,7 +34,9 @@ FUNCTIONS = {
     "new tensor": lambda x, t: x * x.new_tensor([1.0, 2.0, 3.0, 4.0]) + torch.tensor(t.tolist(), device=x.device),
     "scalar": lambda x, t: x * torch.tensor(2.0) + t.sum().item(),
     "vmap": lambda x, t: vmap(grad(lambda row, other: (row * other).sin().sum()))(x, t),
-    "zero gradient": lambda x, t: torch.autograd.grad((x * t).sum() + 0 * x.detach().sum(), x, create_graph=True)[0] + x,
+    "zero gradient": lambda x, t: (
+        torch.autograd.grad((x * t).sum() + 0 * x.detach().sum(), x, create_graph=True)[0] + x
+    ),
 }
 
 
@@ -55,7 +57,8 @@ def test_numbers_and_gradients_are_those_of_the_processor(name, card):
 def test_a_network_trains_there_as_here(card):
     def trained(device):
         torch.manual_seed(0)
-        model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.2), nn.Linear(8, 3)).to(device)
+        layers = nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.2), nn.Linear(8, 3)
+        model = nn.Sequential(*layers).to(device)
         optimizer = torch.optim.AdamW(model.parameters(), foreach=False)
         for step in range(3):
             optimizer.zero_grad()
@@ -97,7 +100,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_lies_on_two_sides_is_refused(name, card):
-    with pytest.raises(RuntimeError, match="same device|device type for generator"):
+    with pytest.raises(RuntimeError, match=r"same device|device type for generator"):
         REFUSED[name](drawn(3, 4).to(CARD))
 
 
