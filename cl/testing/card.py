@@ -115,6 +115,7 @@ def pretended_card() -> Iterator[None]:
         "_lazy_init": lambda: None,
         "device_count": lambda: 1,
         "current_device": lambda: 0,
+        "is_bf16_supported": lambda *args: True,
         "synchronize": lambda *args: None,
         "max_memory_allocated": lambda *args: 0,
         "reset_peak_memory_stats": lambda *args: None,

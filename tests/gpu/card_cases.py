@@ -223,29 +223,38 @@ def fill(buffer, given, device):
 
 
 class Losses(Observer):
-    """Total loss of every step; asks the run to stop after one of them."""
+    """Total loss of every step."""
 
-    def __init__(self, stop_at=None):
-        self.found, self.stop_at, self.trainer = [], stop_at, None
+    def __init__(self):
+        self.found = []
 
     def on_step(self, state, losses, lr):
         self.found.append(losses["loss"])
-        if state.step == self.stop_at:
+
+
+class Stop(Naive):
+    """Asks for a stop after a step; observers hear of steps on a card when several are over."""
+
+    def __init__(self, at):
+        self.at, self.trainer = at, None
+
+    def on_step_end(self, state, batch, output):
+        if state.step == self.at:
             self.trainer.request_stop()
 
 
 def short_run(strategy, network, stream, precision, device, run_dir=None, stop_at=None, resume=False):
     """Losses of a few steps of each experience, and the trainer when they are done."""
-    watch = Losses(stop_at)
+    watch, stop = Losses(), Stop(stop_at)
     trainer = Trainer(
         stream,
         network,
-        [strategy],
+        [strategy, stop],
         optimizer=partial(torch.optim.SGD, lr=0.05),
         config=TrainerConfig(max_steps=STEPS, batch_size=16, eval_rows=32, device=device, precision=precision),
         run_dir=run_dir,
         observers=[watch],
     )
-    watch.trainer = trainer
+    stop.trainer = trainer
     trainer.run(resume=resume)
     return watch.found, trainer
