@@ -335,7 +335,8 @@ def test_adapters_are_low_rank_changes_of_the_blocks_weights():
     [
         ({"rang": 2}, "backbone.lora has no key 'rang'; its keys are rank, alpha, dropout, target_modules"),
         ({"rank": 0}, "backbone.lora.rank is 0"),
-        ({"target_modules": ["nowhere"]}, "backbone.lora cannot be put on this model"),
+        ({"target_modules": ["nowhere"]}, "backbone.lora.target_modules names 'nowhere', no layer of this model"),
+        ({"target_modules": ["dropout"]}, "backbone.lora cannot be put on this model"),
     ],
 )
 def test_wrong_adapters_are_one_sentence(lora, words):
