@@ -83,6 +83,18 @@ def test_weights_are_given_to_a_function_and_saved(card):
     assert torch.equal(saved["weight"], layer.weight.cpu())
 
 
+@torch.library.custom_op("cl_tests::plus_ones", mutates_args=())
+def plus_ones(x: torch.Tensor, is_right: bool) -> torch.Tensor:
+    return x + torch.ones(x.shape, device=x.device if is_right else "cpu")
+
+
+def test_operations_written_in_python_are_looked_into(card):
+    x = drawn(3, 4).to(CARD)
+    assert torch.equal(plus_ones(x, True).cpu(), drawn(3, 4) + 1)
+    with pytest.raises(RuntimeError, match="same device"):
+        plus_ones(x, False)
+
+
 REFUSED = {
     "sum": lambda x: x + torch.ones(4),
     "product": lambda x: x @ torch.ones(4, 2),
