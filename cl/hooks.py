@@ -143,6 +143,9 @@ class Strategy:
         """Predict in place of the model; None leaves it to the next strategy, and at last to the model."""
         return None
 
+    def settle(self, state: TrainState) -> None:
+        """The network leaves the run (`cl export`): put into its weights what `eval_forward` answers with."""
+
     @property
     def needs_evaluation(self) -> bool:
         """Whether training depends on what `on_evaluation` is told, so that only our own loop can run it."""

@@ -132,6 +132,12 @@ class ILora(LoraStrategy, Rehearsal):
         with state.autocast():
             return self._answer(state, batch)
 
+    @torch.no_grad()
+    def settle(self, state: TrainState) -> None:
+        if self.evaluate == "slow":
+            for name, p in state.parameters().items():
+                p.copy_(self.slow.get(name, p))
+
     def cost(self, state: TrainState, batch_size: int) -> Cost:
         extra = self._num_rows(state, batch_size)
         return Cost(extra + (extra if self.gamma > 0 else 0), extra, self.buffer_bytes + tensor_bytes(self.slow))

@@ -79,6 +79,7 @@ class Subwords:
     def __init__(self, content: str, separator: int | None = None) -> None:
         from tokenizers import Tokenizer as Library
 
+        self.content = content
         self._library: tokenizers.Tokenizer = Library.from_str(content)
         self._library.no_truncation()
         self._library.no_padding()

@@ -4,5 +4,6 @@ One file, one backbone, one config; files whose names start with an underscore a
 """
 
 from cl.backbones._heads import Backbone, MultiHead, Stage
+from cl.backbones._saved import load_backbone, save_backbone
 
-__all__ = ["Backbone", "MultiHead", "Stage"]
+__all__ = ["Backbone", "MultiHead", "Stage", "load_backbone", "save_backbone"]

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 from cl.core import UserError
@@ -89,3 +90,18 @@ def put_adapters(model: nn.Module, lora: Mapping[str, Any], adapter: str = "defa
         inject_adapter_in_model(LoraConfig(**options), model, adapter)
     except Exception as error:  # what layers it takes is the library's to say
         raise UserError(f"backbone.lora cannot be put on this model: {str(error).splitlines()[0][:200]}") from None
+
+
+@torch.no_grad()
+def merge_adapters(model: nn.Module) -> nn.Module:
+    """The same model without adapters, in place: those in use are added to the weights that they adapt.
+
+    Returns:
+        the model inside peft's own, where there is one.
+    """
+    model = model.get_base_model() if hasattr(model, "get_base_model") else model
+    for name, layer in list(model.named_modules()):
+        if hasattr(layer, "get_base_layer") and hasattr(layer, "merge"):
+            layer.merge()
+            model.set_submodule(name, layer.get_base_layer())
+    return model

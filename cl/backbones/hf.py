@@ -11,13 +11,14 @@ Shape legend: B rows, T tokens, D width.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from cl.backbones._hf_models import drawn, first_line, loaded, require_positions
-from cl.backbones._lora import lora_options
+from cl.backbones._lora import lora_options, merge_adapters
 from cl.backbones.gpt import TEXT, require_tokens
 from cl.core import Batch, Output, StreamInfo, UserError
 
@@ -96,6 +97,12 @@ class Hf(nn.Module):
         found = self._read(batch.inputs)
         hidden_BTD = found.hidden_states[-1] if self._has_head_input else None
         return Output(found.logits, hidden_BTD)
+
+    def write(self, folder: Path) -> None:
+        """Save the model as transformers does, adapters merged into its weights, which ends its training."""
+        model: Any = merge_adapters(self.model)
+        model.config.use_cache = True
+        model.save_pretrained(folder)
 
     def _read(self, tokens_BT: Tensor) -> Any:
         """What the model says, documents kept apart in the way that it heeds."""

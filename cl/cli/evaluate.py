@@ -23,10 +23,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from cl.cli import build
 from cl.cli.branch import options
-from cl.cli.compose import import_from_here
-from cl.cli.resume import saved_config
+from cl.cli.resume import saved_config, trained
 from cl.core import Batch, UserError
 from cl.evaluation import evaluating, predict
 from cl.result import write_text
@@ -44,14 +42,12 @@ def main(words: list[str]) -> int:
     if not found.get("tasks"):
         raise UserError("`cl evaluate` needs tasks=FOLDER, a folder with lm-eval's YAML files and their data")
     tasks = harness.read_tasks(Path(str(found["tasks"])))
-    import_from_here()
     run_dir = Path(folder)
-    trainer = build.make_trainer(saved_config(run_dir), {}, run_dir, ())
+    trainer, experiences, _ = trained(run_dir)
     state = trainer.state
     codec = state.stream.codec
     if codec is None:
         raise UserError(f"stream {state.info.name} has no text; lm-eval asks in words")
-    experiences, _ = trainer.keeper.restore()
 
     def answer(tokens: torch.Tensor) -> torch.Tensor:
         none = torch.zeros(len(tokens), dtype=torch.long)

@@ -19,6 +19,7 @@ COMMANDS = {
     "rewarm": "go on from a run's checkpoint under a new learning-rate schedule",
     "fork_anneal": "measure an annealed copy of a run while the run goes on",
     "evaluate": "multiple-choice and generation tasks through lm-eval, offline",
+    "export": "take the network out of a run: for transformers, or weights and what makes it again",
     "report": "write the HTML report and figures of a folder of runs",
     "list": "streams, strategies, backbones, schedules and kernels that exist",
     "explain": "look inside one batch: rows, loss terms, gradients, hooks, cost",

@@ -12,9 +12,11 @@ steps are `cl extend`, another learning-rate schedule is `cl rewarm`.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
+from cl.cli import build
 from cl.cli.compose import import_from_here
 from cl.cli.execute import CONFIG, RESULT
 from cl.cli.run import run_with_progress, show_result
@@ -47,6 +49,20 @@ def main(words: list[str]) -> int:
             show_result(console, result, run_dir, (config.get("tracking") or {}).get("uri"))
             return 0
     return int(run_with_progress(config, run_dir, resume=True).status != "done")
+
+
+def trained(run_dir: Path) -> tuple[Any, int, int]:
+    """A run as its newest checkpoint left it, in this process alone, to be looked at and not to go on.
+
+    Returns:
+        its trainer, the experience that comes next, and the steps done in it.
+    """
+    import_from_here()
+    config = saved_config(run_dir)
+    # how it was computed does not matter here
+    config["trainer"] = {**config["trainer"], "parallel": "none", "compile": False}
+    trainer = build.make_trainer(config, {}, run_dir, ())
+    return trainer, *trainer.keeper.restore()
 
 
 def saved_config(run_dir: Path) -> dict:
