@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from cl.backbones import Backbone
+from cl.backbones import Backbone, load_backbone, save_backbone
 from cl.core import Batch, Output, Setting, StreamInfo, UserError
 from cl.hooks import ALL_SETTINGS
 from cl.seeding import Seeds
@@ -137,6 +138,16 @@ class BackboneContract:
         copy = self.build(setting, seed=1)
         copy.load_state_dict(model.state_dict())
         assert torch.equal(copy.eval()(batch).logits, model.eval()(batch).logits)
+
+    def test_a_folder_brings_it_back(self, setting: Setting, tmp_path: Path) -> None:
+        """What `cl export` writes is enough: class, options and weights, what it has committed included."""
+        model, batch, made = self.build(setting), self.batch(setting), type(self).backbone
+        if "<locals>" in type(model).__qualname__:
+            pytest.skip("is a class inside a function, which cannot be imported")
+        if getattr(model, "commits", False):
+            model.commit(batch, model(batch))
+        save_backbone(tmp_path, model, self.info(setting), getattr(made, "keywords", {}))
+        assert equal(load_backbone(tmp_path)(batch).logits, model.eval()(batch).logits)
 
     def test_gradient_reaches_every_parameter(self, setting: Setting) -> None:
         model, batch = self.build(setting), self.batch(setting)
