@@ -73,8 +73,10 @@ class Rules:
         """
         kind, count = engrams["kind"], engrams["count"]
         is_working, is_short, is_long = (kind == each for each in (WORKING, SHORT, LONG))
-        near = torch.cdist(engrams["data"], engrams["data"]).square().neg()
-        near_BN = (near * is_working.unsqueeze(1)).sum(2)
+        # squares in the mean over working ones: that from their mean, and a number that all engrams share
+        total_B1D = (engrams["data"] * is_working.unsqueeze(2)).sum(1, keepdim=True)
+        middle_B1D = total_B1D / is_working.sum(1).clamp(min=1).view(-1, 1, 1)
+        near_BN = (engrams["data"] - middle_B1D).square().sum(2).neg()
         short = _nearest(near_BN, is_short & is_working.any(1, keepdim=True), self.remind_short)
         reachable = is_long.clone()
         # ties break by less than a count
@@ -99,7 +101,7 @@ class Rules:
 
         Args:
             share_BN: of the attention that each reminded engram got, in the mean over tokens, heads and blocks.
-            num_places: of the result; where more live, those with the least life left are dropped.
+            num_places: of the result; where more live, the long-term ones with the least life left are dropped.
         """
         fired = (reminded_BN | (engrams["kind"] == WORKING)).to(engrams["count"].dtype)
         count = engrams["count"] + fired.unsqueeze(2) * fired.unsqueeze(1)
@@ -115,10 +117,11 @@ class Rules:
 
 
 def compact(engrams: State, num_places: int) -> State:
-    """The living, in order of age, at the end of `num_places` places; those with the least life are dropped first."""
+    """The living, in order of age, at the end of `num_places` places; long-term ones of the least life make room."""
     kind, life = engrams["kind"], engrams["life"]
     lives = kind > 0
-    by_life = torch.where(lives, life, float("-inf")).argsort(dim=1, descending=True, stable=True)
+    stays = life.masked_fill(kind == SHORT, float("inf")).masked_fill(~lives, float("-inf"))
+    by_life = stays.argsort(dim=1, descending=True, stable=True)
     rank = by_life.argsort(dim=1)
     lives &= rank < num_places
     # False before True, each in its order
@@ -147,7 +150,8 @@ def ties(step_B: Tensor, num_places: int) -> Tensor:
         # 32-bit products in two halves, so that int64 does not overflow
         x = x ^ (x >> shift)
         x = ((x & 0xFFFF) * factor + (((x >> 16) * factor & 0xFFFF) << 16)) & mask
-    return ((x ^ (x >> 16)) & mask).to(torch.float32) / 2**32
+    # as many bits as float32 holds, or the largest would round to 1
+    return (((x ^ (x >> 16)) & mask) >> 8).to(torch.float32) / 2**24
 
 
 def _nearest(near_BN: Tensor, among: Tensor, count: int) -> Tensor:

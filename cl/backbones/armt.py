@@ -46,7 +46,9 @@ class Armt(Segmented):
         the state holds K (D + 1) numbers a block.
     Source: Rodkin et al., "Associative Recurrent Memory Transformer", 2024, and the code in
         RodkinIvan/associative-recurrent-memory-transformer. Differences: A and z are state, not attributes that a
-        checkpoint loses; W_v starts small and not at zero, so that all projections learn from the first step.
+        checkpoint loses; W_v starts small and not at zero, so that all projections learn from the first step; gamma
+        is 1 for every new key (there eps is taken from it after the first segment, and a key much smaller than that
+        adds nothing to z).
     """
 
     toy = {"segment": 4, "num_memory": 2, "memory_width": 4}

@@ -44,10 +44,12 @@ class BlockRecurrent(Segmented):
         UserError: a value outside its range.
 
     Cost: 14 D^2 more weights; 4 D^2 + 2 n D more multiply-adds a token; the state holds n D numbers beside a window.
-    Source: Hutchins et al., "Block-Recurrent Transformers", 2022 [recalled], in the spirit of: fixed gate, state
-        positions after the norm, one recurrent block late in the stack, 512 states and a window of 512 there.
-        Differences: the block's own attention stays as it is and the exchange is added before it, so that any block of
-        any decoder can be the one; keys and values are not shared between the directions.
+    Source: Hutchins et al., "Block-Recurrent Transformers", 2022, in the spirit of the code in google-research/meliad
+        (transformer/configs/recurrent/bias_skip.gin): fixed gate, state positions after the norm, one recurrent block
+        late in the stack, the tenth of twelve there, with 512 states and a window of 512. Differences: the block's own
+        attention stays as it is and the exchange is added before it, so that any block of any decoder can be the one;
+        keys and values are not shared between the directions, and not normalised; states look at the segment alone,
+        and not at the window before it too; b starts at 1, and not near 0.
     """
 
     toy = {"segment": 4, "num_states": 3, "blocks": "attention(window=4)"}

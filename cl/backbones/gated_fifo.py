@@ -38,9 +38,10 @@ class GatedFifo(Segmented):
 
     Cost: 8 D^2 more weights a block and 3 D^2 to write; 6 D^2 + 2 (T + m) D more multiply-adds a token and block; the
         state holds m D numbers beside that of the decoder.
-    Source: Kashyap, "Recurrent memory with chunked attention", 2025 [paper abstract], whose equations are incomplete:
-        which states are pushed, and where the three are added, is our own design. Differences: the queue is not
-        detached unless `truncate` says so, since its gate could not be learnt otherwise.
+    Source: Kashyap, "Recurrent Memory-Augmented Transformers with Chunked Attention for Long-Context Language
+        Modeling", 2025 [paper abstract], whose equations are incomplete: which states are pushed, and where the three
+        are added, is our own design. Differences: the queue is not detached unless `truncate` says so, since its gate
+        could not be learnt otherwise.
     """
 
     toy = {"segment": 2, "num_memory": 2}

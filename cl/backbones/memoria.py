@@ -53,9 +53,11 @@ class Memoria(Segmented):
         and block for R reminded; the state holds N D + N^2 numbers.
     Source: Park & Bak, "Memoria: Resolving Fateful Forgetting Problem through Human-Inspired Memory Architecture",
         2023, and the code in cosmoquester/memoria (there m = 50, 400 short-term places, 50 and 50 reminded, depth 10,
-        life 9, gain 8, period 500). Differences: long-term memory has a size; a search stops where there is nothing
-        left to reach (there it goes on from the last row); ties are broken by a counter, not by torch's global
-        generator; memory is read before a block and not between its halves; `persist` is ours.
+        life 9, gain 8, period 500). Differences: long-term memory has a size, and the least living leave it; only what
+        is reminded starts a search (there every other short-term engram starts one too, at a place drawn by chance:
+        its index of -1 is taken for the last engram's), and gain counts no empty place as reminded; a search stops
+        where there is nothing left to reach (there it goes on from the last row); ties are broken by a counter, not by
+        torch's global generator; memory is read before a block and not between its halves; `persist` is ours.
     """
 
     toy = {"segment": 2, "num_working": 2, "num_short": 2, "num_long": 4}
@@ -139,14 +141,14 @@ class Memoria(Segmented):
 
     def _after(self, part: Segment, memory: State, engrams: State, read_BTD: Tensor) -> State:
         step_B = memory["step"] + 1
-        forgets_B = part.is_left if self.period is None else part.is_left | (step_B >= self.period)
         fresh = self.fresh_memory(len(step_B))
-        return {
-            "engrams": where_rows(forgets_B, fresh["engrams"], engrams),
+        after: State = {
+            "engrams": where_rows(part.is_left, fresh["engrams"], engrams),
             "read": read_BTD,
             "seen": part.is_last,
-            "step": torch.where(forgets_B, 0, step_B),
+            "step": torch.where(part.is_left, 0, step_B),
         }
+        return after if self.period is None else where_rows(after["step"] >= self.period, fresh, after)
 
     @property
     def commits(self) -> bool:

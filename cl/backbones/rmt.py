@@ -35,7 +35,7 @@ class Rmt(Segmented):
     Cost: that of the decoder times 1 + 2 m / T; m D more weights.
     Source: Bulatov, Kuratov & Burtsev, "Recurrent Memory Transformer", 2022, and the code in
         booydar/recurrent-memory-transformer. Differences: truncation is real: there, the detached memory is bound to a
-        local name and never used. Memory is read after the last norm.
+        local name and never used. Memory is read after the last norm, as there with GPT-2.
     """
 
     toy = {"segment": 4, "num_memory": 2}

@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from cl.backbones._engrams import LONG, SHORT, WORKING, Rules, compact, empty, ties
+from cl.backbones.memoria import Memoria
+from cl.core import Batch, Setting, StreamInfo
 
 
 def remembered(rules, data, kinds, count, step=0):
@@ -45,6 +47,17 @@ def test_engrams_are_reminded_as_the_rules_say(seed):
     assert set(found) == remembered(rules, data[0], kind[0].tolist(), count[0].tolist(), seed)
 
 
+def test_what_all_engrams_have_in_common_brings_none_nearer():
+    """Moved by 2048, which float32 adds exactly here: products of what is large would drown the differences."""
+    rules = Rules(num_short=80, remind_short=9, remind_long=4, depth=2, life=9, gain=8)
+    data = (64 * torch.randn(1, 104, 8, generator=torch.Generator().manual_seed(0))).round() / 64
+    kind = torch.tensor([[LONG] * 20 + [SHORT] * 80 + [WORKING] * 4])
+    engrams = empty(1, 104, 8, data) | {"kind": kind}
+    here, moved = (rules.reminded(engrams | {"data": data + c}, torch.tensor([0])) for c in (0.0, 2048.0))
+    assert torch.equal(here, moved)
+    assert here.sum() > 9
+
+
 def test_nothing_is_reminded_without_working_memory():
     rules = Rules(4, 2, 2, 2, 9, 8)
     engrams = empty(1, 4, 3, torch.zeros(1)) | {"kind": torch.tensor([[LONG, SHORT, SHORT, SHORT]])}
@@ -69,6 +82,32 @@ def test_engrams_fire_age_move_on_and_die():
     assert after["count"].sum() == 9
 
 
+def test_short_term_memory_keeps_its_places():
+    """By hand: long-term engrams that live longer do not push out what is new; the least living of them does go."""
+    rules = Rules(num_short=2, remind_short=1, remind_long=1, depth=1, life=9, gain=8)
+    engrams = empty(1, 6, 1, torch.zeros(1)) | {"data": torch.arange(6.0).view(1, 6, 1)}
+    engrams["kind"] = torch.tensor([[LONG, LONG, SHORT, SHORT, WORKING, WORKING]])
+    engrams["life"] = torch.tensor([[90.0, 50.0, 60.0, 70.0, 9.0, 9.0]])
+    after = rules.aged(engrams, torch.zeros(1, 6, dtype=torch.bool), torch.zeros(1, 6), num_places=4)
+    assert after["data"].flatten().tolist() == [0.0, 3.0, 4.0, 5.0]
+    assert after["kind"].flatten().tolist() == [LONG, LONG, SHORT, SHORT]
+
+
+def test_a_row_forgets_everything_after_its_period():
+    """What comes after it is read as if it stood alone, unless it is of a document that began in its last segment."""
+    info = StreamInfo("text", Setting.CONTINUAL_PRETRAINING, (12,), 11, 1, measure="loss", separator=10)
+    torch.manual_seed(0)
+    net, ids = Memoria(info, width=8, num_heads=2, segment=4, period=2).double().eval(), torch.arange(1)
+    tokens = torch.arange(12).view(1, 12) % 10
+    later, alone = (net(Batch(part, part, ids, ids)).logits[:, -4:] for part in (tokens, tokens[:, 8:]))
+    torch.testing.assert_close(later, alone, atol=1e-12, rtol=0)
+    tokens[0, 6] = 10
+    began = net(Batch(tokens, tokens, ids, ids)).logits[:, -4:]
+    net.period = None
+    assert torch.equal(began, net(Batch(tokens, tokens, ids, ids)).logits[:, -4:])
+    assert (began - alone).abs().max() > 1e-9
+
+
 def test_the_least_living_make_room():
     engrams = empty(1, 4, 1, torch.zeros(1)) | {
         "kind": torch.tensor([[LONG, LONG, SHORT, SHORT]]),
@@ -83,6 +122,7 @@ def test_ties_are_a_fair_draw_of_their_own():
     assert torch.equal(draw, ties(torch.arange(200), 50))
     assert abs(draw.mean() - 0.5) < 4 * (1 / 12 / draw.numel()) ** 0.5
     assert 0 <= draw.min() <= draw.max() < 1
+    assert ties(torch.tensor([926]), 52)[0, 51] < 1, "its bits are ones at the top: they must not round up"
     assert len(draw.argmax(1).unique()) > 40
     before = torch.get_rng_state()
     ties(torch.arange(2), 3)

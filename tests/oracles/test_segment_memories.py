@@ -79,10 +79,8 @@ def test_rows_without_separators_have_no_resets(kind, tokens):
 
 def phi(x, degree=3):
     """DPFP feature by feature."""
-    r = [max(v, 0.0) for v in x.tolist()] + [max(-v, 0.0) for v in x.tolist()]
-    return torch.tensor(
-        [r[i] * r[(i - shift) % len(r)] for shift in range(1, degree + 1) for i in range(len(r))], dtype=torch.float64
-    )
+    r = [v.clamp(min=0) for v in x] + [(-v).clamp(min=0) for v in x]
+    return torch.stack([r[i] * r[(i - shift) % len(r)] for shift in range(1, degree + 1) for i in range(len(r))])
 
 
 def test_dpfp_is_a_product_with_what_is_rolled():
@@ -92,32 +90,35 @@ def test_dpfp_is_a_product_with_what_is_rolled():
 
 
 def test_armt(tokens):
+    """Values, and gradients: none through gamma."""
     net = model(Armt, num_memory=2, memory_width=3)
-    with torch.no_grad():
 
-        def plain(segments):
-            memory = [[torch.zeros(18, 8).double(), torch.zeros(18).double()] for _ in net.blocks]
-            out = []
-            for x in segments:
-                h = torch.cat((x, net.slots.weight[None]), 1)
-                for number, (block, own) in enumerate(zip(net.blocks, net.memories, strict=True)):
-                    A, z = memory[number]
-                    found = []
-                    for token in h[0]:
-                        q = phi(own.query(token))
-                        found.append(q @ A / (z @ q + 1e-5))
-                    h = block(h + torch.stack(found)[None])[0]
-                    new_A, new_z = A.clone(), z.clone()
-                    for u in h[0, -2:]:
-                        k = phi(own.key(u))
-                        old = k @ A / (z @ k + 1e-5)
-                        new_A += torch.sigmoid(own.strength(u)) * torch.outer(k, own.value(u) - old)
-                        new_z += (1 - z @ k / (k @ k + 1e-5)).clamp(0, 1) * k
-                    memory[number] = [new_A, new_z]
-                out.append(net.norm(h[:, :-2]))
-            return out
+    def plain(segments):
+        memory = [[torch.zeros(18, 8).double(), torch.zeros(18).double()] for _ in net.blocks]
+        out = []
+        for x in segments:
+            h = torch.cat((x, net.slots.weight[None]), 1)
+            for number, (block, own) in enumerate(zip(net.blocks, net.memories, strict=True)):
+                A, z = memory[number]
+                found = []
+                for token in h[0]:
+                    q = phi(own.query(token))
+                    found.append(q @ A / (z @ q + 1e-5))
+                h = block(h + torch.stack(found)[None])[0]
+                new_A, new_z = A, z
+                for u in h[0, -2:]:
+                    k = phi(own.key(u))
+                    old = k @ A / (z @ k + 1e-5)
+                    new_A = new_A + torch.sigmoid(own.strength(u)) * torch.outer(k, own.value(u) - old)
+                    new_z = new_z + (1 - z @ k / (k @ k + 1e-5)).clamp(0, 1).detach() * k
+                memory[number] = [new_A, new_z]
+            out.append(net.norm(h[:, :-2]))
+        return out
 
-        torch.testing.assert_close(logits(net, tokens), rows(net, tokens, plain), atol=1e-10, rtol=0)
+    both, parts = (logits(net, tokens), rows(net, tokens, plain)), [own.key.weight for own in net.memories]
+    torch.testing.assert_close(*both, atol=1e-10, rtol=0)
+    grads = [torch.autograd.grad(each.square().sum(), parts) for each in both]
+    torch.testing.assert_close(*grads, atol=1e-9, rtol=1e-9)
 
 
 def test_armt_writes_the_value_and_overwrites_it():
