@@ -68,7 +68,9 @@ class Timescale(nn.Module):
             )
         tau_F = torch.logspace(0, 1, units, base=longest / shortest) * shortest if units > 1 else None
         start_F = torch.tensor([shortest]) if tau_F is None else tau_F
-        self.rho = nn.Parameter(torch.log(torch.expm1(start_F - 1)))
+        # softplus of it is tau - 1 again, however long: exp(tau) would not be finite
+        above_F = start_F - 1
+        self.rho = nn.Parameter(above_F + torch.log(-torch.expm1(-above_F)))
 
     def forward(self) -> Tensor:
         """(F,) tau."""

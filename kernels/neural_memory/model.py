@@ -82,7 +82,8 @@ def _loss_slope(error: Tensor, model: Model) -> Tensor:
         return error
     if model.loss == "huber":
         return error.clamp(-model.threshold, model.threshold)
-    return error.sign() * error.abs().pow(model.threshold - 1)
+    # where there is no error, a power below 1 has no slope that could be differentiated
+    return error.sign() * error.abs().masked_fill(error == 0, 1).pow(model.threshold - 1)
 
 
 def slopes(

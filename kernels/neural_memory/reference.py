@@ -28,8 +28,11 @@ def _loss(weights: Sequence[Tensor], k_SHK: Tensor, v_SHV: Tensor, model: Model)
     answer = _memory(weights, k_SHK, model)
     if model.loss == "huber":
         return functional.huber_loss(answer, v_SHV, reduction="sum", delta=model.threshold)
-    power = 2.0 if model.loss == "l2" else model.threshold
-    return (answer - v_SHV).abs().pow(power).sum() / power
+    error = answer - v_SHV
+    if model.loss == "l2":
+        return error.square().sum() / 2
+    # a power below 2 has no second derivative at 0
+    return error.abs().where(error != 0, 1).pow(model.threshold).where(error != 0, 0).sum() / model.threshold
 
 
 def _sequences(

@@ -66,6 +66,21 @@ def test_two_tokens_by_hand():
         torch.testing.assert_close(state.momentum[0].item(), 1.5, rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("backend", ["chunked", "reference"])
+def test_an_error_of_zero_has_a_gradient(backend):
+    """A memory of zeros that is told zero. |e|^2 / 2: W_1 = beta k v^T all the same; |e|^p / p, p < 2: no slope there."""
+    given = some(drawn(length=1, batch=1), "q k v beta")
+    given["v"] = torch.zeros_like(given["v"]).requires_grad_()
+    q, k, v, beta = given.values()
+    o, _ = neural_memory(**given, chunk=1, backend=backend)
+    (dv,) = torch.autograd.grad(o.sum(), v)
+    expected = ((q * k).sum(-1) * beta)[..., None].expand_as(dv)
+    assert props.error(dv, expected) < 1e-12
+    o, _ = neural_memory(**given, chunk=1, backend=backend, loss="lp", threshold=1.5)
+    (dv,) = torch.autograd.grad(o.sum(), v)
+    assert torch.equal(dv, torch.zeros_like(v))
+
+
 def test_the_chunk_is_part_of_the_model():
     """Relative deviation from chunk 1, against the method card's 0.02, 0.05, 0.10, 0.21 (eta 0.9, alpha 0.02)."""
     gen = torch.Generator().manual_seed(0)

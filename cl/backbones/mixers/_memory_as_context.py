@@ -18,7 +18,7 @@ from cl.backbones.mixers._rotary import rotated
 
 
 class MemoryAsContext(nn.Module):
-    """h_t = M(q_t; W at the segment's start);  a_t = attention of x_t over [persistent; h_1 .. h_t; x_1 .. x_t];
+    """h_t = M(W_q x_t; W at the segment's start);  a_t = attention of x_t over [persistent; h_1 .. h_t; x_1 .. x_t];
     the memory reads a_t;  y_t = a_t * sigmoid(M(q(a_t); W_t)).
 
     A segment is a chunk of the memory's rule. Source: Titans (Behrouz et al., 2024), MAC. Differences: the source lets

@@ -47,11 +47,17 @@ def l2_slope(error: Tensor, threshold: Tensor) -> Tensor:
 
 def lp(error: Tensor, threshold: Tensor) -> Tensor:
     """sum |e|^p / p, p the threshold."""
-    return (error.abs().pow(threshold[..., None]) / threshold[..., None]).sum(-1)
+    powers = _size(error).pow(threshold[..., None]).masked_fill(error == 0, 0)
+    return (powers / threshold[..., None]).sum(-1)
 
 
 def lp_slope(error: Tensor, threshold: Tensor) -> Tensor:
-    return error.sign() * error.abs().pow(threshold[..., None] - 1)
+    return error.sign() * _size(error).pow(threshold[..., None] - 1)
+
+
+def _size(error: Tensor) -> Tensor:
+    """|e|, and 1 where e is 0: there a power below 1 has no slope, and p below 2 needs one."""
+    return error.abs().masked_fill(error == 0, 1)
 
 
 def switched(error: Tensor, threshold: Tensor) -> Tensor:

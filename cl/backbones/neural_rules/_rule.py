@@ -39,8 +39,9 @@ class NeuralRule(nn.Module):
         chunk: tokens whose gradients are taken at the same weights. Part of the model: another chunk is another model.
         depth: layers of the memory; 1 is a matrix.
         expansion: hidden width of deeper ones, in heads' widths.
-        max_step: what the step sizes of a chunk can sum to, the effect of momentum included: its tokens step together
-            from the same weights, so that alike ones add up. Gradient steps on a matrix cannot diverge below 2.
+        max_step: what the step sizes of a chunk can sum to, the effects of momentum and window included: its tokens
+            step together from the same weights, so that alike ones add up. Gradient steps on a matrix cannot diverge
+            below 2. Of orthogonal steps, which have a length of their own, the most of one token.
         degree: of the polynomial features of keys and queries, 1 or 2.
 
     Class attributes:
@@ -143,7 +144,8 @@ class NeuralRule(nn.Module):
                 found[name] = F.logsigmoid(found[name])
         found["eta"] = self.max_step * found["eta"].sigmoid()
         if self.recipe.step == "gradient":
-            found["eta"] = found["eta"] / self.chunk
+            # each token is in the losses of a window
+            found["eta"] = found["eta"] / (self.chunk * self.window)
             if self.has_momentum:
                 # momentum repeats a step 1 / (1 - decay) times
                 found["eta"] = found["eta"] * -torch.expm1(found["momentum"])

@@ -23,7 +23,9 @@ class LeakyTau(RnnCell):
 
     Cost: D F + F^2 multiply-adds a token, T steps in a row; state F.
     Source: the networks of Emergent mechanisms for long timescales depend on training curriculum (Khajehabdollahi et
-        al.), whose tasks are parity and match of the last N inputs.
+        al.), whose tasks are parity and match of the last N inputs; as in their code's variant that leaks outside of
+        the nonlinearity. Differences: tanh where they have a leaky ReLU; units may excite themselves; tau is kept above
+        1 by a softplus, not a clamp.
     """
 
     def __init__(self, width: int, units: int, shortest: float = 1.5, longest: float = 2.0) -> None:

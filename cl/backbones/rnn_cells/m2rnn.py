@@ -5,6 +5,8 @@ Shape legend: B rows, T tokens, D width, H heads, K key width, V value width of 
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
@@ -69,6 +71,8 @@ class M2rnn(RnnCell):
         q, k, v, f = self._parts(driven_B)
         z = torch.tanh(h @ wide(self.transition) + k.unsqueeze(-1) * v.unsqueeze(-2))
         h = f.unsqueeze(-1) * h + (1 - f.unsqueeze(-1)) * z
+        if self.clip is not None and h.requires_grad:
+            h.register_hook(partial(torch.clamp, min=-self.clip, max=self.clip))
         return (q.unsqueeze(-2) @ h).flatten(1), h
 
     def run(self, driven_BT: Tensor, h0: Tensor, reset_BT: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -31,7 +31,8 @@ class Ffm(ScanCell):
 
     Cost: 2 D M + 2 M C F + 2 D F multiply-adds a token; state 2 M C.
     Source: Morad et al., 2023 (Reinforcement Learning with Fast and Forgetful Memory). Differences: the starts of a and
-        b are in the spirit of the source, spread linearly in rate; the scan runs in steps, so that spans have no limit.
+        b are in the spirit of the source, a spread linearly in rate and b in period; the scan runs in steps, so that
+        spans have no limit.
     """
 
     is_complex = True

@@ -123,4 +123,5 @@ class Episodes(nn.Module):
             batch.experience_id[rows][row_K],
             reading.own[rows][row_K, token_K],
             reading.stored,
+            reading.clock,
         )

@@ -39,11 +39,13 @@ class Reading(NamedTuple):
         share: (B, N) how much of each slot a row read.
         stored: (N, M) keys of the slots, projected.
         own: (B, T, M) keys that the tokens would have, projected; None in evaluation.
+        clock: () of the store when it was read.
     """
 
     share: Tensor
     stored: Tensor
     own: Tensor | None
+    clock: Tensor
 
 
 class Hippocampus(nn.Module):
@@ -59,7 +61,7 @@ class Hippocampus(nn.Module):
     Raises:
         UserError: more slots than fit into memory.
 
-    Cost: per token N D / 4 + k D + 4 D^2 multiply-adds, per batch N D^2 / 4 more; the store holds 2 N D numbers.
+    Cost: per token N D / 4 + k D + 4 D^2 multiply-adds, per batch N D^2 / 4 more; the store holds 9/4 N D numbers.
     """
 
     keys: Tensor
@@ -70,6 +72,7 @@ class Hippocampus(nn.Module):
     step: Tensor
     experience: Tensor
     clock: Tensor
+    written: Tensor
 
     def __init__(self, width: int, rank: int, num_slots: int = 512, top: int = 8, has_gate: bool = True) -> None:
         super().__init__()
@@ -91,6 +94,8 @@ class Hippocampus(nn.Module):
         for name in ("step", "experience"):
             self.register_buffer(name, torch.zeros(num_slots, dtype=torch.int64))
         self.register_buffer("clock", torch.zeros((), dtype=torch.int64))
+        # projections as the last write left them, which no later step reads: they are not saved
+        self.register_buffer("written", torch.zeros(num_slots, narrow), persistent=False)
 
     def forward(self, x_BTD: Tensor, is_read: bool = True) -> tuple[Tensor, Reading]:
         """(B, T, rank) feedback, and what `write` will need.
@@ -113,7 +118,7 @@ class Hippocampus(nn.Module):
             share_BN = weight_BTk.new_zeros(len(x_BTD), len(self.use))
             share_BN.scatter_add_(1, slot_BTk.flatten(1), (event_BT1 * weight_BTk).flatten(1).to(share_BN.dtype))
             own_BTM = self.key(x_BTD) if self.training else None
-        return feedback_BTR, Reading(share_BN, stored_NM.detach(), own_BTM)
+        return feedback_BTR, Reading(share_BN, stored_NM.detach(), own_BTM, self.clock.clone())
 
     def _most_alike(self, x_BTD: Tensor, stored_NM: Tensor, is_read: bool) -> tuple[Tensor, Tensor]:
         """Similarities (B, T, k) and slots of the best ones, the best first; -2 where a slot is empty.
@@ -165,22 +170,26 @@ class Hippocampus(nn.Module):
         experience_C: Tensor,
         own_CM: Tensor,
         stored_NM: Tensor,
+        clock: Tensor,
     ) -> None:
         """Store candidates, one after the other: each may be merged with the ones before it.
 
         Args:
             own_CM, stored_NM: keys of candidates and slots, projected; the projection is linear, so that a merged key
                 is projected by merging projections.
+            clock: when they were. Slots written since are known as that write left them: the micro-batches of a step
+                are all read before the first of them is written.
         """
         keys_CD, values_CD = keys_CD.to(self.keys.dtype), values_CD.to(self.values.dtype)
         surprise_C = surprise_C.to(self.surprise.dtype)
-        own_CM, stored_NM = own_CM.to(self.keys.dtype), stored_NM.to(self.keys.dtype, copy=True)
+        own_CM, is_newer_N1 = own_CM.to(self.keys.dtype), (self.step > clock).unsqueeze(1)
+        stored_NM = torch.where(is_newer_N1, self.written, stored_NM.to(self.keys.dtype))
         for number in range(len(keys_CD)):
             likeness_N = F.cosine_similarity(stored_NM, own_CM[number : number + 1])
             alike, twin = likeness_N.masked_fill(~self.is_filled, -2).max(0)
             is_twin = alike >= ALIKE
             # empty slots are worth least; chosen without a look at the numbers, which would stall a GPU
-            worth_N = (self.use + 0.5 * self.surprise).masked_fill(~self.is_filled, -1)
+            worth_N = (self.use + 0.5 * self.surprise).masked_fill(~self.is_filled, -torch.inf)
             slot = torch.where(is_twin, twin, worth_N.argmin()).unsqueeze(0)
             pairs = ((self.keys, keys_CD), (self.values, values_CD), (stored_NM, own_CM))
             for store, new in ((store, found[number]) for store, found in pairs):
@@ -191,6 +200,7 @@ class Hippocampus(nn.Module):
             self.experience[slot] = torch.where(is_twin, self.experience[slot], experience_C[number])
             self.is_filled[slot] = True
             self.step[slot] = self.clock
+        self.written.copy_(stored_NM)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
         saved = state_dict.get(f"{prefix}keys")
@@ -208,7 +218,7 @@ def require_memory(num_slots: int, width: int) -> None:
     Raises:
         UserError: it would take more than the memory of this machine.
     """
-    slot_bytes = 8 * width + 25
+    slot_bytes = 8 * width + 4 * max(1, width // 4) + 25
     have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if num_slots * slot_bytes > have:
         raise UserError(

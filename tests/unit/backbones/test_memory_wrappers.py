@@ -111,10 +111,11 @@ def test_a_deep_cache_is_read_segment_by_segment():
     torch.testing.assert_close(mixer(x)[0], expected, atol=1e-10, rtol=1e-10)
 
 
-def test_a_deep_cache_is_weighed_by_its_segments_means():
-    """gated, carry: the second segment asks the running memory and what it was at the end of the first."""
+@pytest.mark.parametrize("read", ["gated", "soup"])
+def test_a_deep_cache_is_weighed_by_its_segments_means(read):
+    """carry: the second segment asks the running memory and what it was at the end of the first, or their average."""
     inner = "neural_memory(rule=titans(chunk=2, expansion=2), conv=0)"
-    mixer, x = made(cached(inner, read="gated")), tokens(8, 1)
+    mixer, x = made(cached(inner, read=read)), tokens(8, 1)
     branch = mixer.inner.memory
     given, _ = branch.tokens(x, branch.init_state(1), None)
     memory, first, answers = branch.rule.init_state(1), {}, []
@@ -127,7 +128,11 @@ def test_a_deep_cache_is_weighed_by_its_segments_means():
             route = mixer.route_query(x[0, t]).view(HEADS, -1)
             means = [mixer.route_key(x[0, a : b + 1]).mean(0).view(HEADS, -1) for a, b in ((0, 3), (4, t))]
             old, new = torch.softmax(torch.stack([(route * m).sum(-1) for m in means]), 0)
-            own = old[None, None, :, None] * branch.rule.ask(first, q) + new[None, None, :, None] * own
+            old, new = old.view(-1, 1, 1), new.view(-1, 1, 1)
+            if read == "soup":
+                own = branch.rule.ask({n: old * first[n] + new * w for n, w in memory["weights"].items()}, q)
+            else:
+                own = old[:, 0] * branch.rule.ask(first, q) + new[:, 0] * own
         answers.append(own)
     expected = mixer.inner.finish(branch.finish(torch.cat(answers, 1), x), x)
     torch.testing.assert_close(mixer(x)[0], expected, atol=1e-10, rtol=1e-10)

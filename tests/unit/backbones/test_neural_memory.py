@@ -145,6 +145,23 @@ def test_yaad():
     both("yaad(chunk=2, expansion=2)", Write, 2)
 
 
+@pytest.mark.parametrize("mode", ["chunk", "recurrent"])
+def test_an_error_of_zero_writes_nothing_and_has_a_gradient(mode):
+    """|e|^1.5 has no second derivative at 0: to the gradients such a token is one with a step of zero."""
+    rule = made("moneta(chunk=2, p=1.5, expansion=2)")
+    q, k, v = stream()
+    k[:, 2] = v[:, 2] = 0.0
+    gates, found = gates_of(rule, 7), []
+    for size in (1.0, 0.0):
+        eta = gates["eta"].clone()
+        eta[:, 2] *= size
+        leaves = [*rule.start, rule.norm_weight, rule.norm_bias, v.requires_grad_()]
+        o, _ = rule.run(rule.init_state(1), q, k, v, gates | {"eta": eta}, None, mode)
+        found.append(torch.autograd.grad(o.square().sum(), leaves))
+    assert all(each.isfinite().all() for each in found[0])
+    torch.testing.assert_close(found[0], found[1])
+
+
 def test_yaad_has_both_kinds_of_errors():
     """The one above would not notice a threshold that nothing crosses."""
     rule = made("yaad(chunk=1, depth=1)")
@@ -214,6 +231,32 @@ def test_polynomial_features_are_two_terms_of_the_exponential():
     x, y = torch.randn(2, 6, dtype=torch.float64)
     product = x @ y
     torch.testing.assert_close(monomials(x, 2) @ monomials(y, 2), product + product**2 / 2)
+    # as the memory takes them, of length 1: a cosine of 1 gives 3/2 before that
+    cosine = F.cosine_similarity(x, y, dim=0)
+    left, right = made("atlas", 1, 6).features(torch.stack((3 * x, y)).view(1, 2, 1, 6))[0, :, 0]
+    torch.testing.assert_close(left @ right, (cosine + cosine**2 / 2) / 1.5)
+
+
+def test_gates_by_hand():
+    """Five tokens of a chunk, three losses each: their steps sum to max_step at most, repeated by the momentum."""
+    rule = made("atlas(chunk=5, window=3, step=gradient, max_step=0.6)")
+    x = torch.randn(1, 2, 8, dtype=torch.float64)
+    raw = (x @ rule.gate.weight.T + rule.gate_bias).view(1, 2, 4, HEADS).unbind(2)
+    step, keep, again, own = (torch.sigmoid(each) for each in raw)
+    torch.testing.assert_close(keep[0, 0].mean().item(), 1.0, atol=0.05, rtol=0)
+    found = rule.gates(x)
+    torch.testing.assert_close(found["eta"], 0.6 * step * (1 - again) / 15)
+    torch.testing.assert_close(found["g"], keep.log())
+    torch.testing.assert_close(found["momentum"], again.log())
+    torch.testing.assert_close(found["omega"], own)
+    assert list(found) == ["eta", "g", "momentum", "omega"]
+    rule = made("atlas(chunk=5, window=3, max_step=0.6)")
+    raw = (x @ rule.gate.weight.T + rule.gate_bias).view(1, 2, 4, HEADS)
+    torch.testing.assert_close(rule.gates(x)["eta"], 0.6 * raw[:, :, 0].sigmoid())
+    rule = made("yaad(chunk=5, max_step=2)")
+    raw = (x @ rule.gate.weight.T + rule.gate_bias).view(1, 2, 3, HEADS)
+    torch.testing.assert_close(rule.gates(x)["eta"], 2 * raw[:, :, 0].sigmoid() / 5)
+    torch.testing.assert_close(rule.gates(x)["threshold"], (1 + raw[:, :, 2].exp()).log())
 
 
 def test_chunk_length_is_part_of_the_model():
@@ -257,8 +300,15 @@ def test_layers_are_taken_in_order():
         torch.testing.assert_close(after["weights"], state["weights"])
 
 
-def test_tnt_adds_local_memories_that_start_again_in_every_shard():
-    rule = made("tnt(chunk=4, local_chunks=[2], shards=[3], project=false, expansion=2)")
+def spanned(q, k):
+    """The part of each query that the keys so far have: sum over them of k (k . q)."""
+    parts = [sum((k[:, s] * q[:, t]).sum(-1, keepdim=True) * k[:, s] for s in range(t + 1)) for t in range(q.shape[1])]
+    return torch.stack(parts, 1)
+
+
+@pytest.mark.parametrize("project", [False, True])
+def test_tnt_adds_local_memories_that_start_again_in_every_shard(project):
+    rule = made(f"tnt(chunk=4, local_chunks=[2], shards=[3], project={str(project).lower()}, expansion=2)")
     alone, local = made("titans(chunk=4, expansion=2)"), made("titans(chunk=2, expansion=2)")
     for own, of_tnt in ((alone, rule.start), (local, rule.local_starts[0])):
         own.start.load_state_dict(of_tnt.state_dict())
@@ -266,13 +316,11 @@ def test_tnt_adds_local_memories_that_start_again_in_every_shard():
     gates = gates_of(rule, 7)
     expected = alone.run(alone.init_state(1), q, k, v, gates, None, "chunk")[0]
     shards = [slice(0, 3), slice(3, 6), slice(6, 7)]
-    parts = [
-        local.run(
-            local.init_state(1), *(x[:, s] for x in (q, k, v)), {n: g[:, s] for n, g in gates.items()}, None, "chunk"
-        )
-        for s in shards
-    ]
-    expected = expected + torch.cat([o for o, _ in parts], 1)
+    parts = []
+    for s in shards:
+        asked, own = spanned(q[:, s], k[:, s]) if project else q[:, s], {n: g[:, s] for n, g in gates.items()}
+        parts.append(local.run(local.init_state(1), asked, k[:, s], v[:, s], own, None, "chunk")[0])
+    expected = expected + torch.cat(parts, 1)
     torch.testing.assert_close(rule.run(rule.init_state(1), q, k, v, gates, None, "chunk")[0], expected)
 
 
@@ -291,7 +339,7 @@ def test_what_is_read_again_and_again_is_known(words):
     assert error[-16:].mean() < 0.8 * error[:16].mean()
 
 
-@pytest.mark.parametrize("words", [*RULES, "tnt"])
+@pytest.mark.parametrize("words", [*RULES, "tnt", "atlas(step=gradient, window=16, max_step=1.9)"])
 def test_equal_tokens_do_not_blow_a_memory_up(words):
     """Their steps add up within a chunk: what a blank image does."""
     rule = made(words)

@@ -84,6 +84,16 @@ def test_m2rnn_head_by_head():
             torch.testing.assert_close(y[t, 2 * head : 2 * head + 2], q @ state, atol=1e-12, rtol=1e-12)
 
 
+@pytest.mark.parametrize(("clip", "truth"), [("none", 5.0), (2.5, 2.5), (10, 5.0)])
+def test_m2rnn_clips_the_gradient_of_the_state_in_both_modes(clip, truth):
+    """One unit, f = 1: the gradient of S is carried unchanged, so every step adds q dy = 1 and is cut at the bound."""
+    cell = build_mixer(f"nonlinear_rnn(cell=m2rnn(clip={clip}), units=1, num_heads=1)", 1).double().cell
+    start = torch.zeros(1, 1, 1, 1, dtype=torch.float64, requires_grad=True)
+    for run in (cell.run, cell.walk):
+        y, _ = run(torch.ones(1, 5, 1, 4, dtype=torch.float64), start, None)
+        assert torch.autograd.grad(y.sum(), start)[0].item() == truth
+
+
 def test_lem_written_out():
     cell, x, y, _ = run("lem", step_s=0.5)
     z = out = torch.zeros(4, dtype=torch.float64)

@@ -84,6 +84,7 @@ def test_a_leaky_unit_approaches_its_input_exponentially():
 def test_time_constants_start_where_they_are_told_and_stay_above_one():
     timescale = Timescale(3, 2.0, 8.0)
     torch.testing.assert_close(timescale(), torch.tensor([2.0, 4.0, 8.0]))
+    torch.testing.assert_close(Timescale(3, 1.5, 15_000.0)(), torch.tensor([1.5, 150.0, 15_000.0]))
     nn.init.constant_(timescale.rho, -50.0)
     assert (timescale() >= 1).all()
     with pytest.raises(UserError, match=r"1\.0 to 8"):
@@ -149,6 +150,30 @@ def test_ffm_is_a_sum_of_decayed_and_turned_traces():
             for t in range(5):
                 expected = sum(gamma ** (t - s) * written[s, m].item() for s in range(t + 1))
                 assert abs(h[0, t, m, c].item() - expected) < 1e-12
+
+
+def test_ffm_is_read_behind_a_norm_or_passed_by():
+    mixer = build_mixer("scan_rnn(cell=ffm(num_traces=2, num_contexts=3), units=5)", 4).double()
+    cell, x = mixer.cell, torch.randn(1, 5, 4, dtype=torch.float64)
+    nn.init.normal_(cell.norm.weight)
+    h = states(cell, x)[0][0]
+    z = torch.stack((h.real, h.imag), -1).flatten(1) @ cell.mix.weight.T + cell.mix.bias
+    centred = z - z.mean(1, keepdim=True)
+    z = centred / (centred.square().mean(1, keepdim=True) + 1e-5).sqrt() * cell.norm.weight + cell.norm.bias
+    g = torch.sigmoid(cell.read_gate(x[0]))
+    a = mixer.gate(x[0])
+    expected = mixer.out((z * g + cell.skip(x[0]) * (1 - g)) * a * torch.sigmoid(a))
+    torch.testing.assert_close(mixer(x)[0][0], expected)
+
+
+@pytest.mark.parametrize("cell", ["lru", "s5"])
+def test_complex_states_are_read_by_a_complex_matrix(cell):
+    mixer = build_mixer(f"scan_rnn(cell={cell}(num_states=3), units=5, is_gated=false)", 4).double()
+    cell, x = mixer.cell, torch.randn(1, 6, 4, dtype=torch.float64)
+    real, minus_imaginary = cell.output.weight.split(3, 1)
+    h = states(cell, x)[0][0]
+    read = (h @ torch.complex(real, -minus_imaginary).T).real + cell.skip(x[0])
+    torch.testing.assert_close(mixer(x)[0][0], mixer.out(read))
 
 
 def legendre(order, points):

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from cl.backbones._cells import ages
 from cl.backbones.gpt import Gpt
 from cl.backbones.trc2 import Trc2
 from cl.backbones.trc2_parts import hippocampus as hippocampus_file
@@ -68,6 +69,30 @@ def buffers(model):
 
 def is_same(left, right):
     return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+def test_columns_are_wired_as_written():
+    """Column by column: s^{l+1} = thalamus_l(H) + [l >= injection] feedback(H^injection), added to the next queries."""
+    model, tokens = trained(injection=2).eval(), packed(99)
+    reset = model.resets(tokens)
+    before = ages(CONTEXT, reset, torch.zeros(3, dtype=torch.int64)) - 1
+    h, side, store, critic = model.embed(tokens), None, model.episodes.hippocampus, model.episodes.critic
+    for number, column in enumerate(model.blocks, 1):
+        shift = None if side is None else model.shifts[str(number - 1)](side)
+        h = h + column.mixer(column.mixer_norm(h), reset=reset, query_shift=shift)[0]
+        h = h + column.mlp(column.mlp_norm(h))[0]
+        if number == 2:
+            thought = h / (h.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+            feedback, gap = store(thought)[0], critic.gap(thought)
+            known = critic.normalised((0.9 * gap[:, 1:-1] - gap[:, :-2]).clamp(min=0))
+            known = F.pad(known, (2, 0)).masked_fill(before < 2, 0)
+        if number < 4:
+            part = model.thalami[str(number - 1)]
+            alert = known if number >= 2 else torch.zeros_like(before, dtype=h.dtype)
+            side = part(h, part.init_state(3, h.new_zeros(())), before, alert)[0]
+            side = side + feedback if number >= 2 else side
+    assert feedback.ne(0).any()
+    torch.testing.assert_close(model(batch(tokens)).logits, model.head(model.norm(h)), atol=1e-5, rtol=1e-5)
 
 
 # the specification's invariants

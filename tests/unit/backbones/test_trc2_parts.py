@@ -171,7 +171,34 @@ def test_stored_keys_are_found_with_todays_projections():
 def write_one(store, key, surprise, value=None):
     value = key if value is None else value
     own, stored = store.key(key).unsqueeze(0), store.key(store.keys)
-    store.write(key.unsqueeze(0), value.unsqueeze(0), torch.tensor([surprise]), torch.tensor([3]), own, stored)
+    found = torch.tensor([surprise]), torch.tensor([3]), own, stored, store.clock
+    store.write(key.unsqueeze(0), value.unsqueeze(0), *found)
+
+
+def test_micro_batches_of_a_step_know_what_the_ones_before_them_wrote():
+    """All are read before any is written: one stores an event, one meets it again, one evicts, one wants it back."""
+    store = Hippocampus(8, rank=4, num_slots=2, top=2)
+    store.key.weight.data = torch.eye(8)[:2]
+    first, second = torch.eye(8)[:2]
+    store.tick(torch.zeros(2))
+    write_one(store, first, 2.0)
+    steps = ((second, 9.0), (second, 1.0), (-first, 3.0), (first, 4.0))
+    readings = [store(key.view(1, 1, 8))[1] for key, _ in steps]
+    for (key, surprise), reading in zip(steps, readings, strict=True):
+        store.tick(reading.share.sum(0))
+        found = torch.tensor([surprise]), torch.tensor([0]), reading.own[0], reading.stored, reading.clock
+        store.write(key.unsqueeze(0), key.unsqueeze(0), *found)
+    torch.testing.assert_close(store.keys, torch.stack((first, second)))
+    assert store.step.tolist() == [5, 3]
+
+
+def test_nothing_is_evicted_while_a_slot_is_free():
+    store = Hippocampus(8, rank=4, num_slots=2, top=2)
+    store.key.weight.data = torch.eye(8)[:2]
+    first, second = torch.eye(8)[:2]
+    write_one(store, first, -5.0)
+    write_one(store, second, 1.0)
+    assert torch.equal(store.keys, torch.stack((first, second)))
 
 
 def test_writes_free_slots_then_merges_then_evicts_the_worst():
