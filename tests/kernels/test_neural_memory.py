@@ -68,7 +68,7 @@ def test_two_tokens_by_hand():
 
 @pytest.mark.parametrize("backend", ["chunked", "reference"])
 def test_an_error_of_zero_has_a_gradient(backend):
-    """A memory of zeros that is told zero. |e|^2 / 2: W_1 = beta k v^T all the same; |e|^p / p, p < 2: no slope there."""
+    """A memory of zeros that is told zero. |e|^2 / 2: W_1 = beta k v^T as ever; |e|^p / p, p < 2: no slope there."""
     given = some(drawn(length=1, batch=1), "q k v beta")
     given["v"] = torch.zeros_like(given["v"]).requires_grad_()
     q, k, v, beta = given.values()
