@@ -5,7 +5,6 @@ The same kernel source has given wrong gradients on one architecture for one num
 Triton version (`KERNELS_CACHE/denied.json`), which the launcher reads; nothing else is changed.
 """
 
-import argparse
 import json
 import sys
 from collections.abc import Iterator
@@ -21,6 +20,7 @@ from torch import Tensor
 from kernels.bench.measure import TOLERANCE, worst_error
 from kernels.bench.shapes import PROBLEMS, Problem, Shape
 from kernels.common import explain
+from kernels.common.options import Options
 
 # widths that fill tiles, and one that fills none
 SHAPES: list[Shape] = [(2, 200, 2, 64), (2, 200, 2, 128), (1, 130, 2, 40)]
@@ -100,7 +100,7 @@ def _markdown(rows: list[dict[str, Any]], title: str) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Check; exit code 0 all right, 1 something was denied, 2 no card."""
-    parser = argparse.ArgumentParser(prog="python -m kernels.check_gpu", description=__doc__)
+    parser = Options(prog="python -m kernels.check_gpu", description=__doc__)
     parser.add_argument("--ops", default=",".join(PROBLEMS))
     parser.add_argument("--jobs", type=int, default=1, help="processes at a time: most of the time goes into compiling")
     parser.add_argument("--json", type=Path)
@@ -109,6 +109,10 @@ def main(argv: list[str] | None = None) -> int:
         "--smoke", action="store_true", help="smallest shapes (with TRITON_INTERPRET=1: no card needed)"
     )
     options = parser.parse_args(argv)
+    if unknown := [name for name in options.ops.split(",") if name not in PROBLEMS]:
+        parser.error(f"unknown ops {unknown[0]!r}; use {', '.join(PROBLEMS)}")
+    if options.jobs < 1:
+        parser.error(f"jobs is {options.jobs}; it must be at least 1")
     from kernels.common import triton
 
     if not (torch.cuda.is_available() or triton.INTERPRET):

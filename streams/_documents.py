@@ -9,6 +9,7 @@ import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,11 @@ class Domain:
                 f"domain {self.name!r} needs either `path` (local txt, jsonl or parquet) or `hub` (an id), not "
                 f"{'none' if self.path is None else 'both'} of them"
             )
+        for key, value in (("config", self.config), ("split", self.split), ("revision", self.revision)):
+            if self.hub is None and value != getattr(Domain, key):
+                raise UserError(
+                    f"domain {self.name!r} has {key} {value!r}, which local files do not have; leave it out"
+                )
         for key, value in (("path", self.path), ("eval_path", self.eval_path), ("field", self.field)):
             if not _is_words(value) and (value is not None or key == "field"):
                 raise UserError(f"domain {self.name!r} has {key} {value!r}; it must be a string, or a list of them")
@@ -130,6 +136,12 @@ class Source:
         )
         parts = (where, domain.field, domain.starts, self.share, self.part if self.share else "")
         return hashlib.sha256(json.dumps(parts, default=list).encode()).hexdigest()[:20]
+
+    def places(self) -> list[str]:
+        """Where its documents are, in the order in which they are counted."""
+        domain = self.domain
+        hub = f"{domain.hub}, {domain.config or 'no config'}, {self.split}"
+        return [str(file.resolve()) for file in self.files] or [hub]
 
     def pieces(self) -> Iterator[Piece]:
         """Its text, read as it goes."""
@@ -268,19 +280,23 @@ class Source:
 
 
 def require_apart(trained: Sequence[Source], measured: Sequence[Source]) -> None:
-    """Whether no file that is measured on as a whole is trained on.
+    """Whether no document that is measured on is trained on, in its own domain or in another one.
 
     Raises:
-        UserError: one is.
+        UserError: one is. Domains that hold out a part of the same text hold out the same documents where `path`,
+            `starts` and `eval_frac` agree, and others where they do not.
     """
-    owners = {file.resolve(): source.domain.name for source in trained for file in source.files}
-    for source in measured:
-        for file in source.files if source.share is None else ():
-            if file.resolve() in owners:
-                raise UserError(
-                    f"domain {source.domain.name!r} is measured on {file}, which domain {owners[file.resolve()]!r} "
-                    "trains on; give one of them other text"
-                )
+    cut = [[(source, source.places(), source.domain.starts) for source in part] for part in (trained, measured)]
+    for (theirs, *there), (ours, *here) in product(*cut):
+        shared = sorted({*here[0]} & {*there[0]})
+        if not shared or (ours.share is not None and (ours.share, here) == (theirs.share, there)):
+            continue
+        what, way = shared[0], "give one of them other text"
+        if ours.share is not None:
+            what, way = f"documents of {what}", f"{way}, or both the same path, starts and eval_frac"
+        raise UserError(
+            f"domain {ours.domain.name!r} is measured on {what}, which domain {theirs.domain.name!r} trains on; {way}"
+        )
 
 
 def _is_words(value: object) -> bool:

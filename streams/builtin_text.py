@@ -21,11 +21,13 @@ DOMAINS: dict[str, Callable[[], Iterator[str]]] = {
     "arithmetic": sources.arithmetic,
 }
 
+VOCABULARY = 1024
+
 
 def builtin_text(
     order: Sequence[Entry] | None = None,
     tokenizer: str = "bytes",
-    vocabulary: int = 1024,
+    vocabulary: int = VOCABULARY,
     context: int = 128,
     train_tokens: int | Mapping[str, int] | None = None,
     eval_tokens: int | None = 32_768,
@@ -64,6 +66,11 @@ def builtin_text(
             require_integer(f"stream.{name}", value, smallest=context + 1)
     folder, key = cache_folder(cache), sources.version_key()
     if tokenizer == "bytes":
+        if vocabulary != VOCABULARY:
+            raise UserError(
+                f"stream.vocabulary is {vocabulary!r}, which nothing has while stream.tokenizer is 'bytes'; "
+                f"it must be {VOCABULARY} unless stream.tokenizer is bpe"
+            )
         chosen = Bytes()
     elif tokenizer == "bpe":
         require_integer("stream.vocabulary", vocabulary, smallest=258)

@@ -20,7 +20,7 @@ from cl.seeding import derive_seed
 from streams._images import Images
 from streams._options import image_stream
 from streams._remap import remap
-from streams._settings import Piece, assemble, is_list, require_flag, require_integer, require_setting
+from streams._settings import Piece, assemble, is_list, is_positive, require_flag, require_integer, require_setting
 
 
 @image_stream
@@ -69,7 +69,7 @@ def rotated(
 
 
 def _degrees(angles: str | Sequence[float], angle_range: float, count: int, seed: int) -> list[float]:
-    if not isinstance(angle_range, int | float) or not 0 < angle_range <= 360:
+    if not is_positive(angle_range) or angle_range > 360:
         raise UserError(f"stream.angle_range is {angle_range!r}; it must be in (0, 360] degrees")
     if angles == "random":
         return [_uniform(derive_seed(seed, "rotation", k)) * angle_range for k in range(count)]

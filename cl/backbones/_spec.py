@@ -30,6 +30,8 @@ NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?(?![\w.])"
 TOKEN = re.compile(rf"\s*(?:(?P<times>\d+)\s*x\s*(?=\[|[A-Za-z_])|(?P<word>{NUMBER}|[\w.]+)|(?P<mark>[\[\]()=,+]))")
 WORDS = {"true": True, "false": False, "none": None, "null": None}
 MOST_BLOCKS, MOST_BRACKETS = 1000, 20
+LARGEST = 2**63 - 1
+"""What torch takes for an integer."""
 KINDS: dict[str, tuple[type | tuple[type, ...], str]] = {
     "bool": (bool, "true or false"),
     "int": (int, "an integer"),
@@ -201,9 +203,14 @@ class _Reader:
             return WORDS[word.lower()]
         for number in (int, float):
             try:
-                return number(word)
+                read = number(word)
             except ValueError:
                 continue
+            if type(read) is int and abs(read) > LARGEST:
+                raise UserError(
+                    f"{self.name} is {self.text!r}, which holds {word}; an integer must be at most {LARGEST}"
+                )
+            return read
         return word
 
 

@@ -56,6 +56,8 @@ WRITTEN = ("claim", "origin", "suite")
 NUMBERS = ("float", "float | None", "float | torch.Tensor")
 FREE = ("trainer.parallel", "trainer.compile")
 """Settings that a run may be resumed without: they say how it is computed, not what."""
+LARGEST = 2**63 - 1
+"""What torch takes for an integer."""
 
 
 def locate(dotted: str) -> Any:
@@ -99,7 +101,8 @@ def arguments(path: str, node: Mapping[str, Any]) -> dict[str, Any]:
     """Every argument of a node's target, defaults included.
 
     Raises:
-        UserError: a key that the target does not take, one that it needs and does not get, or a word for a truth value.
+        UserError: a key that the target does not take, one that it needs and does not get, a word for a truth value, or
+            an integer beyond 64 bits.
     """
     target, kind = target_of(path, node), KINDS[path.split(".")[0]]
     given = {key: value for key, value in node.items() if not key.startswith("_")}
@@ -110,12 +113,24 @@ def arguments(path: str, node: Mapping[str, Any]) -> dict[str, Any]:
         if key not in named and not takes_any:
             options = ", ".join(named) or "none"
             raise UserError(f"{path} has no option {key!r}; its options are {options}")
+        # a seed is hashed, whatever its size
+        if key != "seed" and not _is_nested(path, given[key]):
+            _check_size(f"{path}.{key}", given[key])
     for key in given.keys() & named.keys():
         _check_kind(f"{path}.{key}", given[key], str(named[key].annotation))
     missing = [name for name, p in named.items() if p.default is p.empty and name not in given]
     if missing:
         raise UserError(f"{path} needs {', '.join(missing)}; set {path}.{missing[0]}=VALUE")
     return {name: given.get(name, p.default) for name, p in named.items()} | given
+
+
+def _check_size(path: str, value: Any) -> None:
+    """An integer that torch cannot hold would be an error of torch's, somewhere in the run."""
+    if isinstance(value, Mapping | list | tuple):
+        for each in value.values() if isinstance(value, Mapping) else value:
+            _check_size(path, each)
+    elif type(value) is int and abs(value) > LARGEST:
+        raise UserError(f"{path} is {value}; an integer must be at most {LARGEST}")
 
 
 def _check_kind(path: str, value: Any, annotation: str) -> None:

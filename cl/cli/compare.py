@@ -35,6 +35,7 @@ from cl.core import StreamInfo, UserError
 from cl.result import Result
 
 OWN = ("strategies", "seeds", "reference", "jobs", "out", "launcher", "tune", "tune_seeds", "tune_on")
+MOST_SEEDS = 10_000
 
 
 @dataclass(frozen=True)
@@ -184,11 +185,12 @@ def words_for(names: Sequence[str], words: Sequence[str]) -> list[str]:
 
 def seeds_of(name: str, given: Any, first: int = 0) -> list[int]:
     """The seeds that a setting asks for: so many from the first on, or those listed."""
-    seeds = list(range(first, first + given)) if type(given) is int else given
+    seeds = list(range(first, first + given)) if type(given) is int and given <= MOST_SEEDS else given
     is_list = isinstance(seeds, list) and all(type(seed) is int and seed >= 0 for seed in seeds)
     if not is_list or not seeds or len(set(seeds)) < len(seeds):
         raise UserError(
-            f"{name} is {given!r}; it must be a number of seeds of at least 1, or a list of different seeds"
+            f"{name} is {given!r}; it must be a number of seeds of at least 1 and at most {MOST_SEEDS}, "
+            "or a list of different seeds"
         )
     return seeds
 

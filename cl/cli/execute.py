@@ -12,14 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from cl.checkpoint import load_start
-from cl.cli import build
+from cl.cli import build, lock
 from cl.cli.allocation import keep_freed_memory
+from cl.cli.lock import LOG
 from cl.core import UserError
 from cl.distributed import rank
 from cl.observe import Observer
 from cl.result import Result, write_text
 
-CONFIG, RESULT, LOG = "config.yaml", "result.json", "run.log"
+CONFIG, RESULT = "config.yaml", "result.json"
 START = "start.pt"
 """Weights and optimizer state that a run begins with, where `cl rewarm` took them from another run."""
 
@@ -50,6 +51,8 @@ def execute(
     """
     keep_freed_memory()
     is_first = rank() == 0
+    if is_first and lock.is_going_on(run_dir):
+        raise UserError(f"{run_dir} is being trained by another process; stop that one, or choose another folder")
     if not resume and is_first and (run_dir / RESULT).exists():
         raise UserError(f"{run_dir} already holds a run; go on with `cl resume {run_dir}` or choose another folder")
     if not resume and is_first:
@@ -113,7 +116,8 @@ def _recorders(config: Mapping[str, Any], run_dir: Path, suite: str) -> list[Any
     check_store(tracker.uri)
     # points on another grid could neither replace nor continue those that a store lost
     journal = Journal(run_dir, experiment=tracker.experiment, suite=suite, every_steps=tracker.every_steps)
-    return [journal, tracker]
+    # the tracker first: the journal keeps the id of its run
+    return [tracker, journal]
 
 
 def _send_figures(run_dir: Path, recorders: Sequence[Any]) -> None:
@@ -140,6 +144,7 @@ def _logging_to(path: Path, say: Callable[[str], None]) -> Iterator[None]:
     handler = logging.FileHandler(path)
     # a full disk stops the run with a sentence; logging would print a traceback for every line besides
     handler.handleError = lambda record: None  # type: ignore[method-assign]
+    lock.hold(handler.stream)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     root = logging.getLogger()
     level = root.level
@@ -188,6 +193,8 @@ def _stopping(trainer: Any, say: Callable[[str], None]) -> Iterator[None]:
 
 def remove_if_empty(folder: Path, was_there: bool = False) -> None:
     """Take back what was made for a run which never started: its folder, or the log in one that was there before."""
+    if lock.is_going_on(folder):  # another process has just begun there
+        return
     # Hydra opens a log before anybody writes one
     log = folder / LOG
     if was_there and log.is_file() and not log.stat().st_size:

@@ -117,11 +117,19 @@ def comparison_table(title: str, rows: list[StrategyRow]) -> Table:
 
 
 def _sync(folder: Path, uri: str, console: Console) -> None:
-    """Bring every run of the folder into MLflow."""
+    """Bring every run of the folder that is over into MLflow."""
+    from cl.cli.lock import is_going_on
     from cl.tracking import sync
+    from cl.tracking.base import JOURNAL, read_journal
     from cl.tracking.check import without_password
 
     run_dirs = [run_dir for run_dir, _ in _readable(folder)]
+    # killed before the first checkpoint, when there is no result yet
+    begun = [path for path in sorted(folder.rglob(JOURNAL)) if not path.with_name(RESULT_FILE).exists()]
+    run_dirs += [path.parent for path in begun if "result" in read_journal(path)[0]]
+    for run_dir in [each for each in run_dirs if is_going_on(each)]:
+        console.print(f"{run_dir} is still going on and left out of the sync", highlight=False, soft_wrap=True)
+        run_dirs.remove(run_dir)
     for run_dir in run_dirs:
         sync(run_dir, uri)
     console.print(f"{len(run_dirs)} runs are in {without_password(uri)}", highlight=False)

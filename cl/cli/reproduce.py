@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cl.cli import listing
-from cl.cli.compare import Plan, check, check_writable, is_done, run_all
+from cl.cli.compare import MOST_SEEDS, Plan, check, check_writable, is_done, run_all
 from cl.cli.compose import composed, seeded
 from cl.cli.execute import RESULT
 from cl.core import UserError
@@ -110,8 +110,8 @@ def main(words: list[str]) -> int:
         else:
             names.append(word)
     for name in ("seeds", "jobs"):
-        if options[name] and (not options[name].isdigit() or int(options[name]) < 1):
-            raise UserError(f"{name} is {options[name]!r}; it must be a number of at least 1")
+        if options[name] and (not options[name].isdigit() or not 1 <= int(options[name]) <= MOST_SEEDS):
+            raise UserError(f"{name} is {options[name]!r}; it must be a number of at least 1 and at most {MOST_SEEDS}")
     if others and not names:
         raise UserError(f"{' '.join(others)}: nothing is run without the name of a claim, or `all`")
     known = {entry.name: read_claims(entry.name, entry.line) for entry in listing.experiments()}

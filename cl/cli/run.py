@@ -21,9 +21,10 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import hydra
+from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 from rich.console import Console
@@ -69,6 +70,7 @@ def main(words: list[str]) -> int:
     sys.argv = ["cl run", *(word for word in words if word not in settings), *open_signatures(named)]
     if distributed.rank():
         sys.argv.append("hydra/job_logging=disabled")
+    _check_flags(sys.argv[1:])
     _outcomes.clear()
     try:
         with one_sentence():
@@ -79,6 +81,21 @@ def main(words: list[str]) -> int:
         if isinstance(outcome, Exception):
             raise outcome
     return int(any(outcome.status != "done" for outcome in _outcomes if isinstance(outcome, Result)))
+
+
+def _check_flags(words: Sequence[str]) -> None:
+    """Read the words as Hydra is going to, which prints its whole usage before the sentence on a wrong flag.
+
+    Raises:
+        UserError: a flag that it does not have, or a value that the flag does not take.
+    """
+
+    def refuse(sentence: str) -> NoReturn:
+        raise UserError(f"{sentence}; `cl run --hydra-help` shows Hydra's flags")
+
+    parser = get_args_parser()
+    parser.error = refuse  # type: ignore[method-assign]
+    parser.parse_args(words)
 
 
 def _config_dirs(words: Sequence[str]) -> list[str]:

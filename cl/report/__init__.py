@@ -5,7 +5,10 @@ write_report("runs/compare-1", "runs/compare-1/report")
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -26,6 +29,9 @@ __all__ = [
     "table_text",
     "write_report",
 ]
+
+FILES = ".report.json"
+"""Figures and tables of the last report in a folder, each with the hash of its bytes."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +56,8 @@ def write_report(
     """Write report.html, report.md, figures/*.png and tables/*.json.
 
     Runs on different streams or backbones come into sections of their own, with their figures and tables in a
-    numbered folder each.
+    numbered folder each. Figures and tables of an earlier report in `out_dir` that this one does not have go, unless
+    somebody changed them; whatever else lies there stays.
 
     Args:
         results_or_folder: runs, or the folder under which they lie.
@@ -97,7 +104,30 @@ def write_report(
     links = [[path.relative_to(out).as_posix() for path in group] for group in figures]
     write_text(paths.markdown, markdown(views, title, date, loaded.warnings, links))
     write_text(paths.html, page(views, title, date, loaded.warnings))
+    _remove_stale(out, [*paths.figures, *paths.tables])
     return paths
+
+
+def _remove_stale(out: Path, written: Sequence[Path]) -> None:
+    """Remove what an earlier report wrote, as long as it holds the same bytes, and this one did not write."""
+    before: object = {}
+    with suppress(OSError, ValueError):
+        before = json.loads((out / FILES).read_text("utf-8"))
+    old = before if isinstance(before, dict) else {}
+    new = {path.relative_to(out).as_posix(): _digest(path) for path in written}
+    # what to look at is said by the folder and not by the list, which anybody can write
+    for path in [*out.glob("figures/**/*.png"), *out.glob("tables/**/*.json")]:
+        name = path.relative_to(out).as_posix()
+        if name in old and name not in new and old[name] == _digest(path):
+            path.unlink()
+            # a folder of a section goes with its last file
+            with suppress(OSError):
+                path.parent.rmdir()
+    write_text(out / FILES, json.dumps(new, indent=1) + "\n")
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _title(results: Sequence[Result]) -> str:

@@ -255,11 +255,19 @@ class Journal(Recorder):
 
     def open(self, result: Result, settings: Mapping[str, Any]) -> None:
         self._settings = settings
+        # a run that is killed before its first checkpoint leaves word of what it was, too
+        if not self.path.exists() or not read_journal(self.path)[1]:
+            self._begin_file({}, [])
 
     def rewind(self, steps: int | None, experiences: int) -> set[tuple[str, int]]:
-        assert self._result is not None
         header, rows = read_journal(self.path) if steps != 0 and self.path.exists() else ({}, [])
         kept = [row for row in rows if is_settled(row[0], steps, experiences)]
+        self._begin_file(header, kept)
+        return {(point.name, point.step) for point, _ in kept}
+
+    def _begin_file(self, header: Mapping[str, Any], rows: Iterable[Stamped]) -> None:
+        """The file anew: a description of this run, under the id of the journal that it goes on with, and rows."""
+        assert self._result is not None
         identity = asdict(self._result) | {"R": [], "R_init": [], "within": [], "metrics": {}, "cost": {}}
         header = {
             "journal": header.get("journal") or uuid.uuid4().hex,
@@ -268,8 +276,7 @@ class Journal(Recorder):
             "settings": self._settings,
             "result": identity,
         }
-        write_text(self.path, json.dumps(header, default=str) + "\n" + "".join(map(line_of, kept)))
-        return {(point.name, point.step) for point, _ in kept}
+        write_text(self.path, json.dumps(header, default=str) + "\n" + "".join(map(line_of, rows)))
 
     def write(self, batch: Sequence[Stamped]) -> None:
         with self.path.open("a") as file:

@@ -13,7 +13,7 @@ from cl.tracking.base import EVERY_STEPS, FLUSH_EVERY_S, JOURNAL, Recorder, Stam
 from cl.tracking.check import check_store, hiding_password
 from cl.tracking.points import is_settled, points
 from cl.tracking.store import absolute_uri, default_uri, prepare_store, store_of
-from cl.tracking.stored_run import StoredRun
+from cl.tracking.stored_run import StoredRun, end_killed
 
 
 class MLflowTracker(Recorder):
@@ -72,10 +72,18 @@ class MLflowTracker(Recorder):
         if result.mlflow_run_id and self.run_dir and not self.is_chosen:
             self.uri = store_of(self.run_dir, result.mlflow_run_id)
         prepare_store(self.uri)
+        if result.mlflow_run_id is None and (abandoned := self._attempt_before()):
+            end_killed(self.uri, abandoned)
         self._run = StoredRun.open(self.uri, self.experiment, result, settings, self.suite)
         result.mlflow_run_id = self._run.id
         # a run that is killed never reaches its end, where the files are sent
         self._run.upload(self.run_dir)
+
+    def _attempt_before(self) -> str | None:
+        """Id of the run that was begun in this folder and killed before its first checkpoint."""
+        journal = self.run_dir / JOURNAL if self.run_dir else None
+        header = read_journal(journal)[0] if journal is not None and journal.exists() else {}
+        return dict(header.get("result") or {}).get("mlflow_run_id")
 
     def rewind(self, steps: int | None, experiences: int) -> set[tuple[str, int]]:
         assert self._run is not None
@@ -107,6 +115,8 @@ class MLflowTracker(Recorder):
 
 def sync(run_dir: str | Path, uri: str | None = None, *, experiment: str | None = None) -> str:
     """Bring a run's folder into MLflow: create the run, or add what is missing to it. Doing it twice adds nothing.
+
+    For runs that are over: one that did not finish is KILLED there.
 
     Args:
         experiment: name to use instead of the one in the journal.

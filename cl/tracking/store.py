@@ -47,6 +47,8 @@ def quiet() -> None:
     logging.getLogger("alembic").setLevel(logging.WARNING)
     # one warning of ours tells of a lost server; without this there is one more for every retry
     logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)
+    # and one of a full disk or a file that cannot be written, without the statement in SQL and its traceback
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
 
 
 def default_uri(folder: str | Path = ".") -> str:
@@ -81,10 +83,20 @@ def patient_uri(uri: str) -> str:
 
 
 def sqlite_path(uri: str) -> Path | None:
-    """File of a SQLite address; None for other stores."""
+    """File of a SQLite address; None for other stores.
+
+    Raises:
+        UserError: what SQLAlchemy takes for options or decodes, depending on its version, would be another file.
+    """
     if urlsplit(uri).scheme.split("+")[0] != "sqlite" or "///" not in uri:
         return None
-    return Path(uri.split("///", 1)[1].split("?", 1)[0])
+    path, _, options = uri.split("///", 1)[1].partition("?")
+    for mark in [mark for mark, is_held in (("?", "/" in options), ("%", "%" in path)) if is_held]:
+        raise UserError(
+            f"tracking.uri={uri!r} has {mark} in its path, which the address of a SQLite store cannot hold; "
+            "work in another folder, or give tracking.uri=sqlite:////FOLDER/mlruns.db, or tracking=none"
+        )
+    return Path(path)
 
 
 def artifact_location(uri: str) -> str | None:

@@ -135,6 +135,18 @@ class StoredRun:
         _beside_others(self.client.log_inputs, self.id, [DatasetInput(dataset)])
 
 
+def end_killed(uri: str, run_id: str) -> None:
+    """Say of a run that nothing goes on with that it was killed, where the store holds it as running."""
+    quiet()
+    from mlflow import MlflowClient
+
+    client = MlflowClient(tracking_uri=patient_uri(uri))
+    found = _find(client, "", run_id, "")
+    if found is not None and found.info.status == "RUNNING":
+        client.set_tag(run_id, "cl.status", "interrupted")
+        client.set_terminated(run_id, STATUS["interrupted"])
+
+
 def _experiment_id(client: MlflowClient, name: str, location: str | None, suite: str) -> str:
     from mlflow.exceptions import MlflowException
 

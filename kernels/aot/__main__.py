@@ -1,12 +1,12 @@
 """python -m kernels.aot: compile the kernels for cards that are not here and hold them to the recorded table."""
 
-import argparse
 import json
 import sys
 import time
 from pathlib import Path
 
 from kernels.aot.cases import cases
+from kernels.common.options import Options
 
 TABLE = Path(__file__).with_name("table.json")
 # the compiler's small moves from build to build
@@ -45,7 +45,7 @@ def _record(version: str, key: str, numbers: dict[str, int]) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Compile and compare (or write); exit code 1 if anything is worse than recorded."""
-    parser = argparse.ArgumentParser(prog="python -m kernels.aot", description=__doc__)
+    parser = Options(prog="python -m kernels.aot", description=__doc__)
     parser.add_argument("--write", action="store_true", help="record what is found instead of comparing")
     parser.add_argument("--smoke", action="store_true", help="only the cases of the everyday test")
     parser.add_argument("--targets", default="sm_90", help="comma list of sm_80, sm_90, sm_100, gfx942")

@@ -29,6 +29,7 @@ from kernels.bench.shapes import PROBLEMS, Inputs, Problem, Shape, chunk_of, sha
 from kernels.bench.tables import fill, line, table
 from kernels.common import explain
 from kernels.common.dispatch import HAS_TRITON
+from kernels.common.options import Options
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 LOOPS = 3
@@ -36,7 +37,7 @@ L2_BYTES = 200 * 2**20
 
 
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m kernels.bench", description=__doc__)
+    parser = Options(prog="python -m kernels.bench", description=__doc__)
     parser.add_argument("--ops", default=",".join(PROBLEMS), help=f"comma list of {', '.join(PROBLEMS)}")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
     parser.add_argument("--dtypes", default=None, help="comma list of fp32, bf16, fp16 (CPU: fp32; GPU: bf16)")
@@ -55,6 +56,8 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
         for value in (getattr(arguments, name) or "").split(","):
             if value and value not in allowed:
                 parser.error(f"unknown {name} {value!r}; use {', '.join(allowed)}")
+    if arguments.repeats is not None and arguments.repeats < 1:
+        parser.error(f"repeats is {arguments.repeats}; it must be at least 1")
     return arguments
 
 

@@ -111,6 +111,9 @@ CASES = {
     ),
     "value without a name": ((*RUN, "=3"), "'=3' is no setting; settings are written name=value"),
     "value that cannot be read": ((*RUN, "seed=(("), "'seed=((' is no setting; settings are written name=value"),
+    "unknown flag": ((*RUN, "--nonsense"), "cl: unrecognized arguments: --nonsense; `cl run --hydra-help` shows"),
+    "flag without its value": (("run", "--cfg"), "cl: argument --cfg/-c: expected one argument"),
+    "flag of another value": ((*RUN, "--cfg", "jobs"), "cl: argument --cfg/-c: invalid choice: 'jobs'"),
     "no config": ((*RUN, "--config-name", "walk"), "there is no config 'walk'; there are compare, run"),
     "unknown option of the optimizer": ((*RUN, "optimizer.momentun=0.9"), "optimizer has no option 'momentun'"),
     "setting that the stream does not offer": (
@@ -337,6 +340,19 @@ def test_a_folder_that_cannot_be_written(
     (tmp_path / "file").write_text("")
     assert main((*RUN, "hydra.run.dir=file/run")) == 2
     assert "file/run" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("mark", "?%")
+def test_a_working_folder_that_no_address_of_a_store_can_name(
+    mark: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / f"a{mark}b"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    for words in (("run", "debug=tiny", "out=out"), ("compare", "debug=tiny", "seeds=1", "out=out"), ("ui",)):
+        assert main(words) == 2
+        assert f"mlruns.db' has {mark} in its path" in capsys.readouterr().err
+    assert list(tmp_path.rglob("*")) == [folder]
 
 
 def test_damaged_images_are_named(

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 
+from cl.checkpoint import Keeper
 from cl.cli.main import main
 from cl.result import Result
 
@@ -157,3 +158,43 @@ def test_a_truncated_checkpoint_falls_back_to_the_one_before(
     assert f"note: checkpoint {newest} cannot be read" in said
     assert "trying the one before it" in said
     assert Result.load(Path("run/result.json")).R == Result.load(uninterrupted / "result.json").R
+
+
+def test_no_run_is_running_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    client = pytest.importorskip("mlflow").MlflowClient(f"sqlite:///{tmp_path}/mlruns.db")
+    monkeypatch.chdir(tmp_path)
+    words = ("run", "debug=tiny", "limit_experiences=1", "out=runs/one", "tracking.uri=sqlite:///mlruns.db")
+
+    def statuses() -> list[str]:
+        found = client.search_runs([client.get_experiment_by_name("permuted_digits").experiment_id])
+        return sorted(run.info.status for run in found)
+
+    def kill(*details: object, **named: object) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def finish(self: Keeper) -> None:
+        assert main(("report", "runs", "sync=sqlite:///mlruns.db")) == 0
+        assert "runs/one is still going on and left out of the sync" in capsys.readouterr().out
+        assert statuses() == ["KILLED", "KILLED", "RUNNING"]
+        finishes(self)
+
+    finishes = Keeper.finish
+    with monkeypatch.context() as patched:
+        patched.setattr(Keeper, "save", kill)
+        for _ in range(2):  # before the first checkpoint, and there again
+            child = os.fork()
+            if child == 0:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+                main(words)
+                os._exit(1)
+            assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    assert statuses() == ["KILLED", "RUNNING"]
+    assert not Path("runs/one/result.json").exists()
+    assert main(("report", "runs", "sync=sqlite:///mlruns.db")) == 2, "there is no result, but the store is told"
+    assert "1 runs are in sqlite" in capsys.readouterr().out
+    assert statuses() == ["KILLED", "KILLED"]
+    monkeypatch.setattr(Keeper, "finish", finish)
+    assert main(words) == 0
+    assert statuses() == ["FINISHED", "KILLED", "KILLED"]

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from cl.cli import lock
 from cl.cli.branch import options
 from cl.cli.main import main
 from cl.result import Result
@@ -36,6 +37,19 @@ def test_an_empty_folder_stays_where_the_run_is_refused() -> None:
     assert not list(Path("results").iterdir())
     assert main((*TINY, "out=fresh", "trainer.batch_size=0")) == 2
     assert not Path("fresh").exists()
+
+
+def test_a_folder_that_is_being_trained_in_is_left_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main((*TINY, "out=one")) == 0
+    with Path("one/run.log").open("a") as log:
+        lock.hold(log)
+        Path("one/result.json").unlink()
+        before = {path: path.read_bytes() for path in Path("one").rglob("*") if path.is_file()}
+        for words in ((*TINY, "out=one"), ("resume", "one")):
+            assert main(words) == 2
+            assert "one is being trained by another process" in capsys.readouterr().err
+        assert {path: path.read_bytes() for path in Path("one").rglob("*") if path.is_file()} == before
+    assert main(("resume", "one")) == 0
 
 
 def test_a_run_that_was_killed_at_its_start_starts_again() -> None:

@@ -1,5 +1,6 @@
 """The bench and the card check as commands: tried here on tiny shapes, so that on the card they only have to run."""
 
+import importlib
 import json
 import os
 import subprocess
@@ -60,6 +61,25 @@ def test_bench_names_the_allowed_ops(capsys):
         main(["--ops", "attention"])
     assert stop.value.code == 2
     assert "unknown ops 'attention'; use linear_scan" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("tool", "words", "said"),
+    [
+        ("bench.__main__", ["--nonsense"], "python -m kernels.bench: unrecognized arguments: --nonsense; --help shows"),
+        ("bench.__main__", ["--repeats", "0"], "python -m kernels.bench: repeats is 0; it must be at least 1"),
+        ("aot.__main__", ["--targets"], "python -m kernels.aot: argument --targets: expected one argument"),
+        ("check_gpu", ["--jobs", "x"], "python -m kernels.check_gpu: argument --jobs: invalid int value: 'x'"),
+        ("check_gpu", ["--jobs", "0"], "python -m kernels.check_gpu: jobs is 0; it must be at least 1"),
+        ("check_gpu", ["--ops", "kda,dka"], "python -m kernels.check_gpu: unknown ops 'dka'; use linear_scan"),
+    ],
+)
+def test_a_wrong_option_is_one_sentence(tool, words, said, capsys):
+    with pytest.raises(SystemExit) as stop:
+        importlib.import_module(f"kernels.{tool}").main(words)
+    assert stop.value.code == 2
+    found = capsys.readouterr().err
+    assert found.startswith(said) and found.count("\n") == 1
 
 
 def test_bench_keeps_what_it_measured_when_a_later_op_ends_it(monkeypatch, tmp_path):

@@ -79,6 +79,33 @@ def test_everything_is_written(tmp_path, runs):
     assert "![comparison](figures/comparison.png)" in text
 
 
+def test_a_second_report_takes_away_what_only_the_first_one_had(tmp_path, runs, make_result):
+    other = make_result("naive", backbone="convnet")
+    stray = tmp_path / "figures" / "mine.png"
+    write_report([*runs, other], tmp_path)
+    sections = sorted(path.name for path in (tmp_path / "figures").iterdir())
+    assert sections == ["1_toy_mlp", "2_toy_convnet"] or sections == ["1_toy_convnet", "2_toy_mlp"]
+    write_report(runs, tmp_path)
+    assert not any(path.is_dir() for path in [*(tmp_path / "figures").iterdir(), *(tmp_path / "tables").iterdir()])
+    assert (tmp_path / "figures" / "accuracy_matrix_replay.png").exists()
+    stray.write_bytes((tmp_path / "figures" / "comparison.png").read_bytes())
+    changed = tmp_path / "figures" / "accuracy_matrix_joint.png"
+    changed.write_bytes(b"somebody's own")
+    (tmp_path / ".report.json").write_text((tmp_path / ".report.json").read_text().replace("{", '{"../x.png": "0",'))
+    left = write_report([run for run in runs if run.label in ("naive", "ewc")], tmp_path)
+    on_disk = {path for path in tmp_path.rglob("*.*") if path.parent.name in ("figures", "tables")}
+    assert on_disk == {*left.figures, *left.tables, stray, changed}
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{"])
+def test_a_damaged_list_of_its_files_takes_nothing_away(tmp_path, make_result, no_figures, text):
+    write_report([make_result()], tmp_path)
+    (tmp_path / "tables" / "seeds.json").rename(tmp_path / "tables" / "old.json")
+    (tmp_path / ".report.json").write_text(text)
+    write_report([make_result()], tmp_path)
+    assert (tmp_path / "tables" / "old.json").exists() and (tmp_path / "tables" / "seeds.json").exists()
+
+
 def test_the_page_is_sound_and_loads_nothing(runs):
     text = page(views_of(runs), "A title")
     found = Page(text)

@@ -103,6 +103,10 @@ def test_options():
     ("options", "words"),
     [
         ({"tokenizer": "words"}, "it must be bytes or bpe"),
+        (
+            {"vocabulary": 4096},
+            "stream.vocabulary is 4096, which nothing has while stream.tokenizer is 'bytes'",
+        ),
         ({"train_tokens": {"poetry": 1000}}, "'poetry'; it must be one of docs, code, arithmetic"),
         ({"train_tokens": {"docs": 3}}, "stream.train_tokens of docs is 3"),
         ({"eval_tokens": 0}, "stream.eval_tokens is 0"),

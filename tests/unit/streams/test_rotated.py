@@ -90,6 +90,7 @@ def test_training_and_measuring_share_the_angle():
         ({"angles": 45}, "stream.angles is 45"),
         ({"angle_range": 0}, "stream.angle_range is 0; it must be in"),
         ({"angle_range": "wide"}, "stream.angle_range is 'wide'"),
+        ({"angle_range": True}, "stream.angle_range is True; it must be in"),
         ({"first_identity": 1}, "stream.first_identity is 1; it must be true or false"),
         ({"setting": "class_incremental"}, "stream.setting is 'class_incremental'"),
     ],

@@ -30,6 +30,9 @@ BAD = [
     ({"domains": [{"name": "news", "pth": "news.jsonl"}]}, "has no key 'pth'; its keys are name, path"),
     ({"domains": [{"name": "news"}]}, "needs either `path`"),
     ({"domains": [NEWS_DOMAIN | {"hub": "a/b"}]}, "not both of them"),
+    ({"domains": [NEWS_DOMAIN | {"split": "test"}]}, "has split 'test', which local files do not have; leave it out"),
+    ({"domains": [NEWS_DOMAIN | {"revision": "main"}]}, "has revision 'main', which local files do not have"),
+    ({"domains": [NEWS_DOMAIN | {"config": "en"}]}, "has config 'en', which local files do not have"),
     ({"domains": [NEWS_DOMAIN | {"path": "lost.jsonl"}]}, "lost.jsonl"),
     ({"domains": [NEWS_DOMAIN | {"path": "many/readme.pdf"}]}, "it must end in .txt"),
     ({"domains": [NEWS_DOMAIN | {"field": "body"}]}, "has no field 'body'"),
@@ -111,6 +114,30 @@ def test_nothing_is_measured_on_what_another_domain_trains_on(text_root):
     with pytest.raises(UserError, match=r"'news' is measured on .*held\.jsonl, which domain 'held' trains on"):
         built(text_root, [NEWS_DOMAIN, held])
     built(text_root, [NEWS_DOMAIN], general=general | {"starts": "^def ", "eval_frac": 0.5})
+
+
+@pytest.mark.parametrize(
+    "change", [{"eval_frac": 0.25}, {"starts": "^"}, {"path": ["news.jsonl", "code.txt"]}, {"eval_path": "held.jsonl"}]
+)
+def test_domains_on_one_file_hold_out_the_same_documents(text_root, change):
+    """A share of 0.2 is documents 4, 9, ..., one of 0.25 is 3, 7, ...: each would train on what the other measures."""
+    first = {"name": "first", "path": "news.jsonl", "eval_frac": 0.2}
+    other = first | {"name": "other", "path": "many/../news.jsonl"}
+    words = r"is measured on documents of .*news\.jsonl, which domain '(first|other)' trains on; give one of them other"
+    with pytest.raises(UserError, match=words):
+        built(text_root, [first, other | change])
+    built(text_root, [first, other])
+
+
+def test_splits_of_one_hub_set_are_apart():
+    def sources(part, **keys):
+        return [_documents.Source(_documents.Domain(hub="a/b", **keys), part, None, False)]
+
+    trained = sources("train", name="first", split="train")
+    for keys in ({"eval_split": "train", "split": "test"}, {"eval_frac": 0.3}):
+        with pytest.raises(UserError, match=r"measured on (documents of )?a/b, no config, train, which domain 'first'"):
+            _documents.require_apart(trained, sources("eval", name="other", **keys))
+    _documents.require_apart(trained, sources("eval", name="other", split="validation", eval_split="test"))
 
 
 def test_rows_without_text_are_told_of(text_root):

@@ -43,6 +43,7 @@ def test_default_store_is_absolute(tmp_path, monkeypatch):
     assert absolute_uri("http://host:1") == "http://host:1"
     assert artifact_location(default_uri()) == f"{tmp_path}/mlartifacts"
     assert artifact_location("http://host:1") is None
+    assert absolute_uri("sqlite:////a#b & c/x.db") == "sqlite:////a#b & c/x.db"
 
 
 def test_a_busy_file_is_waited_for():
@@ -65,6 +66,9 @@ def test_a_busy_file_is_waited_for():
         ("sqlite:///", "names no file"),
         ("sqlite:///{folder}", "is a folder"),
         ("sqlite:///{folder}/text.db", "not a database"),
+        ("sqlite:///{folder}/a?b/x.db", "has ? in its path"),
+        ("sqlite:///{folder}/a?b=1/x.db?timeout=1", "has ? in its path"),
+        ("sqlite:///{folder}/a%20b/x.db", "has % in its path"),
         ("sqlite:///{folder}/text.db/below.db", "no folder that can be written"),
         ("http://127.0.0.1:{port}", "GET http://127.0.0.1:{port}/health failed"),
         ("http://me:secret@127.0.0.1:{port}", "GET http://127.0.0.1:{port}/health failed"),
