@@ -39,7 +39,7 @@ class TrainerConfig:
         schedule_span: the learning-rate schedule runs over the whole "run" or anew over each "experience".
         schedule_start: step of the run at which the schedule begins (`cl rewarm`).
         schedule_steps: steps of each experience that the schedule is planned for; None takes those trained. After the
-            planned ones it stays where it ends (`cl extend`).
+            planned ones it stays where it is until the next experience begins, or for good (`cl extend`).
         parallel: how the processes that torchrun started share the work: "ddp" keeps the whole model in each, "fsdp" a
             shard of it; "none" is for one process.
         compile: let torch compile the network; the first steps then take longer.

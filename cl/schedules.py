@@ -179,8 +179,8 @@ def infinite(
     _, local, length = _round(step, total, starts) if is_annealed_each else (0, step, total)
     anneal = {"anneal": (anneal_frac, anneal_steps)}
     begin = {"warmup": (warmup_frac, warmup_steps), "cooldown": (cooldown_frac, cooldown_steps)}
-    warmup, num_cooldown, *_ = _phases(total, **begin, **({} if is_annealed_each else anneal))
-    (num_anneal,) = _phases(length, **anneal)
+    warmup, num_cooldown, *rest = _phases(total, **begin, **({} if is_annealed_each else anneal))
+    (num_anneal,) = rest or _phases(length, **anneal)
     if step < warmup:
         rate = (step + 1) / warmup
     elif step < warmup + num_cooldown:
@@ -336,13 +336,16 @@ def _round(step: int, total: int, starts: Sequence[int] | None) -> tuple[int, in
 def _phases(total: int, **phases: tuple[float, int | None]) -> tuple[int, ...]:
     """Steps of each phase from (share, steps or None).
 
+    Of shares their sums are rounded, so that phases which fill the span fit it.
+
     Raises:
         UserError: a value outside its range, or phases longer than the span.
     """
-    found = {}
+    found, shares = {}, 0.0
     for name, (share, steps) in phases.items():
         if steps is None:
-            found[name] = round(_share(f"{name}_frac", share) * total)
+            before, shares = shares, shares + _share(f"{name}_frac", share)
+            found[name] = round(shares * total) - round(before * total)
         elif isinstance(steps, int) and not isinstance(steps, bool) and steps >= 0:
             found[name] = steps
         else:

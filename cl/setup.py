@@ -130,10 +130,11 @@ class Span:
         UserError: `trainer.schedule_steps` or `trainer.schedule_start` does not fit them.
 
     Example:
-        >>> Span([10, 30], TrainerConfig(schedule_start=15)).at(20, experience=1, step=10)
+        >>> Span([10, 30], TrainerConfig(schedule_start=15)).at(experience=1, step=10)
         (5, 25)
-        >>> Span([10, 30], TrainerConfig(schedule_steps=[10, 20])).at(35, experience=1, step=25)
-        (35, 30)
+        >>> longer = Span([20, 40], TrainerConfig(schedule_steps=[10, 30]))
+        >>> longer.at(experience=0, step=15), longer.at(experience=1, step=0), longer.at(experience=1, step=35)
+        ((9, 40), (10, 40), (45, 40))
     """
 
     def __init__(self, steps: Sequence[int], config: TrainerConfig) -> None:
@@ -161,11 +162,17 @@ class Span:
         """Steps on the schedule of the experiences that it covers."""
         return [length for length in self.lengths if length]
 
-    def at(self, run_step: int, experience: int, step: int) -> tuple[int, int]:
-        """(step, total) for the schedule, of a step of the run and within its experience."""
-        if self.is_run:
-            return max(0, run_step - self.start), self.total
-        return max(0, step - self.skipped[experience]), max(1, self.lengths[experience])
+    def at(self, experience: int, step: int) -> tuple[int, int]:
+        """(step, total) for the schedule, of a step within an experience.
+
+        In a longer experience than planned it waits at the last planned step until the next one begins.
+        """
+        local, length = max(0, step - self.skipped[experience]), self.lengths[experience]
+        if not self.is_run:
+            return local, max(1, length)
+        if experience < len(self.lengths) - 1:
+            local = min(local, max(0, length - 1))
+        return sum(self.lengths[:experience]) + local, self.total
 
 
 def experience_steps(stream: Stream, config: TrainerConfig) -> list[int]:

@@ -246,5 +246,5 @@ class Trainer:
         return makers[-1].make_optimizer(model, self.optimizer) if makers else self.optimizer(model.parameters())
 
     def _set_learning_rate(self, step: int) -> float:
-        place = self.span.at(self.state.step, self.state.experience.id, step)
+        place = self.span.at(self.state.experience.id, step)
         return set_learning_rate(self.state.optimizer, self.schedule(*place))

@@ -26,7 +26,7 @@ import torch
 
 from cl.buffers.base import draw_without_replacement
 from cl.buffers.experience_balanced import ExperienceBalanced
-from cl.core import Batch, Output, Setting, Source, Stream, UserError
+from cl.core import Batch, Experience, Output, Setting, Source, Stream, UserError
 from cl.hooks import Contract, Strategy
 from cl.state import Cost, TrainState, tensor_bytes
 from strategies._checks import require, require_count, require_number
@@ -70,7 +70,7 @@ class TokenReplay(Strategy):
 
     def check(self, stream: Stream) -> None:
         super().check(stream)
-        names = list(dict.fromkeys(name for each in stream.experiences for name in (each.domain, *each.practises)))
+        names = list(dict.fromkeys(name for each in stream.experiences for name in _domains(each)))
         capacity, allowed = self.buffer.capacity, f"at least {len(names)}, one row for each domain of the stream"
         require(self.is_off or capacity >= len(names), "token_replay.capacity", capacity, allowed)
         for domain in self.rate if isinstance(self.rate, dict) else ():
@@ -94,7 +94,7 @@ class TokenReplay(Strategy):
         # joint training has one experience, whatever its rows say
         if self.is_off or state.experience is None or len(state.stream.experiences) == 1:
             return {}
-        every = [{each.domain, *each.practises} for each in state.stream.experiences]
+        every = [set(_domains(each)) for each in state.stream.experiences]
         now, past = every[state.experience.id], {}
         for group, slots in self.buffer.members.items():
             # a domain that an earlier experience had has its rows there
@@ -152,3 +152,8 @@ class TokenReplay(Strategy):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.buffer.load_state_dict(state["buffer"])
         self.owed, self.replayed = dict(state["owed"]), dict(state["replayed"])
+
+
+def _domains(experience: Experience) -> tuple[str, ...]:
+    """Every domain that its rows come from."""
+    return experience.practises or (experience.domain,)

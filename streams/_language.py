@@ -184,8 +184,8 @@ def _experience(
     return Experience(
         number,
         title,
-        # a mixture teaches what is new in it
-        (new or list(shares))[-1],
+        # a mixture teaches what is new in it, and all of itself where that is not one domain
+        new[0] if len(new) == 1 else "+".join(shares),
         partial(_load, parts),
         sum(rows.values()),
         order=order,

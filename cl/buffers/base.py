@@ -88,7 +88,8 @@ class Buffer:
             if is_run:
                 column[slots[0] : slots[0] + len(slots)].copy_(values.detach())
             else:
-                taken = values.detach() if are_all else values.detach().index_select(0, _beside(values, which))
+                kept = values.detach()
+                taken = kept.contiguous() if are_all else kept.index_select(0, _beside(values, which))
                 _as_words(column).index_copy_(0, _beside(column, where), _as_words(_beside(column, taken)))
 
     def _column(self, name: str, like: Tensor) -> Tensor:

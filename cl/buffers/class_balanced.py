@@ -9,8 +9,9 @@ class ClassBalanced(Grouped):
     """Groups of rows with equal shares; a new group takes its slots from the largest ones, at random.
 
     Removal at random keeps what is left of a group a uniform sample of it, so no row's chance depends on when the
-    shares shrank. With more groups than slots the latest groups hold one row each. Source: the adaptive variant of
-    Avalanche's `ClassBalancedBuffer`, made online.
+    shares shrank. With more groups than slots a group holds one row or none, and a row of one that holds none takes
+    the place of the group seen first among the others. Source: the adaptive variant of Avalanche's
+    `ClassBalancedBuffer`, made online.
     """
 
     def _expect(self, groups: list[int]) -> None:

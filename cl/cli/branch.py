@@ -69,7 +69,7 @@ class Origin:
         experience, steps_done = self.payload["position"]
         if experience == len(steps):
             experience, steps_done = experience - 1, self.steps[-1]
-        return schedule(*span.at(self.step, experience, steps_done))
+        return schedule(*span.at(experience, steps_done))
 
     def closing(self) -> list[str]:
         """Strategies that act at the end of an experience, where the run stands at one."""

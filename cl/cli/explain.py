@@ -173,7 +173,7 @@ def schedule_plot(trainer: Any) -> str:
     steps = experience_steps(trainer.state.stream, trainer.config)
     base = max(group.get("initial_lr", group["lr"]) for group in trainer.state.optimizer.param_groups)
     starts = list(accumulate(steps[:-1], initial=0))
-    places = (trainer.span.at(start + step, k, step) for k, start in enumerate(starts) for step in range(steps[k]))
+    places = (trainer.span.at(k, step) for k, count in enumerate(steps) for step in range(count))
     factors = [trainer.schedule(*place) for place in places]
     return curve([base * factor for factor in factors], starts)
 

@@ -7,9 +7,9 @@ Usage: cl extend RUN_DIR trainer.max_steps=STEPS [stretch=true] [out=FOLDER]
 
 The new budget counts for the experience that the run stands in (the last one, when it is done) and for those to come;
 what is behind it stays. Data order, optimizer and strategies go on as if nothing had happened. So does the schedule: it
-keeps the length that it was planned for and stays where it ends, so that no learning rate rises unasked. With
-stretch=true it is the schedule of the longer run, and the rate may jump; the command says from what to what. A new
-schedule is `cl rewarm`, the same plan `cl resume`.
+keeps the length that it was planned for, waits where a longer experience was to end and stays where all of it ends, so
+that no learning rate rises unasked. With stretch=true it is the schedule of the longer run, and the rate may jump; the
+command says from what to what. A new schedule is `cl rewarm`, the same plan `cl resume`.
 """
 
 from __future__ import annotations

@@ -127,6 +127,8 @@ def _verdict(difference: FloatArray, reference: str, p_holm: float, floor: float
     if num_differing == 0:
         return f"equal to {reference} on every shared seed"
     change = f"{'higher' if mean(difference) > 0 else 'lower'} than {reference} by {abs(mean(difference)):.4g}"
+    if nonzero(mean(difference)).size == 0:
+        change = f"on average equal to {reference}"
     if floor > ALPHA:
         return (
             f"{change}; {num_differing} differing pairs cannot reach significance "

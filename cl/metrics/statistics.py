@@ -82,7 +82,7 @@ def wilcoxon_signed_rank(differences: ArrayLike) -> float:
     Args:
         differences: [n], one per shared seed. Zeros are dropped, as Wilcoxon did.
 
-    Returns: NaN without differences; 1 when all are zero; never below 2 / 2^n.
+    Returns: NaN without differences or when one is NaN; 1 when all are zero; never below 2 / 2^n.
     Cost: O(n^3) additions.
     Source: Wilcoxon (1945). Differences: `scipy.stats.wilcoxon(method="exact")` is exact without ties only, and
         accuracies on a small test set tie; without ties the two agree.
@@ -94,8 +94,10 @@ def wilcoxon_signed_rank(differences: ArrayLike) -> float:
     from scipy.stats import rankdata
 
     informative = nonzero(differences)
+    if np.size(differences) == 0 or np.isnan(informative).any():
+        return math.nan
     if informative.size == 0:
-        return 1.0 if np.size(differences) else math.nan
+        return 1.0
     # midranks are multiples of one half: doubled, they are whole numbers that can index the distribution of W
     ranks = np.rint(2 * rankdata(np.abs(informative))).astype(int)
     distribution = np.ones(1)

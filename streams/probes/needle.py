@@ -60,9 +60,11 @@ def needle(
         require_integer(f"stream.{name}", value, smallest=4)
     if distractors >= keys:
         raise UserError(f"stream.distractors is {distractors}; it must be below stream.keys={keys}")
-    if 1 + distractors > (segment * segments - 2) // 3 - 1:
+    fewest = min([segments, *further])
+    if distractors >= num_slots(segment, fewest):
         raise UserError(
-            f"stream.distractors is {distractors}; {segments} segments of {segment} tokens hold fewer needles"
+            f"stream.distractors is {distractors}; it must be below the {num_slots(segment, fewest)} needles that "
+            f"{fewest} segments of {segment} tokens hold"
         )
 
     def part(count: int, distance: int, num_rows: int) -> Part:
@@ -73,6 +75,16 @@ def needle(
     test = [part(segments, distance, eval_rows) for distance in range(segments)]
     test += [part(count, count - 1, eval_rows) for count in further if count != segments]
     return probe("needle", Setting.CONTINUAL_PRETRAINING, 2 + 2 * keys + fillers, train, test, seed)
+
+
+def num_slots(segment: int, segments: int) -> int:
+    """Needles that fit: whole slots of three tokens, counted from the start of each segment; the question is last.
+
+    Example:
+        >>> num_slots(8, 2), num_slots(9, 2)
+        (4, 5)
+    """
+    return (segments - 1) * (segment // 3) + (segment - 2) // 3
 
 
 def haystack(
@@ -90,13 +102,12 @@ def haystack(
     inputs = torch.randint(2 + 2 * keys, 2 + 2 * keys + fillers, (num_rows, length), generator=generator)
     chosen = 2 + without_replacement(num_rows, keys, 1 + distractors, generator)
     values = 2 + keys + torch.randint(keys, (num_rows, 1 + distractors), generator=generator)
-    # needles take whole slots of three tokens, counted from the start of each segment; the question has the last two
     per_segment = segment // 3
     own = segments - 1 - distance
     free = per_segment if own < segments - 1 else (segment - 2) // 3
     slot = own * per_segment + torch.randint(free, (num_rows, 1), generator=generator)
-    usable = (segments - 1) * per_segment + (segment - 2) // 3
-    others = torch.rand(num_rows, usable, generator=generator).scatter(1, slot, -1.0).topk(distractors, 1).indices
+    draws = torch.rand(num_rows, num_slots(segment, segments), generator=generator)
+    others = draws.scatter(1, slot, -1.0).topk(distractors, 1).indices
     slots = torch.cat((slot, others), 1)
     places = slots // per_segment * segment + slots % per_segment * 3
     inputs.scatter_(1, places, NEEDLE).scatter_(1, places + 1, chosen).scatter_(1, places + 2, values)

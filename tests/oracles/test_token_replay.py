@@ -101,7 +101,7 @@ def mixture(*later):
         replace(
             stream.experiences[0],
             id=k,
-            domain=f"toy {domains[-1]}",
+            domain="+".join(f"toy {n}" for n in domains),
             practises=tuple(f"toy {n}" for n in domains) if len(domains) > 1 else (),
             load=partial(load, domains),
             num_samples=ROWS * len(domains),
@@ -137,6 +137,13 @@ def test_a_mixture_is_past_as_long_as_one_of_its_domains_is(lab, alone):
     assert later[alone] > 0.56 * ROWS
     assert last == [0, 0, 2 * ROWS]
     assert sorted(trainer.strategies[0].buffer.members) == [0, 2]
+
+
+def test_a_mixture_has_the_share_of_those_of_its_domains_that_are_past(lab):
+    """Toy 1 and toy 2 are while toy 0 runs; the name of the mixture is no domain beside them."""
+    recorder, _ = trained(lab, TokenReplay(50.0), mixture((0,), (2,), (0,)))
+    last = {origin: count for (k, origin), count in replayed(recorder.steps).items() if k == 3}
+    assert last == {0: ROWS // 2, 2: ROWS // 2}
 
 
 def test_domains_that_come_back_one_by_one_are_told_apart_by_their_rows(lab):

@@ -86,6 +86,20 @@ def test_rows_are_detached_copies(policy):
     assert torch.equal(buffer.columns["raw"], before["raw"])
 
 
+@pytest.mark.parametrize("policy", [*POLICIES, "fifo"])
+def test_parts_of_wider_rows_are_held_as_they_are(policy):
+    """Eight bytes that do not begin at a whole word once could not be written."""
+    buffer, generator = make_buffer(policy, 10), torch.Generator().manual_seed(0)
+    wide = torch.randint(256, (64, 19), dtype=torch.uint8, generator=generator)
+    for low in range(0, 64, 8):
+        rows = batch_of(low, [0, 1] * 4)
+        rows.raw = wide[low : low + 8, 3:11]
+        buffer.add(rows, generator, values=wide[low : low + 8].float()[:, 1:5])
+    held = contents(buffer)
+    assert torch.equal(held.inputs, wide[held.sample_ids, 3:11])
+    assert torch.equal(buffer.take("values", torch.arange(10)), wide[held.sample_ids].float()[:, 1:5])
+
+
 @pytest.mark.parametrize("policy", POLICIES)
 def test_state_round_trip_goes_on_exactly(policy):
     """After a save, both buffers take the same rows, and the saved state is not written to."""

@@ -20,6 +20,7 @@ from cl.schedules import (
     rewarmed_cosine,
     warmup_stable_decay,
 )
+from cl.setup import Span
 from cl.testing import configs
 from cl.testing.toy import ToyNet, toy_stream
 from cl.trainer import Trainer
@@ -176,6 +177,22 @@ def test_autoregressive_peaks_lie_on_one_cosine_over_all_steps_so_far():
         assert course(middle) == pytest.approx(0.1 + (peak - 0.1) / 2 * (1 + cos(pi * 15 / 45)))
 
 
+def test_phases_that_fill_the_span_fit_whatever_its_length():
+    """Each was once rounded by itself: 45 + 338 + 68 steps of 450, and 4 + 4 of 7, were refused."""
+    halves = [warmup_stable_decay(n, 7, 0.5, 0.5) for n in range(8)]
+    assert halves == pytest.approx([1 / 4, 1 / 2, 3 / 4, 1, 1, 2 / 3, 1 / 3, 0])
+    phases = {"warmup_frac": 0.1, "cooldown_frac": 0.75, "anneal_frac": 0.15}
+    course = [infinite(n, 450, **phases, constant=0.5, final=0.1) for n in range(451)]
+    assert course[44] == course[45] == 1.0
+    assert course[45 + 100] == pytest.approx(0.5 + 0.25 * (1 + cos(pi * 100 / 337)))
+    assert course[381] > course[382] == 0.5
+    assert course[382 + 17] == pytest.approx(0.5 * 0.2 ** (17 / 68))
+    assert course[450] == 0.1
+    for total in range(1, 100):
+        assert infinite(0, total, **phases) <= 1
+        assert warmup_stable_decay(total, total, 0.3, 0.7) in (0.0, 1.0)
+
+
 @pytest.mark.parametrize(
     ("schedule", "arguments", "words"),
     [
@@ -217,6 +234,20 @@ def test_fitted_fills_in_the_starts_of_the_experiences():
     own = fitted(partial(rewarmed_cosine, final=0.0, warmup_frac=0.0, starts=(0, 20)), [10, 30], "run")
     assert own(20, 40) == 1.0, "starts given by the user stay"
     assert fitted(cosine, [10, 30], "experience") is cosine
+
+
+def test_a_longer_experience_waits_for_the_next_one():
+    """`cl extend` in the first of two experiences once re-warmed in the midst of it, and left the second at rate 0."""
+    span = Span([30, 30], TrainerConfig(schedule_steps=[20, 20]))
+    places = [span.at(k, step) for k in (0, 1) for step in range(30)]
+    falling = fitted(linear, span.steps, "run")
+    wanted = [*range(20), *[19] * 10, *range(20, 50)]
+    assert [falling(*place) for place in places] == pytest.approx([max(0, 1 - n / 40) for n in wanted])
+    rounds = fitted(partial(rewarmed_cosine, warmup_frac=0.0, final=0.1), span.steps, "run")
+    one = [0.1 + 0.45 * (1 + cos(pi * n / 20)) for n in range(20)]
+    assert [rounds(*place) for place in places] == pytest.approx([*one, *[one[-1]] * 10, *one, *[0.1] * 10])
+    rest = Span([30, 30], TrainerConfig(schedule_start=40))
+    assert [rest.at(1, step) for step in (10, 29)] == [(0, 20), (19, 20)]
 
 
 def trainer(schedule, **config):

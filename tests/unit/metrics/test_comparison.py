@@ -88,6 +88,14 @@ def test_equal_runs_do_not_count_as_evidence():
     assert "1 differing pairs cannot reach significance (Holm p is at least 1), 7 can" in rows[2].verdict
 
 
+@pytest.mark.parametrize("own", [[0.5, 0.25], [0.4, 0.6, 0.6]])
+def test_differences_that_add_up_to_nothing_are_neither_higher_nor_lower(own):
+    """Once `lower than naive by 0`, or `higher` by what rounding left."""
+    naive = [0.25, 0.5] if len(own) == 2 else [0.3, 0.4, 0.9]
+    _, row = compare({"naive": dict(enumerate(naive)), "swapped": dict(enumerate(own))}, "naive")
+    assert row.verdict.startswith(f"on average equal to naive; {len(own)} differing pairs cannot reach significance")
+
+
 def test_nothing_to_compare():
     rows = compare({"naive": {0: 0.2}, "replay": {1: 0.9}, "gone": {}}, "naive")
     assert [row.verdict for row in rows] == ["", "no seed in common with naive", "no seed in common with naive"]

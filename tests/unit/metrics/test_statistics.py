@@ -44,6 +44,7 @@ def test_wilcoxon_is_exact_where_scipy_is_not():
 
 def test_wilcoxon_edges():
     assert math.isnan(wilcoxon_signed_rank([]))
+    assert math.isnan(wilcoxon_signed_rank([0.1, math.nan, 0.3]))
     assert wilcoxon_signed_rank([0.0, 0.0]) == 1.0
     assert wilcoxon_signed_rank([0.3]) == 1.0
     assert wilcoxon_signed_rank([0.0, 0.1, 0.2]) == wilcoxon_signed_rank([0.1, 0.2])

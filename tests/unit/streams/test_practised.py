@@ -2,17 +2,19 @@
 
 from functools import partial
 
+import pytest
 import torch
 
 from cl.backbones.mlp import Mlp
 from cl.config import TrainerConfig
-from cl.metrics import EvalTable, forward_facilitation, steps_to_reach
+from cl.metrics import EvalTable, bwt, forward_facilitation, learning, seen_average, steps_to_reach
 from cl.trainer import Trainer
 from strategies.joint import Joint
 from strategies.naive import Naive
 from streams.permuted import permuted
 from streams.power_law import power_law
 from streams.scole import scole
+from streams.text_domains import text_domains
 
 
 def run(stream, strategy=None, **config):
@@ -32,6 +34,21 @@ def test_columns_of_what_is_practised():
     assert stream.practised_domains[:3] == [[0, 1], [0, 2], [0, 3]]
     assert stream.trained_domains == [-1] * 6
     assert permuted("digits", 3).practised_domains == []
+
+
+def test_a_mixture_teaches_all_that_is_new_in_it(text_root):
+    """Of two domains that are new together the last one alone once counted as taught."""
+    domains = [{"name": name, "path": "news.jsonl", "eval_path": "held.jsonl"} for name in "abc"]
+    order = [["a", "b"], {"a": 1, "c": 3}, ["b", "a"]]
+    stream = text_domains(domains, order=order, root=str(text_root), context=16)
+    assert stream.trained_domains == [-1, 2, -1]
+    assert stream.practised_domains == [[0, 1], [0, 2], [0, 1]]
+    R = [[2.0, 4.0, 5.0], [2.5, 4.5, 1.0], [2.0, 4.0, 1.5]]
+    table = EvalTable.from_rows(R, trained=stream.trained_domains, practises=stream.practised_domains, measure="loss")
+    # after the first experience the mean of a and b; each is learnt when it is new
+    assert seen_average(table).tolist() == pytest.approx([3.0, 8 / 3, 2.5])
+    assert learning(table) == pytest.approx((2.0 + 4.0 + 1.0) / 3)
+    assert bwt(table) == pytest.approx((0.0 + 0.0 + 0.5) / 3)
 
 
 def test_the_first_experiences_are_measured_on_what_they_practise_and_on_what_nobody_does():

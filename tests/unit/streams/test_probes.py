@@ -230,6 +230,17 @@ def test_needle_lies_as_many_segments_back_as_said():
         assert len(seen) >= 3, "anywhere in its segment"
 
 
+@pytest.mark.parametrize(("segment", "fit"), [(8, 8), (9, 11)])
+def test_as_many_needles_as_fit_leave_the_one_that_is_asked_for(segment, fit):
+    """A row full of needles once lost it to one with another key: 4 segments of 8 tokens hold 2 each, not 30 // 3."""
+    stream = needle(segment, 4, [], distractors=fit - 1, keys=fit, train_rows=20, eval_rows=20)
+    for item in every_set(stream):
+        for inputs, targets in rows(item):
+            facts = {inputs[t + 1]: inputs[t + 2] for t, token in enumerate(inputs) if token == 0}
+            assert len(facts) == fit
+            assert facts[inputs[-1]] == targets[-1]
+
+
 @pytest.mark.parametrize(
     ("make", "law"),
     [
@@ -349,7 +360,13 @@ def test_experiences_that_come_again_are_told_apart():
         (word_problem, {"lengths": []}, "stream.lengths is []; it must be a list of integers"),
         (needle, {"distractors": 16}, "stream.distractors is 16; it must be below stream.keys=16"),
         (needle, {"segment": 4}, "stream.segment is 4; it must be an integer of at least 8"),
-        (needle, {"segment": 8, "segments": 1, "distractors": 3}, "1 segments of 8 tokens hold fewer needles"),
+        (
+            needle,
+            {"segment": 8, "segments": 1, "distractors": 3},
+            "stream.distractors is 3; it must be below the 2 needles that 1 segments of 8 tokens hold",
+        ),
+        (needle, {"segment": 8, "test_segments": [], "distractors": 8}, "below the 8 needles that 4 segments"),
+        (needle, {"segment": 8, "test_segments": [2], "distractors": 4}, "below the 4 needles that 2 segments"),
         (n_parity, {"sizes": [2, 2]}, "every number comes once"),
         (n_parity, {"setting": "class_incremental"}, "stream.setting is 'class_incremental'"),
         (n_delayed_match, {"sizes": [1]}, "stream.sizes is 1; it must be an integer of at least 2"),
