@@ -32,6 +32,19 @@ def require_backbone(module: nn.Module, strategy: str, needs: str) -> Backbone:
     )
 
 
+def require_own_weights(module: nn.Module, strategy: str) -> None:
+    """A part of the model that a strategy calls or changes by itself must hold its weights.
+
+    Raises:
+        UserError: they are generated for each call of the whole, by a hypernetwork.
+    """
+    if next(module.parameters(), None) is None:
+        raise UserError(
+            f"{strategy} works on the network's own weights, and a strategy beside it generates them instead; leave "
+            "one of the two out"
+        )
+
+
 class Teacher:
     """The model as it was when `take` was called last; empty before. Predicts in evaluation mode, without gradient."""
 

@@ -57,7 +57,8 @@ class Generating(Strategy):
         embedding_lr: learning rate of embeddings; None takes that of the run.
 
     Raises:
-        UserError: a value outside its range, or made rows (`generative_replay`) where rows have no task label.
+        UserError: a value outside its range; made rows (`generative_replay`), or experiences joined before it, where
+            rows have no task label; or a second hypernetwork.
     """
 
     def __init__(
@@ -103,6 +104,8 @@ class Generating(Strategy):
 
     def check_beside(self, strategies: Sequence[Strategy]) -> None:
         for other in strategies:
+            if isinstance(other, Generating) and other is not self:
+                raise UserError(f"{self.name} and {other.name} both generate the network's weights; leave one out")
             if isinstance(other, GenerativeReplay) and not self.has_tasks:
                 raise UserError(
                     f"{self.name} answers each row by the weights of its experience, and the rows of {other.name} have "
@@ -117,6 +120,12 @@ class Generating(Strategy):
 
     def plan(self, stream: Stream) -> Stream:
         """Nothing changes; conditions are counted."""
+        # rows keep the experience that they come from, and one that holds those of later ones stands for all
+        if stream.info.num_heads == 1 and any(each.merged > each.id + 1 for each in stream.experiences):
+            raise UserError(
+                f"{self.name} keeps an embedding for each experience, and they are joined before it can count them; "
+                f"name it first, as in strategy=[{self.name},joint]"
+            )
         self.table, self.num_conditions = conditions(stream)
         return stream
 

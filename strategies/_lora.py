@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,8 @@ from torch.optim import Optimizer
 from cl.core import StreamInfo, UserError
 from cl.hooks import Strategy
 from cl.state import TrainState
+from strategies._quadratic import Quadratic
+from strategies.lwf import Lwf
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,25 @@ class LoraStrategy(Strategy):
     """
 
     merges = False
+
+    def check_beside(self, strategies: Sequence[Strategy]) -> None:
+        """Where adapters are added to the weights and begin anew, what others have kept of them says nothing any more.
+
+        Raises:
+            UserError: such another strategy, or one that would copy the model before that.
+        """
+        place = list(strategies).index(self)
+        for number, other in enumerate(strategies if self.merges else ()):
+            if isinstance(other, LoraStrategy | Quadratic) and other is not self:
+                raise UserError(
+                    f"{self.name} adds its adapters to the weights after each experience and begins new ones, and "
+                    f"{other.name} goes by the old ones; leave one of the two out"
+                )
+            if isinstance(other, Lwf) and number < place:
+                raise UserError(
+                    f"{other.name} copies the adapters before {self.name} adds them to the weights; put {self.name} "
+                    f"first, as in strategy=[{self.name},{other.name}]"
+                )
 
     def check_model(self, model: nn.Module, info: StreamInfo) -> None:
         found = pairs(model)

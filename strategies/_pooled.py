@@ -22,9 +22,21 @@ def is_last(state: TrainState) -> bool:
     return state.micro_step == state.micro_steps - 1
 
 
-def row_share(state: TrainState, num_rows: int) -> float:
-    """Share of the added rows in a step when every row counts the same: n / (n + N)."""
-    return num_rows / max(1, num_rows + state.step_rows)
+def row_share(batch: Batch, num_rows: int, num_current: int) -> float:
+    """Share of added rows in a loss in which each counts what a row of the stream counts: n / (n + N / w).
+
+    Args:
+        batch: as the strategies before have left it; w is what they have left of the weight of the stream's rows.
+        num_rows: n, added now.
+        num_current: N, rows of the stream among which w is shared.
+    """
+    # a strategy that owns the loss of the stream's rows leaves them no weight
+    return num_rows / max(1, num_rows + num_current / (batch.parts[0].weight or 1.0))
+
+
+def lighter(batch: Batch, share: float) -> Batch:
+    """The batch, whose label loss leaves so much of the whole to rows that are still to come."""
+    return replace(batch, parts=tuple(replace(part, weight=part.weight * (1 - share)) for part in batch.parts))
 
 
 def added(
@@ -38,7 +50,7 @@ def added(
 ) -> Batch:
     """The batch, with `num_rows` rows more in the last micro-batch.
 
-        loss = (1 - s) * what the loss was + s * CE(rows),  s = n / (n + N)     (weight None: a row is a row)
+        loss = (1 - s) * what the loss was + s * CE(rows),  s of `row_share`     (weight None: a row is a row)
         loss = what the loss was + weight * CE(rows)
 
     Args:
@@ -46,9 +58,9 @@ def added(
     """
     if num_rows == 0:
         return batch
-    factor = row_share(state, num_rows) if weight is None else weight
+    factor = row_share(batch, num_rows, state.step_rows) if weight is None else weight
     if weight is None:
-        batch = replace(batch, parts=tuple(replace(p, weight=p.weight * (1 - factor)) for p in batch.parts))
+        batch = lighter(batch, factor)
     return batch.extended(rows(), source, owner, factor / state.share) if is_last(state) else batch
 
 

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from cl.core import Batch, Output, Setting, StreamInfo
 from cl.hooks import Contract, Strategy
 from cl.state import Cost, TrainState, tensor_bytes
-from strategies._backbone import in_float, require_backbone
+from strategies._backbone import in_float, require_backbone, require_own_weights
 from strategies._checks import require, require_number
 
 
@@ -53,7 +53,9 @@ class CenterLoss(Strategy):
         """`centers` (C, F), and `learnt_in` (C,): the experience in which each was learnt, -1 before."""
 
     def check_model(self, model: nn.Module, info: StreamInfo) -> None:
-        require_backbone(model, "center_loss", "a head over its features")
+        backbone = require_backbone(model, "center_loss", "a head over its features")
+        if self.strength > 0 and self.head_rate < 1:
+            require_own_weights(backbone.head, "center_loss")
 
     def penalty(self, state: TrainState, batch: Batch, output: Output) -> Tensor | None:
         if not self.kept:

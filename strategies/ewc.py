@@ -12,6 +12,8 @@ however many experiences there were.
 Source: Kirkpatrick et al., "Overcoming catastrophic forgetting in neural networks", PNAS 2017 (offline); Schwarz et
 al., "Progress & Compress", ICML 2018 (online, one last anchor). Labels and conventions as in van de Ven
 (GMvandeVen/continual-learning) and Avalanche (training/plugins/ewc.py); a strength means nothing without them.
+Differences: in the penalty of online EWC the paper and van de Ven multiply F by gamma once more, which is a strength of
+gamma times ours.
 Text: a row is a row of tokens and log p(y | x) the mean over them, as in the training loss. Were the gradients of T
 tokens independent, this F would be the Fisher information of a token divided by T.
 """

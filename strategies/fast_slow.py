@@ -39,6 +39,7 @@ class FastSlow(DataImportance):
     Cost: no rows per step; at the end of an experience importance_rows rows forward and backward.
     """
 
+    moves_weights = True
     contract = Contract(
         toy={"strength": 5.0, "epsilon": 0.5}, zero={"strength": 0.0, "epsilon": 1.0}, forgets_less_by=0.2
     )

@@ -14,9 +14,9 @@ of mammoth (models/icarl.py) and Avalanche (training/losses.py): old outputs are
 included, whose own label therefore does not enter; the mean is over classes too, where the paper sums.
 Differences: the paper trains on one shuffled union of rows and exemplars; here every batch of the stream gets the share
 of exemplars that the union would have (`replay_batch_size=None`). Herding takes no row twice, as in the paper's code
-and mammoth; Avalanche herds by inner products and averages means over mirrored images. Mammoth does not normalise
-features. Until the classes of the running experience have exemplars, at its end, the outputs decide. A class that comes
-back is new again, and its exemplars are chosen anew.
+and mammoth; Avalanche herds by inner products. Both average means over mirrored images, mammoth since its commit
+eec9466 (2024), before which it did not normalise features. Until the classes of the running experience have exemplars,
+at its end, the outputs decide. A class that comes back is new again, and its exemplars are chosen anew.
 
 Shape legend: B rows, C outputs, N rows of a class, F width of the last hidden layer.
 """

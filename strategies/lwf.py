@@ -25,9 +25,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from cl.backbones import MultiHead
-from cl.core import IGNORED, Batch, Output, Setting, Stream, UserError
+from cl.core import IGNORED, Batch, Output, Setting, Stream, StreamInfo, UserError
 from cl.hooks import Contract, Strategy
 from cl.state import Cost, TrainState, tensor_bytes
+from strategies._backbone import require_own_weights
 from strategies._checks import require_choice, require_number
 from strategies._modes import evaluation_mode
 from strategies._quadratic import Vectors, copied, snapshot
@@ -66,6 +67,10 @@ class Lwf(Strategy):
                     f"lwf distils the outputs of old classes, and experience {experience.id} ({experience.name!r}) of "
                     f"stream {stream.info.name} does not say which classes it brings; take a stream that does"
                 )
+
+    def check_model(self, model: nn.Module, info: StreamInfo) -> None:
+        if self.strength > 0 and info.num_heads > 1:
+            require_own_weights(_heads(model)[1], "lwf")
 
     def penalty(self, state: TrainState, batch: Batch, output: Output) -> Tensor | None:
         if self.strength == 0 or not self.teacher:

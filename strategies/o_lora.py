@@ -37,7 +37,7 @@ class OLora(LoraStrategy):
         measure: of the inner products: absolute, or squared.
 
     Raises:
-        UserError: the model has no LoRA adapters.
+        UserError: the model has no LoRA adapters, or a strategy beside it that goes by those of earlier experiences.
 
     Cost: no rows; the A of every experience, and their products with the running one at every step.
     """

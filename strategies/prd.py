@@ -12,8 +12,8 @@ Prediction: the class with the largest cosine of h(x) and its prototype, among t
 Source: Asadi et al., "Prototype-Sample Relation Distillation: Towards Replay-Free Continual Learning", ICML 2023, in
 the form of naderAsadi/Probing-Continual-Learning methods/repe.py: softmax over the classes of an experience, for every
 row (the paper's words could also mean over rows). The paper has no domain-incremental form.
-Differences: KL where the code has the cross-entropy, which has the same gradient. The teacher predicts in evaluation
-mode. Streams that augment show every row in two views, the others in one, since a copy teaches nothing.
+Differences: the teacher predicts in evaluation mode. SupCon has no factor temperature / 0.07, and the projection no
+batch norm. Streams that augment show every row in two views, the others in one, since a copy teaches nothing.
 
 Shape legend: B rows, C outputs of one head, H heads, F width of the last hidden layer, P width of the projection.
 """
@@ -32,7 +32,7 @@ from torch.optim import Optimizer
 from cl.core import Batch, Output, Setting, Source, Stream, StreamInfo, UserError
 from cl.hooks import Contract, Strategy
 from cl.state import Cost, TrainState
-from strategies._backbone import Teacher, in_float, require_backbone
+from strategies._backbone import Teacher, in_float, require_backbone, require_own_weights
 from strategies._checks import require_count, require_number
 from strategies._contrastive import global_labels, supervised_contrastive
 
@@ -100,6 +100,9 @@ class Prd(Strategy):
 
     def wrap(self, backbone: nn.Module, info: StreamInfo) -> nn.Module:
         return PrototypeNet(backbone, info, self.projection)
+
+    def check_model(self, model: nn.Module, info: StreamInfo) -> None:
+        require_own_weights(self._net(model)[1], "prd")
 
     def make_optimizer(self, module: nn.Module, default: Callable[[Iterable[Any]], Optimizer]) -> Optimizer:
         """As the run asks for, but prototypes without momentum and weight decay."""

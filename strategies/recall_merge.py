@@ -34,7 +34,7 @@ from cl.buffers.base import draw_without_replacement
 from cl.core import Batch, StreamInfo
 from cl.hooks import Contract, Strategy
 from cl.state import Cost, TrainState, tensor_bytes
-from strategies._backbone import in_float, require_backbone
+from strategies._backbone import in_float, require_backbone, require_own_weights
 from strategies._checks import require_choice, require_count, require_number
 from strategies._modes import evaluation_mode
 from strategies._quadratic import Vectors, copied
@@ -79,7 +79,7 @@ class RecallMerge(Strategy):
         """Everything in the model's state, after each experience."""
 
     def check_model(self, model: nn.Module, info: StreamInfo) -> None:
-        require_backbone(model, self.name, NEEDS)
+        require_own_weights(require_backbone(model, self.name, NEEDS), self.name)
 
     def on_experience_start(self, state: TrainState) -> None:
         if self.start == "first" and self.models:

@@ -7,8 +7,10 @@ new one begins. The data side of the method, answers in several styles, is `stre
 they are SEFE, which tells forgetting of the format (superficial) from forgetting of the content (essential).
 
 Source: Chen et al., "SEFE: Superficial and Essential Forgetting Eliminator for Multimodal Continual Instruction
-Tuning", ICML 2025. Differences: no code was found, and the paper's constants could not be checked: the share of marked
-entries is the one it is quoted with, the strength is ours and has to be tuned; text only.
+Tuning", ICML 2025; code jinpeng0528/SEFE (key_elements_identification.py, llava/model/language_model), which marks 2 %.
+Differences: sums, where the code takes means over the marks of a layer and over layers, leaves out s, and counts an
+entry as often as it was marked; its strength of 2500 is 2500 / (s * layers * marks of one) here. The default is ours,
+and has to be tuned. Text only.
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ class RegLora(LoraStrategy):
         measure: of the new change at marked entries: absolute, or squared.
 
     Raises:
-        UserError: the model has no LoRA adapters.
+        UserError: the model has no LoRA adapters, or a strategy beside it that goes by those of earlier experiences.
 
     Cost: no rows; a byte per adapted weight (a bit in checkpoints), and the product B A of every layer at every step.
     """

@@ -35,7 +35,7 @@ from cl.core import Batch, Output, Setting, StreamInfo, UserError
 from cl.hooks import Contract
 from cl.seeding import derive_seed
 from cl.state import Cost, TrainState, tensor_bytes
-from strategies._backbone import in_float, require_backbone
+from strategies._backbone import in_float, require_backbone, require_own_weights
 from strategies._checks import require, require_count, require_number, require_stored
 from strategies._map_augment import beta, resized_crops
 from strategies._modes import evaluation_mode
@@ -116,7 +116,9 @@ class Remind(Rehearsal):
         # not at first use: its import draws from Python's global generator
         import sklearn.cluster  # noqa: F401
 
-        num_stages = len(require_backbone(model, "remind", NEEDS).stages())
+        backbone = require_backbone(model, "remind", NEEDS)
+        require_own_weights(backbone, "remind")
+        num_stages = len(backbone.stages())
         if self.cut is not None and self.cut > num_stages:
             raise UserError(f"remind.cut is {self.cut}; {type(model).__name__} has {num_stages} stages")
 

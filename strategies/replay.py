@@ -14,13 +14,12 @@ not replay the running experience.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from cl.buffers.base import stored_rows
 from cl.core import Batch, Output, Setting, Source, Stream
 from cl.hooks import Contract
 from cl.state import Cost, TrainState
 from strategies._checks import require, require_choice, require_number, require_stored
+from strategies._pooled import lighter, row_share
 from strategies._rehearsal import Rehearsal
 
 
@@ -68,10 +67,10 @@ class Replay(Rehearsal):
         if self.weight == 0 or len(self.buffer) == 0:
             return batch
         rows, _ = self.drawn(state, batch.num_current)
-        mixed = batch.extended(rows, Source.REPLAY, self.name, self.weight)
-        if self.average == "row":
-            mixed.parts = tuple(replace(part, weight=part.weight * len(part) / len(mixed)) for part in mixed.parts)
-        return mixed
+        if self.average == "source":
+            return batch.extended(rows, Source.REPLAY, self.name, self.weight)
+        share = row_share(batch, len(rows), batch.num_current)
+        return lighter(batch, share).extended(rows, Source.REPLAY, self.name, self.weight * share)
 
     def on_step_end(self, state: TrainState, batch: Batch, output: Output) -> None:
         if self.update == "step":

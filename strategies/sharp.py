@@ -17,9 +17,10 @@ Source: Gurbuz, Moorman & Dovrolis, "SHARP: Sparsity and Hidden Activation Repla
 Learning", 2023 (BurakGurbuz97/SHARP-Continual-Learning Source/learner.py, rewire.py, architecture.py, memory.py,
 neocortex.py).
 Differences: units are selected on rows drawn once per experience (there: its first 1024). The first phase takes p = 1
-(there 2). Weights start as the backbone draws them. A tie of neighbours goes to the nearest. Phases are counted in
-epochs of the run: with `trainer.epochs` at phase_epochs * max_phases it is the published schedule. The head of the
-backbone is not used. Another strategy's rows keep their own loss.
+(there 2). Weights start as the backbone draws them; plastic units are drawn anew at the scale of their whole layer
+(there: as if they alone were the layer). A tie of neighbours goes to the nearest. Phases are counted in epochs of the
+run: with `trainer.epochs` at phase_epochs * max_phases it is the published schedule. The head of the backbone is not
+used. Another strategy's rows keep their own loss.
 
 Shape legend: B rows, F width of the last hidden layer, O units of a layer.
 """
@@ -71,6 +72,7 @@ class Sharp(Strategy):
     stages; up to 1024 rows forward in the first step of a phase, stored_rows for each class twice at the end.
     """
 
+    moves_weights = True
     settings = frozenset({Setting.CLASS_INCREMENTAL, Setting.TASK_INCREMENTAL})
     contract = Contract(
         toy={"phase_epochs": 1, "prune": 0.2},

@@ -56,7 +56,7 @@ class TraceReplay(Strategy):
     def on_experience_end(self, state: TrainState) -> None:
         general = state.stream.general if self.general else None
         pieces = [self._rows()] if self.kept else []
-        if general is not None and state.experience.id > 0:
+        if general is not None:
             data = general()
             pieces.append(data.rows(torch.arange(len(data))))
         if pieces:

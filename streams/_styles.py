@@ -4,7 +4,7 @@ A model that is asked for one form only, experience after experience, unlearns t
 share of every task in other forms keeps them.
 
 Source: answer style diversification of Chen et al., "SEFE", ICML 2025, with a fifth of every task. Differences: the
-forms here are those that a classification has: yes or no, the letter of a choice, a sentence. No code was found.
+forms here are those that a classification has: yes or no, the letter of a choice, a sentence.
 """
 
 from __future__ import annotations

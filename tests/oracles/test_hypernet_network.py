@@ -13,13 +13,20 @@ from cl.backbones.convnet import Convnet
 from cl.backbones.mlp import Mlp
 from cl.backbones.recurrent import Recurrent
 from cl.backbones.resnet18 import Resnet18
-from cl.core import Batch, Setting, StreamInfo
+from cl.core import Batch, Setting, StreamInfo, UserError
 from cl.testing import ToyNet, toy_stream
 from strategies._hypernet import Hypernetwork
 from strategies._hypernet_distances import Distances
+from strategies.center_loss import CenterLoss
 from strategies.hypernet import Hypernet
+from strategies.joint import Joint
+from strategies.lwf import Lwf
+from strategies.prd import Prd
+from strategies.recall_merge import RecallMerge
+from strategies.remind import Remind
+from strategies.rnn_hypernet import RnnHypernet
 
-TASK = Setting.TASK_INCREMENTAL
+TASK, CLASS, DOMAIN = Setting.TASK_INCREMENTAL, Setting.CLASS_INCREMENTAL, Setting.DOMAIN_INCREMENTAL
 
 BACKBONES = [
     Mlp,
@@ -186,3 +193,32 @@ def test_distances_from_the_last_layer_by_autograd(start):
         (expected * factor).sum().backward()
         for one, other in zip(mine, plain, strict=True):
             torch.testing.assert_close(one.grad, other.grad)
+
+
+@pytest.mark.parametrize(
+    ("other", "setting", "message"),
+    [
+        (Remind(), CLASS, "remind works on the network's own weights, and a strategy beside it generates them"),
+        (RecallMerge(), CLASS, "recall_merge works on the network's own weights"),
+        (Lwf(), TASK, "lwf works on the network's own weights"),
+        (CenterLoss(), DOMAIN, "center_loss works on the network's own weights"),
+        (RnnHypernet(), CLASS, "hypernet both generate the network's weights; leave one out"),
+    ],
+    ids=lambda value: getattr(value, "name", ""),
+)
+def test_who_needs_the_networks_own_weights_is_refused_beside_it(lab, other, setting, message):
+    for pair in ([Hypernet(), other], [other, Hypernet()]):
+        with pytest.raises(UserError, match=message):
+            lab.run(pair, setting)
+
+
+@pytest.mark.parametrize(
+    ("first", "message"),
+    [(Joint(), r"name it first, as in strategy=\[hypernet,joint\]"), (Prd(), "prd works on the network's own weights")],
+    ids=lambda value: getattr(value, "name", ""),
+)
+def test_some_work_behind_it_only(lab, first, message):
+    with pytest.raises(UserError, match=message):
+        lab.run([first, Hypernet()], CLASS)
+    recorder, _ = lab.run([Hypernet(), first], CLASS)
+    assert all(p.isfinite().all() for p in recorder.steps[-1].after.values())

@@ -8,6 +8,7 @@ import torch
 from cl.core import Setting, UserError
 from cl.hooks import Strategy
 from cl.testing import discover
+from strategies.fast_slow import FastSlow
 from strategies.fpf import Fpf
 from strategies.gdumb import Gdumb
 from strategies.hypernet import Hypernet
@@ -17,13 +18,14 @@ from strategies.recall_merge import RecallMerge
 from strategies.refresh import Refresh
 from strategies.rmn import Rmn
 from strategies.rmn import _net as masked_net
+from strategies.sharp import Sharp
 from strategies.trace_replay import TraceReplay
 from strategies.update_periods import UpdatePeriods
 from strategies.weight_factorization import WeightFactorization
 from strategies.weight_factorization import _net as factor_net
 
 SETTINGS = (Setting.DOMAIN_INCREMENTAL, Setting.TASK_INCREMENTAL)
-MOVING = [TraceReplay(), Fpf(), Kfpf(), Gdumb(), Refresh(), RecallMerge()]
+MOVING = [TraceReplay(), Fpf(), Kfpf(), Gdumb(), Refresh(), RecallMerge(), FastSlow(), Sharp()]
 PLUGINS = {plugin.name: plugin for plugin in discover("strategies")}
 
 
@@ -33,7 +35,7 @@ def test_passes_outside_of_the_loop_are_refused(lab, kind, other):
     keeper = kind()
     for pair in ([keeper, other], [other, keeper]):
         with pytest.raises(UserError, match=rf"{keeper.name} keeps weights as they are, and {other.name} would change"):
-            lab.run(pair)
+            lab.run(pair, Setting.TASK_INCREMENTAL)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.func import functional_call
 
 from cl.backbones.gpt import Gpt
 from cl.config import TrainerConfig
@@ -17,9 +18,13 @@ from cl.testing import ToyNet, toy_stream
 from cl.trainer import Trainer
 from strategies import _lora
 from strategies._lora import LoraStrategy, pairs
+from strategies.ewc import Ewc
 from strategies.i_lora import ILora
+from strategies.lwf import Lwf
+from strategies.mas import Mas
 from strategies.o_lora import OLora
 from strategies.reg_lora import RegLora
+from strategies.si import Si
 from streams.builtin_text import builtin_text
 
 TEXT = Setting.CONTINUAL_PRETRAINING
@@ -77,6 +82,36 @@ def test_a_model_without_adapters_is_refused(lab, strategy):
     with pytest.raises(UserError, match="ToyNet has none; take backbone=hf or gpt with") as error:
         lab.run([strategy], TEXT)
     assert str(error.value).startswith(strategy.name)
+
+
+@pytest.mark.parametrize("other", [RegLora(), ILora(20, 4), Ewc(), Si(), Mas()], ids=lambda s: s.name)
+def test_what_goes_by_old_adapters_is_refused_beside_new_ones(lora, other):
+    for pair in ([OLora(), other], [other, OLora()]):
+        with pytest.raises(UserError, match=r"begins new ones, and \w+ goes by the old ones; leave one of the two out"):
+            lora.trained(*pair)
+
+
+def test_a_teacher_says_what_the_model_said_before_its_adapter_was_added(lora):
+    """Behind the strategy that adds it; in front it would have the adapter twice."""
+    said = []
+
+    class Asking(Strategy):
+        settings = frozenset({TEXT})
+
+        def __init__(self, name, teacher=None):
+            self.name, self.teacher = name, teacher
+
+        def on_experience_end(self, state):
+            rows = state.prepare(state.data.rows(torch.arange(9)))
+            with torch.no_grad():
+                said.append(functional_call(state.model, self.teacher.teacher if self.teacher else {}, (rows,)).logits)
+
+    lwf = Lwf()
+    lora.trained(Asking("before"), OLora(), lwf, Asking("after", lwf), optimizer=partial(torch.optim.Adam, lr=0.02))
+    for model, teacher in zip(said[::2], said[1::2], strict=True):
+        torch.testing.assert_close(teacher, model)
+    with pytest.raises(UserError, match=r"put o_lora first, as in strategy=\[o_lora,lwf\]"):
+        lora.trained(lwf, OLora())
 
 
 @pytest.mark.parametrize("strategy", [OLora(), RegLora(), ILora(20, 4)], ids=lambda s: s.name)

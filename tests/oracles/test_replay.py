@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from cl.core import Batch, Setting
+from strategies.der import Der
 from strategies.replay import Replay
 
 WEIGHT, SIZE = 0.6, 10
@@ -40,6 +41,20 @@ def check(lab, average, setting=Setting.TASK_INCREMENTAL):
 def test_replay_is_the_plain_loop(lab, average):
     recorder, _ = check(lab, average)
     assert [len(step.batch.parts) for step in recorder.steps[:3]] == [1, 2, 2]
+
+
+@pytest.mark.parametrize("is_first", [True, False])
+def test_a_mean_over_rows_leaves_out_those_without_a_label_loss(lab, is_first):
+    """Rows that `der` adds are told by their logits; labels are one mean over the others, in either order."""
+    pair = [Replay(40, SIZE, average="row"), Der(40, SIZE, alpha=1e-9)]
+    recorder, _ = lab.run(pair if is_first else pair[::-1])
+    for step in recorder.steps[1::5]:
+        model = deepcopy(recorder.start)
+        model.load_state_dict(step.before)
+        rows = torch.cat([torch.arange(p.start, p.stop) for p in step.batch.parts if p.owner != "der"])
+        assert len(rows) == step.batch.num_current + SIZE
+        gradients = lab.gradient(model, lab.label_loss(model, step.batch[rows]))
+        lab.close(step.after, {name: p - lab.lr * gradients[name] for name, p in step.before.items()})
 
 
 def test_the_oracle_needs_the_replayed_rows(lab, monkeypatch):

@@ -16,19 +16,21 @@ from cl.core import Batch, Setting, TensorData, UserError
 from cl.testing import ToyNet, toy_stream
 from cl.trainer import Trainer
 from strategies import token_replay as module
+from strategies.gere import Gere
 from strategies.joint import Joint
+from strategies.replay import Replay
 from strategies.token_replay import TokenReplay
 
 TEXT = Setting.CONTINUAL_PRETRAINING
 ROWS = 192
 
 
-def trained(lab, strategy, stream=None, **config):
+def trained(lab, strategies, stream=None, **config):
     recorder = lab.Recorder()
     trainer = Trainer(
         stream or toy_stream(TEXT),
         lambda info: ToyNet(info).double(),
-        [strategy, recorder],
+        [*(strategies if isinstance(strategies, list) else [strategies]), recorder],
         optimizer=partial(torch.optim.SGD, lr=lab.lr),
         config=TrainerConfig(**({"epochs": 1, "batch_size": lab.batch_size, "device": "cpu"} | config)),
     )
@@ -168,9 +170,9 @@ def test_each_domain_of_a_mixture_has_its_own_rate(lab, rates, wanted):
     }
 
 
-def check(lab):
+def check(lab, before=(), behind=()):
     """One mean over all tokens of the step."""
-    recorder, _ = trained(lab, TokenReplay(20.0, capacity=50))
+    recorder, _ = trained(lab, [*before, TokenReplay(20.0, capacity=50), *behind])
     model = deepcopy(recorder.start)
     for step in recorder.steps[::5]:
         model.load_state_dict(step.before)
@@ -182,6 +184,12 @@ def check(lab):
 
 def test_a_token_is_a_token(lab):
     check(lab)
+
+
+@pytest.mark.parametrize("kind", [partial(Gere, "ce", general_batch_size=4), partial(Replay, 40, 7, average="row")])
+def test_a_token_is_a_token_beside_others_who_add_rows(lab, kind):
+    check(lab, before=[kind()])
+    check(lab, behind=[kind()])
 
 
 def test_the_oracle_needs_the_weight(lab, monkeypatch):

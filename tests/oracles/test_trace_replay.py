@@ -58,10 +58,10 @@ def test_a_pass_follows_every_experience(lab, general):
     before, recorder, trainer = trained(lab, general=general)
     stream = trainer.state.stream
     extra = len(stream.general()) if general else 0
-    assert [sum(map(len, seen)) for seen in before.passes] == [0, KEPT + extra, 2 * KEPT + extra]
+    assert [sum(map(len, seen)) for seen in before.passes] == [extra, KEPT + extra, 2 * KEPT + extra]
     for number, (model, seen) in enumerate(zip(before.models, before.passes, strict=True)):
         origins = Batch.cat(seen).experience_id.bincount().tolist() if seen else []
-        assert origins == ([KEPT] * number + [0] * (3 - number) + [extra] if general and number else [KEPT] * number)
+        assert origins == [KEPT] * number + ([0] * (3 - number) + [extra] if general else [])
         for batch in seen:
             # at the base rate, whatever the schedule has come to
             loss = F.cross_entropy(model(batch).logits.flatten(0, 1), batch.targets.flatten())
