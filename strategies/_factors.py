@@ -1,6 +1,6 @@
 """A frozen network with low-rank factors beside the weights of its layers.
 
-    W + scale * B A,   A (rank, D) random,  B (O, rank) zero at first
+    W + B A,   A (rank, D) random,  B (O, rank) zero at first
 
 Shape legend: O units, D inputs of a unit (of a convolution, all of its patch).
 """

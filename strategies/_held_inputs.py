@@ -130,10 +130,10 @@ def project_momentum(optimizer: Optimizer, layer: nn.Module, subspace: InputSubs
 
 
 def _as_computed(inputs: Tensor) -> Tensor:
-    """In the precision of the run."""
+    """In the precision of the run, one row after the other: of others a linear layer keeps a copy, not the inputs."""
     if torch.is_autocast_enabled(inputs.device.type):
-        return inputs.to(torch.get_autocast_dtype(inputs.device.type))
-    return inputs
+        inputs = inputs.to(torch.get_autocast_dtype(inputs.device.type))
+    return inputs.contiguous()
 
 
 def _linear_with_traces(inputs: Tensor, weight: Tensor, traces: Tensor) -> Tensor:

@@ -54,13 +54,14 @@ class Interval(Tensor):
             if name in RULES:
                 return RULES[name](*args, **kwargs)
             if name in NEVER_FALLING and not _falls(name, kwargs):
-                return _at_both_ends(func, args, kwargs)
+                return (_in_place if kwargs.get("inplace") else _at_both_ends)(func, args, kwargs)
         raise Unbounded(name)
 
 
 def _falls(name: str, kwargs: dict[str, Any]) -> bool:
     """Whether an option turns a rising function into another one; dropout draws other units at each end."""
-    slopes = {"add": kwargs.get("alpha", 1), "leaky_relu": kwargs.get("negative_slope", 0)}
+    alpha = kwargs.get("alpha", 1)
+    slopes = {"add": alpha, "elu": alpha, "leaky_relu": kwargs.get("negative_slope", 0)}
     return slopes.get(name, 0) < 0 or (name == "dropout" and kwargs.get("training", True))
 
 
@@ -82,6 +83,15 @@ def _at_both_ends(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any
         results.append(tree_flatten(func(*one[0], **one[1])))
     (lows, shape), (ups, _) = results
     return tree_unflatten([Interval.of(*pair) for pair in zip(lows, ups, strict=True)], shape)
+
+
+def _in_place(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Tensor:
+    """The interval becomes the result, under every name that it goes on; gradients are taken at what it was."""
+    x, *others = args
+    both = x.as_subclass(Tensor)
+    found = _at_both_ends(func, (both.clone().as_subclass(Interval), *others), kwargs | {"inplace": False})
+    both.copy_(found.as_subclass(Tensor))
+    return x
 
 
 def _product(multiply: Product, x: Tensor, w: Tensor) -> Tensor:
@@ -215,7 +225,7 @@ RULES: dict[str, Any] = {
     "__rsub__": lambda x, y: _difference(y, x),
 }
 _NEVER_FALLING = """
-    relu relu6 leaky_relu elu selu celu softplus hardtanh hardsigmoid logsigmoid sigmoid tanh clamp exp dropout
+    relu relu6 leaky_relu elu selu celu softplus hardtanh hardsigmoid log_sigmoid sigmoid tanh clamp exp dropout
     max_pool1d max_pool2d max_pool3d adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d
     avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d
     mean sum amax amin cumsum add __add__ __radd__ cat concat stack where pad

@@ -25,8 +25,8 @@ class Lateral(InputSubspace):
         rate: of a step (paper's eta).
         inner_steps: steps for each batch of inputs.
         orthonormal: directions are made orthonormal when an experience ends; otherwise H^T H is projected out as it is.
-        spiking_levels: activities of lateral neurons are rounded to so many levels between -20 and 20; None rounds
-            nothing.
+        spiking_levels: activities of lateral neurons are rounded to so many levels on each side of 0, the last of
+            them 20; None rounds nothing.
     """
 
     def __init__(self, rate: float, inner_steps: int, orthonormal: bool, spiking_levels: int | None = None) -> None:

@@ -100,6 +100,7 @@ class Listener:
 
     def __init__(self) -> None:
         self.passes: list[tuple[Batch, dict[str, list[Tensor]]]] = []
+        self._trained: list[tuple[Batch, dict[str, list[Tensor]]]] = []
         self._handles: list[Any] = []
 
     def __bool__(self) -> bool:
@@ -118,17 +119,21 @@ class Listener:
         self.clear()
 
     def clear(self) -> None:
-        self.passes = []
+        self.passes, self._trained = [], []
 
     def of(self, batch: Batch) -> dict[str, list[Tensor]]:
-        """Inputs in the last pass of a batch; of the last one of its size where the batch itself was not seen."""
-        same = [inputs for rows, inputs in self.passes if rows is batch]
-        alike = [inputs for rows, inputs in self.passes if len(rows) == len(batch)]
+        """Inputs in the last pass of a batch; of the last one of its size where the batch itself was not seen.
+
+        Passes without gradients, such as those of a teacher, are none that is trained on.
+        """
+        same = [inputs for rows, inputs in self._trained if rows is batch]
+        alike = [inputs for rows, inputs in self._trained if len(rows) == len(batch)]
         return (same or alike or [{}])[-1]
 
     def _enter(self, model: nn.Module, args: tuple[Any, ...]) -> None:
-        # evaluation is none of our business, unless it was asked for by attaching in evaluation mode
         self.passes.append((args[0], {}))
+        if torch.is_grad_enabled():
+            self._trained.append(self.passes[-1])
 
     def _note(self, name: str, layer: nn.Module, args: tuple[Any, ...]) -> None:
         if self.passes and not torch.is_inference_mode_enabled():

@@ -8,6 +8,8 @@ spiking layers are projected in the step. Linear layers are held on the side of 
 the same projection at a fraction of the work; their weights are made the ones that they answer with every `FOLD_EVERY`
 steps, and when the experience ends. With SGD without weight decay it is enough to project their gradients; should
 something else move the weights along the directions held, such as a penalty, that is noticed when they are folded.
+Until then weight decay in Adam, or with directions held softly, and penalties read the weights as they have moved, so
+the network learns a little otherwise than with every step projected; what is held is the same.
 
 Shape legend: N rows of inputs, D inputs of a unit, O units of a layer, R directions held.
 """
@@ -15,14 +17,14 @@ Shape legend: N rows of inputs, D inputs of a unit, O units of a layer, R direct
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from cl.buffers.base import draw_without_replacement
-from cl.core import Batch, Output, StreamInfo
+from cl.core import Batch, Output, StreamInfo, UserError
 from cl.hooks import Strategy
 from cl.state import Cost, TrainState, tensor_bytes
 from strategies._checks import require_choice
@@ -55,8 +57,10 @@ class Projection(Strategy):
         require_choice(f"{self.name}.others", others, OTHERS)
         self.others = others
         self.subspaces: dict[str, InputSubspace] = {}
+        self.is_holding = False
+        """Whether responses are those of the running experience."""
         self.responses: Vectors = {}
-        """By layer, what it said to the directions held when the experience began."""
+        """By layer, what it said to the directions held before the first step of the experience."""
         self.unprotected = Unprotected()
         self.full: list[str] = []
         """Layers that were reported to have no direction left."""
@@ -85,6 +89,14 @@ class Projection(Strategy):
 
     # the run
 
+    def check_beside(self, strategies: Sequence[Strategy]) -> None:
+        for other in strategies:
+            if isinstance(other, Projection) and other is not self:
+                raise UserError(
+                    f"{self.name} and {other.name} both hold the weights of every layer, and what one puts back moves "
+                    "them along the directions of the other; leave one of the two out"
+                )
+
     def check_model(self, model: nn.Module, info: StreamInfo) -> None:
         find_layers(model, self.name, self.others)
 
@@ -102,22 +114,30 @@ class Projection(Strategy):
         self.responses = {name: each.to(state.device) for name, each in self.responses.items()}
         self.unprotected.to(state.device)
         self._restored = {}
+        if self.is_holding:
+            self._attach(state)
 
     def on_experience_start(self, state: TrainState) -> None:
         layers = self.layers(state)
+        if self.others == "freeze" and state.experience.id > 0:
+            self.unprotected.freeze(state, layers)
+        self.begin(state, layers)
+
+    def _take_responses(self, state: TrainState) -> None:
+        layers, self.is_holding = self.layers(state), True
         self.responses = {
             name: subspace.response(layers[name]) for name, subspace in self.subspaces.items() if subspace.rank
         }
         self.drifting = []
         for name in self.responses:
             project_momentum(state.optimizer, layers[name], self.subspaces[name])
-        if self.others == "freeze" and state.experience.id > 0:
-            self.unprotected.freeze(state, layers)
-        self.begin(state, layers)
 
     # one step
 
     def on_batch(self, state: TrainState, batch: Batch) -> Batch:
+        if not self.is_holding:
+            # not before: others may move the weights when an experience begins, or one that had ended is gone on with
+            self._take_responses(state)
         if self.responses and not self.held:
             self._attach(state)
         self.unprotected.hold_statistics(state)
@@ -182,12 +202,17 @@ class Projection(Strategy):
 
     # the end of an experience
 
-    def on_experience_end(self, state: TrainState) -> None:
-        self.listener.detach()
+    def settle(self, state: TrainState) -> None:
+        """Linear layers are left with the weights that they answer with."""
         self._fold()
         for held in self.held.values():
             held.detach()
         self.held = {}
+
+    def on_experience_end(self, state: TrainState) -> None:
+        self.listener.detach()
+        self.settle(state)
+        self.is_holding = False
         layers = self.layers(state)
         self.unprotected.release_statistics(state)
         last: dict[str, Tensor] = {}
@@ -237,6 +262,7 @@ class Projection(Strategy):
         return {
             "subspaces": kept,
             "responses": self.responses,
+            "is_holding": self.is_holding,
             "frozen": self.unprotected.frozen,
             "full": list(self.full),
             "drifting": list(self.drifting),
@@ -245,6 +271,6 @@ class Projection(Strategy):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         # which layer a subspace belongs to is known when there is a model
         self.subspaces, self._restored = {}, {name: copied(saved) for name, saved in state["subspaces"].items()}
-        self.responses = copied(state["responses"])
+        self.responses, self.is_holding = copied(state["responses"]), state["is_holding"]
         self.unprotected.load_state_dict(state["frozen"])
         self.full, self.drifting = list(state["full"]), list(state["drifting"])

@@ -51,7 +51,8 @@ class Hebbian(Projection):
         learn_every: learn from the batch of every so many steps; 1, the published rule, takes all. With 3,
             `permuted_mnist_hlop` ends at 93.7 ± 0.3 instead of 93.7 ± 0.5 (3 seeds).
         orthonormal: make old rows orthonormal when their experience ends.
-        spiking_levels: activities of lateral neurons are rounded to so many levels between -20 and 20; None does not.
+        spiking_levels: activities of lateral neurons are rounded to so many levels on each side of 0, the last of
+            them 20; None does not.
         others: what becomes of trained layers of other types: "refuse", "freeze" them after the first experience, or
             "train" them without protection.
 

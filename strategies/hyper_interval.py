@@ -33,7 +33,7 @@ from torch.func import functional_call
 
 from cl.core import Batch, Output, StreamInfo, UserError
 from cl.hooks import Contract
-from cl.state import Cost, TrainState
+from cl.state import Cost, TrainState, without_absent
 from strategies._checks import require, require_choice, require_count, require_number, require_widths
 from strategies._hypernet import Hypernetwork
 from strategies._hypernet_chunks import ACTIVATIONS, ChunkGenerator
@@ -171,7 +171,9 @@ class HyperInterval(Generating):
         rows = batch.current()
         net, share = self.bounded_net(state), self.ramped(state)
         bounds = state.forward(rows, partial(net.bounded, share=share)).logits
-        loss = (1 - kappa) * F.cross_entropy(worst_case(bounds, rows.targets), rows.targets)
+        worst = worst_case(bounds, rows.targets)
+        worst = without_absent(worst, rows) if state.masks_absent else worst
+        loss = (1 - kappa) * F.cross_entropy(worst, rows.targets)
         return loss if pull is None else loss + pull
 
     def bounded_net(self, state: TrainState) -> IntervalNetwork:

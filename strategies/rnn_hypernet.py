@@ -116,7 +116,7 @@ class RnnHypernet(Generating):
                 p.grad[rows] = 0
 
     def step(self, state: TrainState, batch: Batch, update: Callable[[], None]) -> None:
-        """Momentum, weight decay and the pull of other strategies do not move what is frozen either."""
+        """Momentum, weight decay and the pull of other strategies do not move what is frozen or not in use either."""
         kept = [(p, rows, p.detach()[rows].clone()) for p, rows in self.held(state)]
         update()
         with torch.no_grad():
@@ -124,11 +124,18 @@ class RnnHypernet(Generating):
                 p[rows] = value
 
     def held(self, state: TrainState) -> list[tuple[nn.Parameter, tuple[slice, ...]]]:
-        """Parameters that frozen units take part in, with the part that must stay."""
-        if not self.frozen:
-            return []
+        """Parameters that frozen units take part in, or units not yet in use, with the part that must stay."""
         generator, every, old = self.generator(state), slice(None), slice(self.frozen)
+        new = slice(generator.active, None)
+        unused = [
+            (generator.inputs_4HD, (every, new)),
+            (generator.recurrent_4HH, (every, new)),
+            (generator.bias_4H, (every, new)),
+        ]
+        if not self.frozen:
+            return unused
         return [
+            *unused,
             (generator.chunks_KE, (every,)),
             (generator.inputs_4HD, (every, old)),
             (generator.recurrent_4HH, (every, old, old)),

@@ -101,6 +101,20 @@ def said(capsys: pytest.CaptureFixture[str]) -> str:
     return " ".join(capsys.readouterr().out.split())
 
 
+@pytest.mark.parametrize("strategy", ["gpm", "hebbian"])
+def test_what_a_projection_holds_stays_held_when_the_run_is_extended(strategy: str) -> None:
+    """The last experience had ended, so its own inputs are held, and the weights move beside them."""
+    words = ("tracking=none", "debug=tiny", "limit_experiences=2", f"strategy={strategy}", "optimizer=adam")
+    assert main(("run", *words, "trainer.max_steps=10", "hydra.run.dir=short")) == 0
+    assert main(("extend", "short", "trainer.max_steps=15", "out=more")) == 0
+    (old, held_in), (new, _) = ((c["state"]["model"], c["strategies"][0]) for c in map(checkpoint, ("short", "more")))
+    for name, held in held_in["subspaces"].items():
+        weight, bias = (new[f"{name}.{p}"] - old[f"{name}.{p}"] for p in ("weight", "bias"))
+        whole = torch.cat([weight, bias[:, None]], dim=1)
+        assert (whole @ held["basis"]).abs().max() < 1e-5
+        assert whole.abs().max() > 1e-3
+
+
 def test_a_run_that_was_stopped_is_extended_from_where_it_stands(done: Path) -> None:
     stopped("half", str(done), 35)
     assert main(("extend", "half", "trainer.max_steps=25", "out=more")) == 0

@@ -183,6 +183,18 @@ def test_a_copy_of_the_generator_remembers_the_same_boxes(lab):
     assert found == pytest.approx(wanted, rel=1e-6)
 
 
+@pytest.mark.parametrize("logit_mask", ["none", "batch"])
+def test_the_worst_case_of_boxes_of_no_size_is_the_plain_case(lab, logit_mask):
+    """Whatever the label loss leaves out, kappa then makes no difference."""
+    options = OPTIONS | {"nested": False, "epsilon": 0.0, "ramp": 0.0}
+    runs = [
+        lab.run([HyperInterval(**(options | {"kappa": kappa}))], Setting.CLASS_INCREMENTAL, logit_mask=logit_mask)[0]
+        for kappa in (1.0, 0.25)
+    ]
+    for plain, mixed in zip(*(recorder.steps for recorder in runs), strict=True):
+        lab.close(mixed.after, plain.after, rtol=1e-7, atol=1e-9)
+
+
 def test_published_schedule_of_kappa():
     """5e-5 a step for 5000 steps: 0.875 in the middle, where it jumps to 0.5."""
     strategy = HyperInterval(kappa_slope=5e-5)

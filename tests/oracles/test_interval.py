@@ -17,6 +17,9 @@ SAMPLES = 64
 """Weights drawn inside each box, all at once."""
 
 
+RISING = {"relu": nn.ReLU, "tanh": nn.Tanh, "elu": nn.ELU, "leaky": nn.LeakyReLU, "log": nn.LogSigmoid}
+
+
 class Residual(nn.Module):
     def __init__(self, inner):
         super().__init__()
@@ -42,8 +45,8 @@ def network(kinds, generator):
         elif kind in ("max", "average") and side >= 2:
             layers.append(nn.MaxPool2d(2) if kind == "max" else nn.AvgPool2d(2))
             side //= 2
-        elif kind in ("relu", "tanh", "elu", "leaky"):
-            layers.append({"relu": nn.ReLU(), "tanh": nn.Tanh(), "elu": nn.ELU(), "leaky": nn.LeakyReLU()}[kind])
+        elif kind in RISING:
+            layers.append(RISING[kind]())
     model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(channels * side**2, 5)).double().eval()
     for buffer in model.buffers():
         if buffer.dtype.is_floating_point:
@@ -83,9 +86,7 @@ def check_sound(kinds, radius, spread, seed):
     return low, up
 
 
-kinds_of_layers = st.lists(
-    st.sampled_from(["conv", "norm", "residual", "max", "average", "relu", "tanh", "elu", "leaky"]), max_size=5
-)
+kinds_of_layers = st.lists(st.sampled_from(["conv", "norm", "residual", "max", "average", *RISING]), max_size=5)
 
 
 @settings(max_examples=80, deadline=None)
@@ -151,7 +152,31 @@ def test_gradients_flow_through_in_place_sums():
         torch.zeros(3).__iadd__(Interval.of(low, up))
 
 
-@pytest.mark.parametrize("call", [F.gelu, lambda x: x.softmax(0), lambda x: torch.add(x, x, alpha=-1), torch.sin])
+@pytest.mark.parametrize("activation", [F.relu, F.elu, F.leaky_relu])
+def test_what_is_written_in_place_is_the_interval_from_there_on(activation):
+    """Both ends, and their gradients, are those of a plain tensor, whose activation is added to itself."""
+    values = [-1.0, -2.0, 0.5], [2.0, -0.5, 3.0]
+    low, up = (torch.tensor(end, requires_grad=True) for end in values)
+    x = 1.0 * Interval.of(low, up)
+    activation(x, inplace=True)
+    for end, value, found in zip((low, up), values, ends(x + x), strict=True):
+        plain = torch.tensor(value, requires_grad=True)
+        twice = 2 * activation(plain)
+        torch.testing.assert_close(found, twice)
+        (wanted,) = torch.autograd.grad(twice.sum(), plain)
+        torch.testing.assert_close(torch.autograd.grad(found.sum(), end, retain_graph=True)[0], wanted)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        F.gelu,
+        lambda x: x.softmax(0),
+        lambda x: torch.add(x, x, alpha=-1),
+        torch.sin,
+        lambda x: F.elu(x, alpha=-1.0),
+    ],
+)
 def test_what_may_fall_is_refused(call):
     with pytest.raises(Unbounded):
         call(Interval.of(torch.zeros(3), torch.ones(3)))

@@ -152,6 +152,17 @@ def test_targets_are_taken_and_growth_starts_from_them(lab):
     assert sizes == wanted
 
 
+def test_units_that_are_not_in_use_yet_stay_as_they_were_drawn(lab):
+    """Weight decay alone would take all of them to nothing in Adam, which divides it by its own size."""
+    adam = partial(torch.optim.Adam, lr=0.01, weight_decay=0.1)
+    recorder, _ = lab.run([RnnHypernet(**(OPTIONS | {"growth": 3}))], DOMAIN, optimizer=adam)
+    drawn = recorder.start.generator
+    for net, active in zip(recorder.ends, (6, 9, 12), strict=True):
+        for name in ("inputs_4HD", "recurrent_4HH", "bias_4H"):
+            assert torch.equal(getattr(net.generator, name)[:, active:], getattr(drawn, name)[:, active:])
+        assert not torch.equal(net.generator.inputs_4HD[:, :active], drawn.inputs_4HD[:, :active])
+
+
 def test_the_penalty_pulls_old_weights_back(lab):
     """The gradient that is added is that of the plain formula, at the place that plain Adam would go to."""
     gradients = []
