@@ -3,10 +3,13 @@
 import os
 from itertools import pairwise
 from numbers import Real
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+
+Gate = TypeVar("Gate", Tensor, Tensor | None)
 
 
 def require_shape(op: str, name: str, tensor: Tensor, shape: tuple[int, ...], legend: str) -> None:
@@ -93,6 +96,12 @@ def state_dtype(dtype: torch.dtype) -> torch.dtype:
     if dtype in (torch.float64, torch.complex128):
         return dtype
     return torch.complex64 if dtype.is_complex else torch.float32
+
+
+def gate_like(gate: Gate, like: Tensor) -> Gate:
+    """A gate whose arithmetic would be wider or narrower than that of `like`, brought to it."""
+    dtype = state_dtype(like.dtype)
+    return gate if gate is None or state_dtype(gate.dtype) == dtype else gate.to(dtype)
 
 
 def cotangents(*given: tuple[Tensor | None, Tensor]) -> list[Tensor]:

@@ -9,6 +9,7 @@ from typing import Any, Final, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 BACKENDS: Final = ("auto", "reference", "chunked", "triton")
 CPU_CHUNK: Final = 32
@@ -48,6 +49,7 @@ def choose(
     refusal: str | None = None,
     triton_chunk: int = 64,
     any_chunk: bool = False,
+    is_traced: bool = False,
 ) -> Decision:
     """Decide the backend of one call; an explicit choice is never replaced by another.
 
@@ -60,9 +62,12 @@ def choose(
         refusal: why this op's Triton kernels cannot take these shapes, None if they can.
         triton_chunk: the op's own chunk length on Triton.
         any_chunk: the op takes any length of a chunk on a CPU.
+        is_traced: autograd goes through the chunked backend. In forward mode torch takes what has a backward by hand
+            for a constant, without a word.
 
     Raises:
-        ValueError: unknown backend or chunk, or an explicit "triton" that cannot run.
+        ValueError: unknown backend or chunk, an explicit "triton" that cannot run, or forward-mode derivatives of what
+            has none.
     """
     wish = os.environ.get("KERNELS_BACKEND", "auto") if backend == "auto" else backend
     if wish not in BACKENDS:
@@ -76,7 +81,10 @@ def choose(
     obstacle = refusal or _triton_obstacle(tensor, chunk)
     if wish == "reference":
         return Decision(op, "reference", 0, "asked for: plain token loop")
-    if wish == "triton" or (wish == "auto" and tensor.is_cuda and obstacle is None):
+    is_triton = wish == "triton" or (wish == "auto" and tensor.is_cuda and obstacle is None)
+    if getattr(forward_ad, "_current_level", -1) >= 0 and (is_triton or not is_traced):
+        raise ValueError(f"{op}: forward-mode derivatives are those of backend='reference', got {wish!r}")
+    if is_triton:
         if obstacle is not None:
             raise ValueError(f"{op}: backend 'triton' {obstacle}; use backend='chunked'")
         why = "asked for" if wish == "triton" else "CUDA tensors and shapes are supported"

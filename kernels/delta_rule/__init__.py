@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.common.checks import cotangents, last_like, matrix_state_plan
+from kernels.common.checks import cotangents, gate_like, last_like, matrix_state_plan
 from kernels.common.dispatch import Decision, choose, explained_by, matrix_chunk, without_autocast
 from kernels.common.varlen import empty_outputs
 from kernels.delta_rule import chunked
@@ -110,6 +110,7 @@ def delta_rule(
         g = g.expand(q.shape[:3])
     if decision.backend == "reference":
         return delta_rule_reference(q, k, v, beta, g, initial_state, scale, normalize, cu_seqlens)
+    beta, g = gate_like(beta, v), gate_like(g, v)
     save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, beta, g, initial_state))
     how = (scale, decision.chunk, decision.backend, normalize, save)
     o, final, _ = _forward(q, k, v, beta, g, initial_state, cu_seqlens, *how)

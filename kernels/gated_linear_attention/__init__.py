@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.common.checks import cotangents, last_like, matrix_state_plan
+from kernels.common.checks import cotangents, gate_like, last_like, matrix_state_plan
 from kernels.common.dispatch import Decision, choose, explained_by, matrix_chunk, without_autocast
 from kernels.common.varlen import empty_outputs
 from kernels.gated_linear_attention import chunked
@@ -87,6 +87,7 @@ def gated_linear_attention(
         g = g.expand(q.shape[:3])
     if decision.backend == "reference":
         return gated_linear_attention_reference(q, k, v, g, initial_state, scale, cu_seqlens)
+    g = gate_like(g, v)
     save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, g, initial_state))
     o, final, _ = _forward(q, k, v, g, initial_state, cu_seqlens, scale, decision.chunk, decision.backend, save)
     return o, final

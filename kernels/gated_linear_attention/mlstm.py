@@ -122,7 +122,7 @@ def mlstm(
     """
     from kernels.gated_linear_attention import gated_linear_attention
 
-    _plan(
+    decision = _plan(
         q,
         k,
         v,
@@ -137,12 +137,16 @@ def mlstm(
     )
     dtype = state_dtype(v.dtype)
     log_f = logsigmoid(f_gate.to(dtype))
+    # keys times gates and the normaliser must not be rounded: where n^T q is a small difference, h is as wrong as it is
+    # (Triton's products are of what it is given, 16 bits for speed)
+    wide = v.dtype if decision.backend == "triton" else dtype
+    q = q.to(wide)
     rest = {"scale": scale, "cu_seqlens": cu_seqlens, "chunk": chunk, "backend": backend}
     if variant == "sigmoid":
         start = None if initial_state is None else initial_state.matrix
-        gated = (k * i_gate.to(dtype).sigmoid()[..., None]).to(k.dtype)
-        h, matrix = gated_linear_attention(q, gated, v, log_f, initial_state=start, **rest)
-        return h, MLSTMState(matrix, matrix.new_zeros(matrix.shape[:3]), matrix.new_zeros(matrix.shape[:2]))
+        gated = (k * i_gate.to(dtype).sigmoid()[..., None]).to(wide)
+        h, matrix = gated_linear_attention(q, gated, v.to(wide), log_f, initial_state=start, **rest)
+        return h.to(v.dtype), MLSTMState(matrix, matrix.new_zeros(matrix.shape[:3]), matrix.new_zeros(matrix.shape[:2]))
     log_i = i_gate.to(dtype)
     m0 = None if initial_state is None else initial_state.log_scale
     # any m gives the same h, so no gradient has to go through it; only consistency counts
@@ -156,8 +160,8 @@ def mlstm(
     start = None
     if initial_state is not None:
         start = torch.cat([initial_state.matrix, initial_state.normaliser[..., None]], dim=-1)
-    keys = (k.to(dtype) * (log_i - m).exp()[..., None]).to(k.dtype)
-    values = torch.cat([v, torch.ones_like(v[..., :1])], dim=-1)
+    keys = (k.to(dtype) * (log_i - m).exp()[..., None]).to(wide)
+    values = torch.cat([v, torch.ones_like(v[..., :1])], dim=-1).to(wide)
     both, final = gated_linear_attention(q, keys, values, log_f + (before - m), initial_state=start, **rest)
     out, normaliser = both[..., :-1].to(dtype), both[..., -1:].to(dtype)
     # e^-m may be zero, and so may a query: what it reads then is nothing, over anything

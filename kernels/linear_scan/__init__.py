@@ -150,7 +150,9 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 def _differentiate(ctx: Any, dh: Tensor, dfinal: Tensor) -> tuple[Tensor | None, ...]:
     a, h, h0, cu_seqlens = ctx.saved_tensors
     da, du, dh0 = _backward(dh, dfinal, a, h, h0, cu_seqlens, ctx.chunk, ctx.backend)
-    return da, du, None if h0 is None else dh0.to(h0.dtype), None, None, None
+    if h0 is not None:
+        dh0 = (dh0 if h0.is_complex() else dh0.real).to(h0.dtype)
+    return da, du, None if h0 is None else dh0, None, None, None
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)

@@ -62,12 +62,14 @@ def _plan(
     if top_k < 1:
         raise ValueError(f"{OP}: top_k must be at least 1, got {top_k}")
     _require_segment(segment, q.shape[1], initial_state, cu_seqlens)
-    if cu_seqlens is None:
-        _require_state(initial_state, q, v, 0 if route_q is None else route_q.shape[3], q.shape[0])
-    elif initial_state is not None and (
-        isinstance(initial_state, MemoryCacheState) or len(initial_state) != cu_seqlens.shape[0] - 1
-    ):
-        raise ValueError(f"{OP}: initial_state of packed sequences must be one state for each of them")
+    if initial_state is not None:
+        width, states = 0 if route_q is None else route_q.shape[3], [initial_state]
+        if cu_seqlens is not None:
+            if isinstance(initial_state, MemoryCacheState) or len(initial_state) != cu_seqlens.shape[0] - 1:
+                raise ValueError(f"{OP}: initial_state of packed sequences must be one state for each of them")
+            states = list(initial_state)
+        for state in states:
+            _require_state(state, q, v, width, segment)
     return found
 
 
@@ -88,12 +90,13 @@ def _require_segment(
         raise ValueError(f"{OP}: a list of segments starts at a segment's start, got position {initial_state.position}")
 
 
-def _require_state(state: States, q: Tensor, v: Tensor, width: int, batch: int) -> None:
-    if state is None:
-        return
+def _require_state(state: Any, q: Tensor, v: Tensor, width: int, segment: int | Sequence[int]) -> None:
+    """Raise unless the state is one of this memory's; a packed sequence has one of its own, for a batch of 1."""
     if not isinstance(state, MemoryCacheState):
         raise ValueError(f"{OP}: initial_state must be one MemoryCacheState, got {type(state).__name__}")
-    memory, number = (*q.shape[2:], v.shape[3]), state.cached.shape[1]
+    if isinstance(segment, int) and not 0 <= state.position < segment:
+        raise ValueError(f"{OP}: initial_state must stand within a segment of {segment}, got position {state.position}")
+    batch, memory, number = q.shape[0], (*q.shape[2:], v.shape[3]), state.cached.shape[1]
     require_shape(OP, "initial_state.current", state.current, (batch, *memory), "[B, H, K, V]")
     require_shape(OP, "initial_state.cached", state.cached, (batch, number, *memory), "[B, N, H, K, V]")
     require_shape(OP, "initial_state.pooled", state.pooled, (batch, number, q.shape[2], width), "[B, N, H, R]")
@@ -182,12 +185,12 @@ def memory_cache(
     if cu_seqlens is None:
         state = _fresh(q, v, route[0], dtype) if initial_state is None else initial_state
         assert isinstance(state, MemoryCacheState)
-        return _one(decision.backend, tokens, state, segment, options)
+        return _one(decision.backend, tokens, _cast(state, dtype), segment, options)
     spans = list(pairwise(cu_seqlens.tolist()))
     given: Any = [_fresh(q, v, route[0], dtype)] * len(spans) if initial_state is None else initial_state
     outs, states = [], []
     for (begin, end), start in zip(spans, given, strict=True):
-        own, state = [x if x is None or x.dim() == 1 else x[:, begin:end] for x in tokens], start
+        own, state = [x if x is None or x.dim() == 1 else x[:, begin:end] for x in tokens], _cast(start, dtype)
         if end > begin:
             out, state = _one(decision.backend, own, state, segment, options)
             outs.append(out)
@@ -203,6 +206,11 @@ def _fresh(q: Tensor, v: Tensor, route: Tensor | None, dtype: torch.dtype) -> Me
     return MemoryCacheState(memory, memory[:, None][:, :0], pooled, pooled.new_zeros(batch, heads, width), 0)
 
 
+def _cast(state: MemoryCacheState, dtype: torch.dtype) -> MemoryCacheState:
+    current, cached, pooled, running = (x.to(dtype) for x in state[:4])
+    return MemoryCacheState(current, cached, pooled, running, state.position)
+
+
 @without_autocast
 def _one(
     backend: str,
@@ -215,11 +223,8 @@ def _one(
     *tokens, route_q, route_k = tokens
     v = tokens[2]
     assert v is not None
-    dtype = state_dtype(v.dtype)
-    current, cached, pooled, running = (x.to(dtype) for x in state[:4])
-    state = MemoryCacheState(current, cached, pooled, running, state.position)
     if route_k is None:
-        route_k = v.new_zeros(*v.shape[:3], 0, dtype=dtype)
+        route_k = v.new_zeros(*v.shape[:3], 0, dtype=state.running.dtype)
     engine: Any = memory_cache_reference
     if backend == "chunked":
         engine = chunked.run

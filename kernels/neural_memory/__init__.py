@@ -58,10 +58,11 @@ def _plan(
     if norm is not None and q.shape[3] != v.shape[3]:
         raise ValueError(f"{OP}: norm adds the query to the answer, so K must be V, got {q.shape[3]} and {v.shape[3]}")
     if initial_state is not None:
-        _require_state(initial_state, q, v, momentum, q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1)
+        sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        _require_state(initial_state, q, v, momentum, sequences, chunk)
     elif weights is not None:
         _require_layers(weights, q, v, (q.shape[2],), "[H, in, out]")
-    return replace(choose(OP, backend, v), chunk=chunk)
+    return replace(choose(OP, backend, v, is_traced=True), chunk=chunk)
 
 
 def _require_layers(weights: Sequence[Tensor], q: Tensor, v: Tensor, lead: tuple[int, ...], legend: str) -> None:
@@ -75,7 +76,9 @@ def _require_layers(weights: Sequence[Tensor], q: Tensor, v: Tensor, lead: tuple
         raise ValueError(f"{OP}: weights of the last layer must end in V = {v.shape[3]}, got {sizes[-1]}")
 
 
-def _require_state(state: NeuralMemoryState, q: Tensor, v: Tensor, momentum: Tensor | None, sequences: int) -> None:
+def _require_state(
+    state: NeuralMemoryState, q: Tensor, v: Tensor, momentum: Tensor | None, sequences: int, chunk: int
+) -> None:
     """Raise unless the state is one of this memory's."""
     lead = (sequences, q.shape[2])
     for group in (state.weights, state.start):
@@ -84,6 +87,8 @@ def _require_state(state: NeuralMemoryState, q: Tensor, v: Tensor, momentum: Ten
         raise ValueError(f"{OP}: initial_state and call must both have momentum or neither")
     if len(state.position) != sequences:
         raise ValueError(f"{OP}: initial_state must hold {sequences} positions, got {len(state.position)}")
+    if not all(0 <= p < chunk for p in state.position):
+        raise ValueError(f"{OP}: initial_state must stand within a chunk of {chunk}, got positions {state.position}")
 
 
 @explained_by(_plan)

@@ -20,7 +20,10 @@ def _memory(weights: Sequence[Tensor], x_SHD: Tensor, model: Model) -> Tensor:
             h = functional.gelu(h) if model.activation == "gelu" else functional.silu(h)
     if model.norm is None:
         return h
-    return x_SHD + functional.layer_norm(h, h.shape[-1:], eps=NORM_EPS) * model.norm[0] + model.norm[1]
+    # written out: the inner gradient takes the first derivative, and of layer_norm torch's third is wrong
+    centred = h - h.mean(-1, keepdim=True)
+    normed = centred / (centred.square().mean(-1, keepdim=True) + NORM_EPS).sqrt()
+    return x_SHD + normed * model.norm[0] + model.norm[1]
 
 
 def _loss(weights: Sequence[Tensor], k_SHK: Tensor, v_SHV: Tensor, model: Model) -> Tensor:

@@ -32,6 +32,17 @@ def _shards(spans: Sequence[tuple[int, int]], positions: Sequence[int], shard: i
     return found
 
 
+def _require_state(state: TNTState, shards: Sequence[int]) -> None:
+    """Raise unless the state holds as many local memories, each within a shard of this length."""
+    if len(state.locals) != len(shards):
+        raise ValueError(f"tnt_memory: initial_state must hold {len(shards)} local memories, got {len(state.locals)}")
+    for shard, positions in zip(shards, state.positions, strict=True):
+        if not all(0 <= p < shard for p in positions):
+            raise ValueError(
+                f"tnt_memory: initial_state must stand within a shard of {shard}, got positions {positions}"
+            )
+
+
 def tnt_memory(
     q: Tensor,
     k: Tensor,
@@ -90,8 +101,12 @@ def tnt_memory(
     op_name = "tnt_memory"
     if not len(local_chunks) == len(shards) == (len(shards) if local_weights is None else len(local_weights)):
         raise ValueError(f"{op_name}: local_chunks, shards and local_weights must be of one length")
-    if min([1, *local_chunks, *shards]) < 1:
-        raise ValueError(f"{op_name}: local_chunks and shards must be at least 1, got {local_chunks} and {shards}")
+    if not all(isinstance(number, int) and number >= 1 for number in (*local_chunks, *shards)):
+        raise ValueError(
+            f"{op_name}: local_chunks and shards must be whole numbers of at least 1, got {local_chunks} and {shards}"
+        )
+    if initial_state is not None:
+        _require_state(initial_state, shards)
     shared: dict[str, Any] = {
         "activation": activation,
         "loss": loss,

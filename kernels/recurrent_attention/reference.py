@@ -89,7 +89,8 @@ def _packed(
     longest = max(one.keys.shape[1] for one in states)
 
     def padded(x_1NX: Tensor) -> Tensor:
-        return torch.cat([x_1NX.new_zeros(1, longest - x_1NX.shape[1], *x_1NX.shape[2:]), x_1NX.to(dtype)], dim=1)
+        x_1NX = x_1NX.to(dtype)
+        return torch.cat([x_1NX.new_zeros(1, longest - x_1NX.shape[1], *x_1NX.shape[2:]), x_1NX], dim=1)
 
     first = torch.cat([one.first + longest - one.keys.shape[1] for one in states])
     keys, values = torch.cat([padded(one.keys) for one in states]), torch.cat([padded(one.values) for one in states])

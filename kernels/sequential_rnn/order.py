@@ -68,7 +68,7 @@ class Order:
         if self.token is None:
             out_BTX[:, begin:end] = rows_RX.unflatten(0, (end - begin, self.batch)).transpose(0, 1)
         else:
-            out_BTX[0, self.token[self.begins[begin] : self.begins[end]].to(out_BTX.device)] = rows_RX
+            out_BTX[0, self.token[self.begins[begin] : self.begins[end]].to(out_BTX.device)] = rows_RX.to(out_BTX.dtype)
 
     def sort(self, x_SX: Tensor) -> Tensor:
         """States of all sequences in the sorted order."""

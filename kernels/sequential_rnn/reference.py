@@ -60,7 +60,8 @@ def sequential_rnn_reference(
             log_f = torch.nn.functional.logsigmoid(f) if cell == "slstm" else f
             # an empty memory (n = 0) has no scale of its own
             carried = torch.where(n == 0, i, log_f + m)
-            m_new = torch.maximum(carried, i)
+            # of two that are equal the carried one is the maximum, and takes its gradient
+            m_new = torch.where(carried >= i, carried, i)
             keep = torch.where(n == 0, 0.0, torch.exp(carried - m_new))
             write = torch.exp(i - m_new)
             c, n = keep * c + write * torch.tanh(z), keep * n + write

@@ -21,9 +21,8 @@ import kernels.sequential_rnn.matrix as m2rnn_module
 every = each(ALL)
 
 
-@every
-def test_gradcheck(case):
-    """Projected onto one random direction per input: all elements at once, at the price of one."""
+def small_call(case, backend):
+    """The op of three tokens as a function of its inputs, and those."""
     leaves = {n: x[:1, :3].clone() if case.is_tokens(n) else x.clone() for n, x in props.draw(case, 5).items()}
     leaves["initial_state"] = leaves["initial_state"][:1].clone()
     # positions stand at the end of a flattened state: numbers, but not differentiable ones
@@ -33,10 +32,44 @@ def test_gradcheck(case):
         given = dict(zip(leaves, values, strict=True))
         if header is not None:
             given["initial_state"] = torch.cat([given["initial_state"][:, :-2], header], dim=1)
-        out, final = case.op(**given, backend="chunked", chunk=2)
+        out, final = case.op(**given, backend=backend, chunk=2)
         return out, final if header is None else final[:, :-2]
 
-    assert torch.autograd.gradcheck(call, tuple(x.requires_grad_() for x in leaves.values()), fast_mode=True)
+    return call, tuple(x.requires_grad_() for x in leaves.values())
+
+
+@every
+def test_gradcheck(case):
+    """Projected onto one random direction per input: all elements at once, at the price of one."""
+    assert torch.autograd.gradcheck(*small_call(case, "chunked"), fast_mode=True)
+
+
+@every
+def test_second_derivatives_are_those_of_the_numbers(case):
+    """The gradient inside a memory counts as one more: what a torch function has as its third is asked for."""
+    for backend in ("reference", "chunked") if case.is_traced else ("reference",):
+        assert torch.autograd.gradgradcheck(*small_call(case, backend), fast_mode=True)
+
+
+@each([case for case in ALL.values() if not case.is_traced])
+def test_forward_mode_is_refused_where_it_would_be_zero(case):
+    """Torch takes what it cannot differentiate forward for a constant, without a word; the token loop it can."""
+    call, leaves = small_call(case, "chunked")
+    leaves = tuple(x.detach() for x in leaves)
+    with pytest.raises(ValueError, match="forward-mode derivatives are those of backend='reference', got 'chunked'"):
+        torch.func.jvp(call, leaves, leaves)
+    _, along = torch.func.jvp(small_call(case, "reference")[0], leaves, leaves)
+    assert all(x.abs().sum() > 0 for x in along)
+
+
+def test_forward_mode_of_a_traced_op():
+    """What is traced, torch differentiates; its kernels are written by hand."""
+    case = MEMORY_CASES["ttt_linear"]
+    leaves = tuple(x.detach() for x in small_call(case, "chunked")[1])
+    found, truth = (torch.func.jvp(small_call(case, b)[0], leaves, leaves)[1] for b in ("chunked", "reference"))
+    assert max(props.error(x, y) for x, y in zip(found, truth, strict=True)) < 1e-10
+    with pytest.raises(ValueError, match="forward-mode derivatives are those of backend='reference', got 'triton'"):
+        torch.func.jvp(small_call(case, "triton")[0], leaves, leaves)
 
 
 @every

@@ -131,6 +131,31 @@ def test_mlstm_with_gates_shut(shut, which):
     assert max(props.error(x, y) for x, y in zip(ours, theirs, strict=True)) < 1e-10
 
 
+@pytest.mark.parametrize("variant", ["exponential", "sigmoid"])
+def test_mlstm_of_16_bits_is_computed_in_float32(variant):
+    """Where n^T q is a small difference of large terms, keys times gates in 16 bits would be 25 times as wrong."""
+    gen = torch.Generator().manual_seed(1)
+    q, k = (torch.randn(2, 40, 2, 5, generator=gen) for _ in range(2))
+    v = torch.randn(2, 40, 2, 7, generator=gen)
+    i_gate, f_gate = (3 * torch.randn(2, 40, 2, generator=gen) for _ in range(2))
+    tokens = [x.bfloat16().requires_grad_() for x in (q, k, v, i_gate, 3 + f_gate)]
+    exact = [x.detach().double().requires_grad_() for x in tokens]
+    if variant == "exponential":
+        truth = mlstm_loop(*exact, 0.4)[0]
+    else:
+        weighted = exact[1] * exact[3].sigmoid()[..., None]
+        truth, _ = gated_linear_attention(
+            exact[0], weighted, exact[2], exact[4].sigmoid().log(), scale=0.4, backend="reference"
+        )
+    found, _ = mlstm(*tokens, scale=0.4, variant=variant)
+    assert found.dtype == torch.bfloat16
+    assert props.error(found, truth) < 3e-3
+    weights = torch.randn(truth.shape, generator=gen).bfloat16()
+    ours = torch.autograd.grad((found * weights).sum(), tokens)
+    theirs = torch.autograd.grad((truth * weights).sum(), exact)
+    assert max(props.error(x, y) for x, y in zip(ours, theirs, strict=True)) < 5e-3
+
+
 def test_mlstm_query_of_zero_with_a_huge_gate():
     """e^-m is zero in float32, and so is what the query reads: the answer is 0, not 0 / 0."""
     q, k, v, i_gate, f_gate = mlstm_inputs(torch.float32)

@@ -43,6 +43,16 @@ def test_a_batch_of_nothing():
     assert (h.shape, last.shape, u.grad.shape) == (u.shape, (0, 2), u.shape)
 
 
+@pytest.mark.filterwarnings("error")
+def test_real_start_of_a_complex_scan():
+    """h_1 = a h_0 + u with a = 2 - 3j: the real part of h_1 moves by 2, the imaginary part by -3."""
+    start = torch.ones(1, 1, requires_grad=True)
+    a, u = (torch.full((1, 1, 1), x, dtype=torch.complex64) for x in (2 - 3j, 1j))
+    _, last = linear_scan(a, u, initial_state=start)
+    (grad,) = torch.autograd.grad(last.real.sum() + 10 * last.imag.sum(), start)
+    assert (last.item(), grad.item()) == (2 - 2j, 2 - 30)
+
+
 @pytest.mark.filterwarnings("ignore:ComplexHalf")
 def test_half_complex_keeps_its_imaginary_part():
     a, u = (torch.full((1, 3, 1), x, dtype=torch.complex32) for x in (0.5j, 1 + 1j))

@@ -1,5 +1,6 @@
 """Bad input: one clear sentence, the value and what would be allowed; and what an op says about how it would run."""
 
+import re
 import subprocess
 import sys
 from functools import partial
@@ -13,8 +14,8 @@ from kernels.delta_rule import delta_rule
 from kernels.gated_linear_attention import gated_linear_attention, mlstm
 from kernels.gated_linear_attention.mlstm import MLSTMState
 from kernels.linear_scan import linear_scan
-from kernels.memory_cache import memory_cache, routed_memory
-from kernels.neural_memory import neural_memory, tnt_memory
+from kernels.memory_cache import MemoryCacheState, memory_cache, routed_memory
+from kernels.neural_memory import NeuralMemoryState, TNTState, neural_memory, tnt_memory
 from kernels.newton_rnn import newton_rnn
 from kernels.recurrent_attention import RecurrentAttentionState, recurrent_attention
 from kernels.ridge_memory import ridge_memory
@@ -108,6 +109,13 @@ BAD += [
 # the memories
 ROUTER = torch.ones(1, 4, 5)
 PAIR = (torch.ones(2, 3), torch.ones(2, 3))
+# three tokens into a chunk, segment or shard
+W = torch.ones(1, 2, 3, 3)
+WITHIN = NeuralMemoryState((W,), (), (W,), (3,))
+CACHED = MemoryCacheState(W, W[:, None], torch.ones(1, 1, 2, 0), torch.ones(1, 2, 0), 3)
+HIERARCHY = TNTState(WITHIN, (WITHIN,), (W,), ((3,),))
+RESIDUAL = {"segment": 4, "variant": "residual"}
+HALVES = {"cu_seqlens": torch.tensor([0, 2, 4])}
 BAD += [
     (ridge_memory, (X, X, X, X), {}, "beta must be"),
     (ridge_memory, (X, X, X, B, X), {}, "H stays symmetric"),
@@ -127,8 +135,22 @@ BAD += [
     (neural_memory, (X, X, X[..., :2], B), {"chunk": 2, "norm": PAIR}, "K must be V, got 3 and 2"),
     (neural_memory, (X, X, X, B), {"chunk": 2, "weights": []}, "one matrix per layer, got none"),
     (neural_memory, (X, X, X, B), {"chunk": 2, "weights": [torch.ones(2, 3, 4)]}, "must end in V = 3, got 4"),
+    (neural_memory, (X, X, X, B), {"chunk": 2, "initial_state": WITHIN}, "within a chunk of 2, got positions (3,)"),
     (tnt_memory, (X, X, X, B), {"chunk": 2, "local_chunks": [1], "shards": []}, "of one length"),
-    (tnt_memory, (X, X, X, B), {"chunk": 2, "local_chunks": [1], "shards": [0]}, "must be at least 1"),
+    (
+        tnt_memory,
+        (X, X, X, B),
+        {"chunk": 4, "local_chunks": [4], "shards": [2], "initial_state": HIERARCHY},
+        "within a shard of 2, got positions (3,)",
+    ),
+    (
+        tnt_memory,
+        (X, X, X, B),
+        {"chunk": 4, "local_chunks": [], "shards": [], "initial_state": HIERARCHY},
+        "must hold 0 local memories, got 1",
+    ),
+    (tnt_memory, (X, X, X, B), {"chunk": 2, "local_chunks": [1], "shards": [0]}, "at least 1, got [1] and [0]"),
+    (tnt_memory, (X, X, X, B), {"chunk": 2, "local_chunks": [1], "shards": [2.5]}, "whole numbers of at least 1"),
     (memory_cache, (X, X, X), {"segment": 2}, "needs both route_q and route_k"),
     (memory_cache, (X, X, X), {"segment": 2, "variant": "residual", "route_q": X, "route_k": X}, "takes neither"),
     (memory_cache, (X, X, X), {"segment": 2, "variant": "best"}, "unknown variant 'best'"),
@@ -138,6 +160,20 @@ BAD += [
     (memory_cache, (X, X, X), {"segment": 2.5, "variant": "residual"}, "a whole number or a list of them, got 2.5"),
     (memory_cache, (X, X, X, X), {"segment": 2, "variant": "residual"}, "memory_cache: beta must be"),
     (memory_cache, (X, X, X), {"segment": 2, "variant": "residual", "initial_state": X}, "one MemoryCacheState"),
+    (
+        memory_cache,
+        (X, X, X),
+        {**RESIDUAL, "segment": 2, "initial_state": CACHED},
+        "within a segment of 2, got position 3",
+    ),
+    (memory_cache, (X, X, X), {**RESIDUAL, **HALVES, "initial_state": [CACHED]}, "one state for each of them"),
+    (memory_cache, (X, X, X), {**RESIDUAL, **HALVES, "initial_state": [CACHED, X]}, "one MemoryCacheState, got Tensor"),
+    (
+        memory_cache,
+        (X, X, X),
+        {**RESIDUAL, **HALVES, "initial_state": [CACHED, CACHED._replace(current=X)]},
+        "initial_state.current must be",
+    ),
     (routed_memory, (X, X, X, X), {}, "router must be"),
     (routed_memory, (X, X, X, ROUTER.int()), {}, "router must be floating point, got torch.int32"),
     (routed_memory, (X, X, X, ROUTER), {"top_k": 6}, "top_k must be between 1 and E = 5, got 6"),
@@ -211,7 +247,7 @@ BAD += [
 @pytest.mark.parametrize(("op", "args", "options", "message"), BAD, ids=[bad[3] for bad in BAD])
 def test_one_clear_sentence(op, args, options, message, monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    with pytest.raises(ValueError, match=message.replace("[", r"\[")) as caught:
+    with pytest.raises(ValueError, match=re.escape(message)) as caught:
         op(*args, **options)
     assert "\n" not in str(caught.value)
 

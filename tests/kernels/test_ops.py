@@ -147,15 +147,32 @@ def test_without_initial_state(case):
 
 @each([case for case in ALL.values() if case.name != "scan_complex"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
-def test_half_precision_inputs_are_computed_in_float32(case, dtype):
+@pytest.mark.parametrize("cu", [None, [0, 9, 9, 40]], ids=["dense", "packed"])
+def test_half_precision_inputs_are_computed_in_float32(case, dtype, cu):
     """(There are no 16-bit complex numbers.)"""
-    given = props.cast(props.draw(case, 40), dtype)
-    found = props.tensors_of(case, given, backend="chunked")
+    given = props.cast(props.draw(case, 40, cu=cu), dtype)
+    found = props.tensors_of(case, given, backend="chunked", **packing(case, cu))
     assert found[0].dtype == dtype
     assert found[1].dtype == torch.float32
     # what is returned in 16 bits carries one rounding, the cotangents too; the scan's da multiplies the rounded h
     tolerance = {torch.bfloat16: 8e-3, torch.float16: 1e-3}[dtype]
-    props.assert_close(case, given, found, props.truth_of(case, given), tolerance)
+    props.assert_close(case, given, found, props.truth_of(case, given, **packing(case, cu)), tolerance)
+
+
+@every
+@pytest.mark.parametrize("backend", ["chunked", "reference"])
+@pytest.mark.parametrize("cu", [None, [0, 4, 4, 14]], ids=["dense", "packed"])
+def test_what_stands_beside_the_tokens_may_be_wider(case, backend, cu):
+    """Gates, weights and states in float64 are computed like those in float32, and their gradients stay float64."""
+    given = props.cast(props.draw(case, 14, cu=cu), torch.float32)
+    wide = {
+        n: x if n in ("q", "k", "v", "x", "u") else x.to(torch.promote_types(x.dtype, torch.float64))
+        for n, x in given.items()
+    }
+    plain = props.tensors_of(case, given, backend=backend, **packing(case, cu))
+    found = props.tensors_of(case, wide, backend=backend, **packing(case, cu))
+    assert [x.dtype for x in found] == [*(x.dtype for x in plain[:2]), *(x.dtype for x in wide.values())]
+    props.assert_close(case, given, found, plain, 1e-5)
 
 
 @every

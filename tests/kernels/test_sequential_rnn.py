@@ -106,6 +106,15 @@ def test_slstm_by_hand():
     torch.testing.assert_close(state.flatten()[:3], torch.tensor([0.5, 1.5, 0.0], dtype=torch.float64))
 
 
+@pytest.mark.parametrize("backend", ["reference", "chunked"])
+def test_slstm_of_two_equal_scales_takes_the_carried_one(backend):
+    """m' = max(f + m, i) with both 0: the gradient of the last m is one of what was carried, not half of either."""
+    x = torch.zeros(1, 2, 4, 1, 1, dtype=torch.float64, requires_grad=True)
+    _, state = sequential_rnn(x, torch.zeros(4, 1, 1, 1, dtype=torch.float64), cell="slstm_exp", backend=backend)
+    (grad,) = torch.autograd.grad(state[:, 2].sum(), x)
+    assert grad.flatten(1).tolist() == [[1, 0, 0, 0, 0, 1, 0, 0]]
+
+
 def test_heads_do_not_meet():
     inputs = props.draw(RNN_CASES["sequential_lstm"], 12)
     whole, _ = sequential_rnn(**inputs, cell="lstm")
