@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import copy
+import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from cl.branch import as_new_run
-from cl.checkpoint import load_latest, save
+from cl.checkpoint import load_latest, load_start, save
 from cl.cli import build
 from cl.cli.compose import composed, import_from_here, plain
 from cl.cli.execute import CONFIG, RESULT, require_own
@@ -27,6 +28,8 @@ from cl.setup import Span, experience_steps, planned
 BUDGETS = ("trainer.epochs", "trainer.max_steps", "trainer.max_tokens")
 SEARCHPATH = "hydra.searchpath"
 """Where groups of one's own are."""
+FOLDERS = ("out", "to", "tasks")
+"""Settings that are names of folders or files, whatever they look like."""
 SCIENTIFIC = re.compile(r"[+-]?[0-9]+[eE][+-]?[0-9]+")
 
 
@@ -60,6 +63,19 @@ class Origin:
     def trainer(self) -> TrainerConfig:
         made: TrainerConfig = build.make("trainer", self.config["trainer"])
         return made
+
+    def wanted(self, budget: Mapping[str, Any]) -> list[int]:
+        """Steps of each experience under another budget.
+
+        Raises:
+            UserError: a list of steps that is not as long as the run.
+        """
+        steps = budget["max_steps"]
+        if isinstance(steps, list) and len(steps) != len(self.steps):
+            raise UserError(
+                f"trainer.max_steps lists the steps of {len(steps)} experiences, and the run has {len(self.steps)}"
+            )
+        return experience_steps(self.stream, replace(self.trainer, **budget))
 
     def factor(self, config: Mapping[str, Any], steps: Sequence[int]) -> float:
         """The learning-rate factor of a plan at the step that comes next."""
@@ -117,8 +133,11 @@ def options(words: Sequence[str], command: str, allowed: Sequence[str]) -> tuple
             shown = ", ".join(f"{each}NAME" if each.endswith(".") else each for each in allowed)
             raise UserError(f"{name!r} is no setting of `cl {command}`; its settings are {shown}")
         try:
-            # as text where it is a folder; YAML reads 1e-3 as a word
-            found[name] = text if name == "out" else float(text) if SCIENTIFIC.fullmatch(text) else yaml.safe_load(text)
+            if name in FOLDERS:
+                found[name] = os.path.expanduser(text)
+                continue
+            # YAML reads 1e-3 as a word
+            found[name] = float(text) if SCIENTIFIC.fullmatch(text) else yaml.safe_load(text)
         except yaml.YAMLError:
             raise UserError(f"{word!r} cannot be read; write {name}=VALUE") from None
     return folders[0], found
@@ -160,12 +179,21 @@ def _written(value: Any) -> str:
 
 
 def start(
-    origin: Origin, config: dict[str, Any], payload: dict[str, Any], out: str | None, verb: str, rate: float = 1.0
+    origin: Origin,
+    config: dict[str, Any],
+    payload: dict[str, Any],
+    out: str | None,
+    verb: str,
+    rate: float = 1.0,
+    is_anew: bool = False,
 ) -> Path:
     """Make the folder of the new run, from which `cl resume` goes on; returns it.
 
+    Args:
+        is_anew: only weights and the optimizer's state are taken over.
+
     Raises:
-        UserError: it holds a run already, or other files.
+        UserError: it holds a run already, or other files, or the new run cannot be carried out.
     """
     folder = Path(out) if out else origin.run_dir.with_name(f"{origin.run_dir.resolve().name}-{verb}-{origin.step}")
     if (folder / CONFIG).exists() or (folder / RESULT).exists():
@@ -178,6 +206,10 @@ def start(
         "step": origin.step,
         "fingerprint": build.fingerprint(origin.config),
     }
+    # what is wrong is said before anything is written
+    trainer = build.make_trainer(config, {}, run_dir=None, observers=())
+    if is_anew:
+        load_start(origin.path, trainer.state)
     from omegaconf import OmegaConf
 
     fingerprint = build.fingerprint(config)

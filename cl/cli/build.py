@@ -204,7 +204,7 @@ def strategy_names(config: Mapping[str, Any]) -> list[str]:
 def settings(config: Mapping[str, Any]) -> dict[str, Any]:
     """Every hyper-parameter of a run, flat, the defaults of all signatures included."""
     flat: dict[str, Any] = {"seed": config["seed"], "limit_experiences": config.get("limit_experiences")}
-    nodes = {name: config[name] for name in ("stream", "backbone", "optimizer", "schedule", "trainer")}
+    nodes = {name: config.get(name) for name in ("stream", "backbone", "optimizer", "schedule", "trainer")}
     nodes |= {f"strategy.{name}": config["strategy"][name] for name in strategy_names(config)}
     for path, node in nodes.items():
         flat |= _flat(path, node)

@@ -41,7 +41,7 @@ def main(words: list[str]) -> int:
             raise UserError(f"{name} is {value!r}; it must be an integer of at least {smallest}")
     if not found.get("tasks"):
         raise UserError("`cl evaluate` needs tasks=FOLDER, a folder with lm-eval's YAML files and their data")
-    tasks = harness.read_tasks(Path(str(found["tasks"])))
+    tasks = harness.read_tasks(Path(found["tasks"]))
     run_dir = Path(folder)
     trainer, experiences, _ = trained(run_dir)
     state = trainer.state
@@ -60,7 +60,7 @@ def main(words: list[str]) -> int:
             answer, codec, state.info.input_shape[0], tasks, size, found.get("limit"), found.get("num_fewshot")
         )
     shots = {name: found[name] for name in ("num_fewshot", "limit") if found.get(name) is not None}
-    out = Path(str(found.get("out") or run_dir / "tasks.json"))
+    out = Path(found.get("out") or run_dir / "tasks.json")
     report = {"step": int(state.step), "experiences": experiences, **shots, "tasks": scores}
     write_text(out, json.dumps(report, indent=1) + "\n")
     console = Console(markup=False)

@@ -14,13 +14,12 @@ from typing import Any
 from cl.checkpoint import load_start
 from cl.cli import build, lock
 from cl.cli.allocation import keep_freed_memory
-from cl.cli.lock import LOG
 from cl.core import UserError
 from cl.distributed import rank
 from cl.observe import Observer
 from cl.result import Result, write_text
 
-CONFIG, RESULT = "config.yaml", "result.json"
+CONFIG, RESULT, LOG = "config.yaml", "result.json", "run.log"
 START = "start.pt"
 """Weights and optimizer state that a run begins with, where `cl rewarm` took them from another run."""
 
@@ -51,8 +50,8 @@ def execute(
     """
     keep_freed_memory()
     is_first = rank() == 0
-    if is_first and lock.is_going_on(run_dir):
-        raise UserError(f"{run_dir} is being trained by another process; stop that one, or choose another folder")
+    if is_first:
+        lock.require_free(run_dir)
     if not resume and is_first and (run_dir / RESULT).exists():
         raise UserError(f"{run_dir} already holds a run; go on with `cl resume {run_dir}` or choose another folder")
     if not resume and is_first:
@@ -63,18 +62,20 @@ def execute(
         trainer = build.make_trainer(config, names, run_dir, [*observers, *recorders])
     with _writing(run_dir):
         run_dir.mkdir(parents=True, exist_ok=True)
+    with lock.alone(run_dir) if is_first else nullcontext():
         if not resume and is_first:
             from omegaconf import OmegaConf
 
-            write_text(run_dir / CONFIG, OmegaConf.to_yaml(OmegaConf.create(dict(config))))
-    if not resume and (run_dir / START).exists():
-        load_start(run_dir / START, trainer.state)
-    with _logging_to(run_dir / LOG, say) if is_first else nullcontext(), _stopping(trainer, say):
-        for warning in early if is_first else ():  # there was no log yet
-            warnings.showwarning(warning.message, warning.category, warning.filename, warning.lineno)
-        result = trainer.run(resume=resume)
-    if result.status == "done" and len(recorders) > 1:
-        _send_figures(run_dir, recorders)
+            with _writing(run_dir):
+                write_text(run_dir / CONFIG, OmegaConf.to_yaml(OmegaConf.create(dict(config))))
+        if not resume and (run_dir / START).exists():
+            load_start(run_dir / START, trainer.state)
+        with _logging_to(run_dir / LOG, say) if is_first else nullcontext(), _stopping(trainer, say):
+            for warning in early if is_first else ():  # there was no log yet
+                warnings.showwarning(warning.message, warning.category, warning.filename, warning.lineno)
+            result = trainer.run(resume=resume)
+        if result.status == "done" and len(recorders) > 1:
+            _send_figures(run_dir, recorders)
     if result.status == "interrupted":
         say(f"interrupted; go on with `cl resume {run_dir}`")
     return result
@@ -102,6 +103,7 @@ def _holds_config(run_dir: Path) -> bool:
 
 
 def _backbone_name(config: Mapping[str, Any]) -> str:
+    build.target_of("backbone", config.get("backbone"))  # a wrong one has no name
     return str(config["backbone"]["_target_"]).split(".")[-2]
 
 
@@ -144,7 +146,6 @@ def _logging_to(path: Path, say: Callable[[str], None]) -> Iterator[None]:
     handler = logging.FileHandler(path)
     # a full disk stops the run with a sentence; logging would print a traceback for every line besides
     handler.handleError = lambda record: None  # type: ignore[method-assign]
-    lock.hold(handler.stream)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     root = logging.getLogger()
     level = root.level
@@ -193,7 +194,7 @@ def _stopping(trainer: Any, say: Callable[[str], None]) -> Iterator[None]:
 
 def remove_if_empty(folder: Path, was_there: bool = False) -> None:
     """Take back what was made for a run which never started: its folder, or the log in one that was there before."""
-    if lock.is_going_on(folder):  # another process has just begun there
+    if (folder / CONFIG).exists() or lock.is_going_on(folder):  # a run did start there, or another process just does
         return
     # Hydra opens a log before anybody writes one
     log = folder / LOG

@@ -29,6 +29,7 @@ from cl.backbones._lora import merge_adapters
 from cl.backbones.hf import Hf
 from cl.cli import build
 from cl.cli.branch import options
+from cl.cli.compare import check_writable
 from cl.cli.resume import saved_config, trained
 from cl.core import Batch, UserError
 from cl.evaluation import MAX_LOGITS, evaluating, predict
@@ -47,9 +48,10 @@ def main(words: list[str]) -> int:
     run_dir, found = options(words, "export", ("to",))
     if not found.get("to"):
         raise UserError("`cl export` needs to=FOLDER, which is made")
-    folder = Path(str(found["to"]))
+    folder = Path(found["to"])
     if folder.exists():
         raise UserError(f"to={folder} is there already; name a folder that is not")
+    check_writable(folder.parent)
     trainer, experience, _ = trained(Path(run_dir))
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
@@ -78,7 +80,8 @@ def export(trainer: Any, node: dict[str, Any], folder: Path) -> None:
     """
     state = trainer.state
     if type(state.model) is not build.target_of("backbone", node):
-        around = ", ".join(strategy.name for strategy in trainer.strategies if overrides(strategy, "wrap"))
+        wrapping = [strategy for strategy in trainer.strategies if overrides(strategy, "wrap")]
+        around = ", ".join(strategy.name for strategy in wrapping or trainer.strategies)
         raise UserError(
             f"{around} puts {type(state.model).__name__} around the network, and only a network is exported"
         )

@@ -14,15 +14,12 @@ command says from what to what. A new schedule is `cl rewarm`, the same plan `cl
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from rich.console import Console
 
 from cl.branch import longer, reopened
 from cl.cli.branch import BUDGETS, budget_in, options, origin_of, start, tell
 from cl.cli.run import run_with_progress
 from cl.core import UserError
-from cl.setup import experience_steps
 
 
 def main(words: list[str]) -> int:
@@ -34,8 +31,7 @@ def main(words: list[str]) -> int:
     if not isinstance(stretch, bool):
         raise UserError(f"stretch is {stretch!r}; it must be true or false")
     origin = origin_of(folder)
-    wanted = experience_steps(origin.stream, replace(origin.trainer, **budget))
-    steps = longer(origin.steps, wanted, origin.payload["position"])
+    steps = longer(origin.steps, origin.wanted(budget), origin.payload["position"])
     old = origin.trainer.schedule_steps
     kept = list(origin.steps if old is None else old)
     trainer = {"epochs": None, "max_tokens": None, "max_steps": steps, "schedule_steps": None if stretch else kept}

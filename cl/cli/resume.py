@@ -83,4 +83,7 @@ def saved_config(run_dir: Path) -> dict:
     missing = [name for name in PARTS if name not in config] if isinstance(config, dict) else PARTS
     if missing:
         raise UserError(f"{path} is not the whole config of a run: it lacks {', '.join(missing)}")
+    for name in (*PARTS[1:], "data", "tracking"):
+        if not isinstance(config.get(name) or {}, dict):
+            raise UserError(f"{path} cannot be read: {name} is {config[name]!r}; it must be settings with their values")
     return config

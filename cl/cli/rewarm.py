@@ -15,18 +15,14 @@ anew and R is measured before its first step. The folder that it came from is re
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from typing import Any
 
 from rich.console import Console
 
 from cl.branch import longer, reopened
-from cl.checkpoint import load_start
-from cl.cli import build
 from cl.cli.branch import BUDGETS, SEARCHPATH, Origin, budget_in, changed, options, origin_of, start, tell
 from cl.cli.run import run_with_progress
 from cl.core import UserError
-from cl.setup import experience_steps
 
 
 def main(words: list[str]) -> int:
@@ -51,8 +47,7 @@ def main(words: list[str]) -> int:
         return _on_another_stream(origin, config, found, rate)
     steps, payload = origin.steps, origin.payload
     if budget_in(found):
-        wanted = experience_steps(origin.stream, replace(origin.trainer, **budget_in(found)))
-        steps = longer(steps, wanted, payload["position"])
+        steps = longer(steps, origin.wanted(budget_in(found)), payload["position"])
         config["trainer"] |= {"epochs": None, "max_tokens": None, "max_steps": steps}
         payload = reopened(payload, origin.steps) if origin.is_over else payload
     elif origin.is_over:
@@ -72,9 +67,7 @@ def _on_another_stream(origin: Origin, config: dict[str, Any], found: dict[str, 
     from cl.cli.execute import START
 
     config["trainer"]["schedule_start"] = 0
-    # what is wrong is said before anything is written
-    load_start(origin.path, build.make_trainer(config, {}, run_dir=None, observers=()).state)
-    run_dir = start(origin, config, origin.payload, found.get("out"), "rewarm", rate)
+    run_dir = start(origin, config, origin.payload, found.get("out"), "rewarm", rate, is_anew=True)
     # not a checkpoint of this run, which has taken no step yet
     (run_dir / "checkpoints" / origin.path.name).replace(run_dir / START)
     _tell(origin, config, f"stream {str(config['stream']['_target_']).rpartition('.')[2]}", str(run_dir))

@@ -77,6 +77,7 @@ METHODS: dict[str, Method] = dict(
             recipe="er_aml",
             settings=(CLASS, DOMAIN),
             remade=("replay_loader", "pos_neg_loaders"),
+            note="the share of a class in its memory, `mem_size` over the classes, must fill a batch",
         ),
         _method("EWC", "Elastic weight consolidation.", given={"ewc_lambda": 1.0}),
         _method("FeatureReplay", "Replay of last-layer features.", recipe="feature_replay", settings=(CLASS, DOMAIN)),

@@ -210,6 +210,14 @@ BAD = {
     "two budgets": (("extend", "RUN", "trainer.max_steps=9", "trainer.epochs=9"), "exactly one of trainer.epochs"),
     "no more than planned": (("extend", "RUN", "trainer.max_steps=20"), "to extend is to give more"),
     "a budget that is none": (("extend", "RUN", "trainer.max_steps=many"), "it must be an integer of at least 1"),
+    "too few lists of steps": (
+        ("extend", "RUN", "trainer.max_steps=[30]"),
+        "trainer.max_steps lists the steps of 1 experiences, and the run has 2",
+    ),
+    "too many for a new schedule": (
+        ("rewarm", "RUN", "schedule=cosine", "trainer.max_steps=[20,20,40]"),
+        "trainer.max_steps lists the steps of 3 experiences, and the run has 2",
+    ),
     "another setting": (("extend", "RUN", "optimizer.lr=1"), "is no setting of `cl extend`; its settings are"),
     "stretch is no switch": (("extend", "RUN", "trainer.max_steps=30", "stretch=3"), "it must be true or false"),
     "rewarm without a schedule": (("rewarm", "RUN"), "needs a new schedule"),
@@ -252,6 +260,23 @@ def test_bad_requests_are_one_sentence(case: str, done: Path, capsys: pytest.Cap
 def test_the_folder_of_a_run_is_not_overwritten(done: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(("extend", str(done), "trainer.max_steps=30", f"out={done}")) == 2
     assert "already holds a run; choose another folder" in capsys.readouterr().err
+
+
+def test_a_run_of_avalanche_is_not_begun_anew(capsys: pytest.CaptureFixture[str]) -> None:
+    """Its loop knows no list of steps, which every branch has: nothing is left of the attempt."""
+    run("theirs", "strategy=avalanche/Naive")
+    for words in (("extend", "trainer.max_steps=30"), ("fork_anneal", "steps=3")):
+        assert main((words[0], "theirs", *words[1:])) == 2
+        assert "Avalanche's template gives every experience as many steps" in capsys.readouterr().err
+    assert [path.name for path in Path().iterdir()] == ["theirs"]
+
+
+def test_a_folder_is_called_as_it_is_written(done: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """007 is no number, and many shells leave the ~ of a word as it is."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert main(("export", str(done), "to=007")) == 0
+    assert main(("export", str(done), "to=~/net")) == 0
+    assert Path("007/backbone.json").is_file() and (tmp_path / "home/net/backbone.json").is_file()
 
 
 def test_a_folder_with_other_files_is_not_taken(done: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -169,6 +169,7 @@ def test_wrong_words_are_a_sentence_and_nothing_is_touched(capsys: pytest.Captur
         (("one",), "needs to=FOLDER"),
         (("one", "to=full"), "to=full is there already"),
         (("full", "to=new"), "full is not a run folder"),
+        (("one", "to=full/mine/new"), "the folder full/mine cannot be written: Not a directory"),
         (("to=new",), "takes one run folder, got 0"),
         (("one", "into=new"), "'into' is no setting of `cl export`; its settings are to"),
     ):
@@ -176,6 +177,13 @@ def test_wrong_words_are_a_sentence_and_nothing_is_touched(capsys: pytest.Captur
         assert sentence in capsys.readouterr().err
     assert Path("full/mine").read_text() == "mine"
     assert not Path("new").exists()
+
+
+def test_a_run_in_avalanches_loop_is_refused_by_its_name(capsys: pytest.CaptureFixture[str]) -> None:
+    tiny = ("stream=split_digits", "tracking=none", "trainer.max_steps=3", "limit_experiences=2")
+    assert main(("run", *tiny, "strategy=avalanche/Naive", "out=one")) == 0
+    assert main(("export", "one", "to=made")) == 2
+    assert "cl: avalanche_Naive puts Learner around the network" in capsys.readouterr().err
 
 
 def test_a_damaged_folder_is_a_sentence_and_runs_nothing() -> None:

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from cl.checkpoint import Keeper
 from cl.cli.main import main
+from cl.ledger import Ledger
 from cl.result import Result
 
 # a process that sends itself a signal at a given step, through the real entry point
@@ -133,6 +136,43 @@ def test_resumes_exactly(
     assert len(set(named)) == len(named), "a point was logged twice"
 
 
+@pytest.fixture
+def waiting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A process that trains in the folder `run` and waits inside a step."""
+    monkeypatch.chdir(tmp_path)
+    child = os.fork()
+    if child == 0:
+        try:
+            sys.stdout = sys.stderr = io.StringIO()
+            watch = Ledger.watch
+
+            def watch_and_wait(self: Ledger, state: Any, *more: Any) -> None:
+                watch(self, state, *more)
+                if state.step == 31:
+                    Path("waits").touch()
+                    signal.pause()
+
+            Ledger.watch = watch_and_wait  # type: ignore[method-assign]
+            main((*RUN, "hydra.run.dir=run"))
+        finally:
+            os._exit(99)
+    while not Path("waits").exists():
+        assert os.waitpid(child, os.WNOHANG) == (0, 0)
+    yield
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+
+
+@pytest.mark.usefixtures("waiting")
+def test_a_run_that_is_being_trained_is_left_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("run/result.json").unlink()  # as long as nothing was measured
+    before = {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file()}
+    for words in (("resume", "run"), (*RUN, "optimizer.lr=1", "out=run")):
+        assert main(words) == 2
+        assert "run is being trained by another process; wait for it or stop it" in capsys.readouterr().err
+    assert before == {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file()}
+
+
 @pytest.mark.parametrize("text", ["", "[]", '{"schema": 1}'])
 def test_a_damaged_result_is_a_request_that_can_be_mended(
     text: str, uninterrupted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -198,3 +238,40 @@ def test_no_run_is_running_for_ever(
     monkeypatch.setattr(Keeper, "finish", finish)
     assert main(words) == 0
     assert statuses() == ["FINISHED", "KILLED", "KILLED"]
+
+
+@pytest.mark.parametrize(
+    ("part", "value", "said"),
+    [
+        ("strategy", "replay", "strategy is 'replay'; it must be settings with their values"),
+        ("tracking", 5, "tracking is 5; it must be settings with their values"),
+        ("trainer", [1], "trainer is [1]; it must be settings with their values"),
+        ("backbone", None, "backbone has no _target_"),
+        ("backbone", {"_target_": "Mlp"}, "_target_ 'Mlp' cannot be imported"),
+    ],
+)
+def test_a_config_whose_parts_are_none_is_a_sentence(
+    part: str,
+    value: object,
+    said: str,
+    uninterrupted: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run_dir = Path(shutil.copytree(uninterrupted, tmp_path / "run"))
+    (run_dir / "result.json").unlink()
+    config = yaml.safe_load((run_dir / "config.yaml").read_text())
+    (run_dir / "config.yaml").write_text(yaml.safe_dump(config | {part: value}))
+    assert main(("resume", str(run_dir))) == 2
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1
+    assert len(list(run_dir.glob("checkpoints/*.pt"))) == 2
+
+
+def test_a_run_without_a_part_is_a_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for part in ("backbone", "optimizer"):
+        assert main(("run", "tracking=none", f"~{part}")) == 2
+        assert f"cl: {part} has no _target_ (choose it with {part}=NAME" in capsys.readouterr().err

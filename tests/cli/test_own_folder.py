@@ -41,8 +41,7 @@ def test_an_empty_folder_stays_where_the_run_is_refused() -> None:
 
 def test_a_folder_that_is_being_trained_in_is_left_alone(capsys: pytest.CaptureFixture[str]) -> None:
     assert main((*TINY, "out=one")) == 0
-    with Path("one/run.log").open("a") as log:
-        lock.hold(log)
+    with lock.alone(Path("one")):
         Path("one/result.json").unlink()
         before = {path: path.read_bytes() for path in Path("one").rglob("*") if path.is_file()}
         for words in ((*TINY, "out=one"), ("resume", "one")):

@@ -129,6 +129,17 @@ def test_a_value_they_refuse_is_a_sentence():
         trainer_of(strategy_class("EWC")(mode="sideways"), "class_incremental")
 
 
+@pytest.mark.parametrize(("mem_size", "is_enough"), [(24, True), (23, False)])
+def test_a_memory_with_less_than_a_batch_of_a_class_is_no_endless_loop(mem_size, is_enough):
+    """Six classes at the end, batches of 4 rows."""
+    trainer = trainer_of(strategy_class("ER_AML")(mem_size=mem_size), "class_incremental", batch_size=4)
+    if is_enough:
+        assert trainer.run().status == "done"
+        return
+    with pytest.raises(UserError, match="draws batches of 4 rows of one class, and its memory holds 3 of some"):
+        trainer.run()
+
+
 def test_a_setting_where_it_makes_no_sense():
     with pytest.raises(UserError, match="class_incremental"):
         trainer_of(strategy_class("PNNStrategy")(), "class_incremental")
