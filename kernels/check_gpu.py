@@ -9,6 +9,7 @@ import json
 import sys
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import ExitStack
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -24,6 +25,8 @@ from kernels.common.options import Options
 
 # widths that fill tiles, and one that fills none
 SHAPES: list[Shape] = [(2, 200, 2, 64), (2, 200, 2, 128), (1, 130, 2, 40)]
+# and one long enough for the kernels that join segments of time
+MORE: dict[str, list[Shape]] = {"linear_scan": [(1, 1100, 1, 64)]}
 
 
 def _configurations(problem: Problem, inputs: dict[str, Tensor]) -> list[tuple[Any, bool]]:
@@ -42,11 +45,23 @@ def _configurations(problem: Problem, inputs: dict[str, Tensor]) -> list[tuple[A
     return list(found.values())
 
 
-def check(problem: Problem, shape: Shape, dtype: torch.dtype, device: torch.device) -> Iterator[dict[str, Any]]:
-    """One result per kernel and configuration: its worst relative error over outputs and all gradients."""
+def _worst(problem: Problem, inputs: dict[str, Tensor], fused: bool, rows: dict[str, Any]) -> tuple[float, str]:
+    """Worst relative error with these rows forced, by name of the kernel, and what was raised."""
     from kernels.common import triton
     from kernels.common.triton_chunks import fusing
 
+    with ExitStack() as stack:
+        stack.enter_context(fusing(fused))
+        for name, row in rows.items():
+            stack.enter_context(triton.forced(name, row))
+        try:
+            return worst_error(problem, inputs, backend="triton"), ""
+        except Exception as failure:  # out of resources, illegal access: the row is not usable, whatever the reason
+            return float("inf"), f"{type(failure).__name__}: {str(failure).splitlines()[0]}"
+
+
+def check(problem: Problem, shape: Shape, dtype: torch.dtype, device: torch.device) -> Iterator[dict[str, Any]]:
+    """One result per kernel and configuration: its worst relative error over outputs and all gradients."""
     torch.manual_seed(0)
     inputs = problem.draw(shape, dtype, device)
     try:
@@ -54,18 +69,23 @@ def check(problem: Problem, shape: Shape, dtype: torch.dtype, device: torch.devi
     except ValueError as refusal:
         print(f"not on triton: {problem.name}: {refusal}", flush=True)
         return
+    tried: list[tuple[str, Any, bool, float, str]] = []
+    sound: dict[str, Any] = {}
     for launch, fused in _configurations(problem, inputs):
-        with fusing(fused), triton.forced(launch.kernel.name, launch.row):
-            try:
-                worst, note = worst_error(problem, inputs, backend="triton"), ""
-            except Exception as failure:  # out of resources, illegal access: the row is not usable, whatever the reason
-                worst, note = float("inf"), f"{type(failure).__name__}: {str(failure).splitlines()[0]}"
+        name, row = launch.kernel.name, launch.row
+        tried.append((name, row, fused, *_worst(problem, inputs, fused, {name: row})))
+        if tried[-1][3] <= TOLERANCE[dtype]:
+            sound.setdefault(name, row)
+    for name, row, fused, worst, note in tried:
+        # the fault may be another kernel's default: once more among rows that are known to be right
+        if not worst <= TOLERANCE[dtype] and sound:
+            worst, note = _worst(problem, inputs, fused, {**sound, name: row})
         yield {
             "op": problem.name,
             "shape": " ".join(map(str, shape)),
             "dtype": str(dtype).removeprefix("torch."),
-            "kernel": launch.kernel.name,
-            "row": str(launch.row),
+            "kernel": name,
+            "row": str(row),
             "error": worst,
             "ok": worst <= TOLERANCE[dtype],
             "note": note,
@@ -121,8 +141,10 @@ def main(argv: list[str] | None = None) -> int:
     device = torch.device("cpu" if triton.INTERPRET else "cuda")
     title = "interpreter" if triton.INTERPRET else triton.device_tag()
     dtypes = [torch.float32] if triton.INTERPRET else [torch.bfloat16, torch.float16, torch.float32]
-    shapes: list[Shape] = [(1, 40, 1, 16)] if options.smoke else SHAPES
-    tasks = [partial(_found, name, dtype, shapes, device) for name in options.ops.split(",") for dtype in dtypes]
+    tasks = []
+    for name in options.ops.split(","):
+        shapes: list[Shape] = [(1, 40, 1, 16)] if options.smoke else [*SHAPES, *MORE.get(name, [])]
+        tasks += [partial(_found, name, dtype, shapes, device) for dtype in dtypes]
     rows: list[dict[str, Any]] = []
     for found in _results(tasks, options.jobs):
         rows += found
@@ -137,7 +159,8 @@ def main(argv: list[str] | None = None) -> int:
         options.markdown.write_text(text)
     wrong = [r for r in rows if not r["ok"]]
     if not triton.INTERPRET:
-        triton.deny(title, {(r["kernel"], r["row"]) for r in wrong})
+        whole = not options.smoke and set(options.ops.split(",")) == set(PROBLEMS)
+        triton.deny(title, {(r["kernel"], r["row"]) for r in wrong}, whole=whole)
     return int(bool(wrong))
 
 

@@ -123,6 +123,12 @@ def _triton_obstacle(tensor: Tensor, chunk: int | None) -> str | None:
     return None
 
 
+def too_many(what: str, number: int, tile: int) -> str | None:
+    """Why Triton cannot take so many: tiles of them are the second axis of a grid, which ends at 65535."""
+    most = 65_535 * tile
+    return f"takes at most {most} {what}, got {number}" if number > most else None
+
+
 def without_autocast(body: Callable[P, R]) -> Callable[P, R]:
     """Run a body in the dtypes it is written in: autocast around a call would take its products to 16 bits.
 

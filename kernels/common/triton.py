@@ -6,7 +6,7 @@ Imported only by the `triton.py` of an op, by `kernels.aot` and by `kernels.chec
 import json
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
+from triton.runtime.errors import OutOfResources, PTXASError
 
 from kernels.common.varlen import chunk_offsets
 
@@ -56,12 +57,14 @@ class Launch:
 class Kernel:
     """A jitted function, its rows (the first is the default) and the argument names that choose among them.
 
-    `rows` maps the launch arguments to the allowed configurations, so that tile sizes can follow K and V.
+    `rows` maps the launch arguments to the allowed configurations, so that tile sizes can follow K and V. `parts` names
+    the outputs with one part per tile, given as zeros: how many of them a launch writes depends on the row.
     """
 
     fn: Any
     rows: Callable[[dict[str, Any]], list[Row]]
     key: tuple[str, ...]
+    parts: tuple[str, ...] = ()
     chosen: dict[str, Row] = field(default_factory=dict)
 
     @property
@@ -69,13 +72,14 @@ class Kernel:
         return str(self.fn.__name__).lstrip("_")
 
     def launch(self, grid: Callable[[dict[str, int]], tuple[int, ...]], **args: Any) -> None:
-        """Run on the current device, or only note the launch inside `recording()`."""
-        rows = allowed(self.name, self.rows(args))
+        """Run on the device of the arguments, or only note the launch inside `recording()`."""
         if _RECORD is not None:
-            _RECORD.extend(Launch(self, r, dict(args)) for r in rows)
+            _RECORD.extend(Launch(self, r, dict(args)) for r in allowed(self.name, self.rows(args)))
             return
-        picked = _FORCED.get(self.name) or self._pick(rows, grid, args)
-        self._run(picked, grid, args)
+        # Triton launches on the current device, which may be another card
+        with torch.cuda.device_of(_first_tensor(args)):  # type: ignore[no-untyped-call]
+            picked = _FORCED.get(self.name) or self._pick(allowed(self.name, self.rows(args)), grid, args)
+            self._run(picked, grid, args)
 
     def _run(self, picked: Row, grid: Callable[[dict[str, int]], tuple[int, ...]], args: dict[str, Any]) -> None:
         meta = dict(picked.meta)
@@ -85,7 +89,7 @@ class Kernel:
     def _pick(self, rows: list[Row], grid: Callable[[dict[str, int]], tuple[int, ...]], args: dict[str, Any]) -> Row:
         if INTERPRET or len(rows) == 1 or os.environ.get("KERNELS_AUTOTUNE", "1") == "0":
             return rows[0]
-        tensor = next(a for a in args.values() if isinstance(a, Tensor))
+        tensor = _first_tensor(args)
         dtypes = "".join(str(a.dtype)[6:] for a in args.values() if isinstance(a, Tensor))
         values = ",".join(f"{k}={args[k]}" for k in self.key)
         key = f"{self.name}|{values}|{dtypes}|{torch.cuda.get_device_name(tensor.device)}|{triton.__version__}"
@@ -97,12 +101,26 @@ class Kernel:
         self, key: str, rows: list[Row], grid: Callable[[dict[str, int]], tuple[int, ...]], args: dict[str, Any]
     ) -> Row:
         # every kernel writes only its outputs and reads none of them, so running it again is harmless
-        times = [triton.testing.do_bench(lambda r=r: self._run(r, grid, args), warmup=5, rep=20) for r in rows]
+        times = [self._time(r, grid, args) for r in rows]
+        if min(times) == float("inf"):
+            raise RuntimeError(f"{self.name}: no configuration fits {device_tag()}; use backend='chunked'")
         best = rows[times.index(min(times))]
+        # but a row of narrower tiles has left parts there that the best one may not write
+        for name in self.parts:
+            args[name].zero_()
         stored = _read_json(CACHE / "tuned.json")
         stored[key] = str(best)
-        _write_json(CACHE / "tuned.json", stored)
+        # where nothing can be kept, this process still knows
+        with suppress(OSError):
+            _write_json(CACHE / "tuned.json", stored)
         return best
+
+    def _time(self, picked: Row, grid: Callable[[dict[str, int]], tuple[int, ...]], args: dict[str, Any]) -> float:
+        """Milliseconds; infinite for a row that takes more registers or shared memory than the card has."""
+        try:
+            return float(triton.testing.do_bench(lambda: self._run(picked, grid, args), warmup=5, rep=20))
+        except (OutOfResources, PTXASError):
+            return float("inf")
 
 
 _RECORD: list[Launch] | None = None
@@ -148,9 +166,14 @@ def device_tag() -> str:
     return f"sm_{major}{minor}|triton {triton.__version__}"
 
 
-def deny(tag: str, wrong: set[tuple[str, str]]) -> None:
-    """Replace the deny-list of one card and Triton version: (kernel, row) pairs that gave wrong numbers."""
+def deny(tag: str, wrong: set[tuple[str, str]], *, whole: bool) -> None:
+    """Deny (kernel, row) pairs that gave wrong numbers on one card and Triton version.
+
+    `whole`: all there is was checked, so what was denied before and is not among them is right now.
+    """
     denied = _read_json(CACHE / "denied.json")
+    if not whole:
+        wrong = wrong | {(kernel, r) for kernel, found in denied.get(tag, {}).items() for r in found}
     denied[tag] = {kernel: sorted(r for k, r in wrong if k == kernel) for kernel in sorted({k for k, _ in wrong})}
     _write_json(CACHE / "denied.json", denied)
 
@@ -177,6 +200,10 @@ def offsets(batch: int, length: int, cu_seqlens: Tensor | None, device: torch.de
 def pow2(n: int, least: int = 16) -> int:
     """Smallest power of two >= n, at least 16, which a dot needs."""
     return max(least, int(triton.next_power_of_2(n)))
+
+
+def _first_tensor(args: dict[str, Any]) -> Tensor:
+    return next(a for a in args.values() if isinstance(a, Tensor))
 
 
 _JSON: dict[Path, dict[str, Any]] = {}

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from kernels.common.checks import require_alike, require_cu_seqlens, require_reset, require_shape, state_dtype
-from kernels.common.dispatch import Decision, choose, explained_by
+from kernels.common.dispatch import Decision, choose, explained_by, too_many
 from kernels.linear_scan import chunked
 from kernels.linear_scan.reference import linear_scan_reference
 
@@ -39,7 +39,8 @@ def _plan(
         if initial_state.is_complex() and not u.is_complex():
             raise ValueError(f"{OP}: initial_state must be real like u, got {initial_state.dtype} and {u.dtype}")
     require_reset(OP, reset, u)
-    decision = choose(OP, backend, u, chunk=chunk, triton_chunk=32, any_chunk=True)
+    refusal = too_many("channels", u.shape[2:].numel(), 32)
+    decision = choose(OP, backend, u, chunk=chunk, refusal=refusal, triton_chunk=32, any_chunk=True)
     is_own = decision.backend == "chunked" and chunk is None
     return replace(decision, chunk=chunked.CHUNK) if is_own else decision
 

@@ -63,7 +63,7 @@ def _scan_segments(
     live = n < N
     bos = tl.load(cu_ptr + s)
     length = tl.load(cu_ptr + s + 1) - bos
-    begin = (j * SEGMENT).to(tl.int64)
+    begin = j.to(tl.int64) * SEGMENT
     end = tl.minimum(begin + SEGMENT, length)
     slot = ((s * tl.num_programs(2) + j) * N + n) * W
     rows = tl.arange(0, BT)

@@ -14,7 +14,7 @@ from kernels.common.checks import (
     require_shape,
     state_dtype,
 )
-from kernels.common.dispatch import Decision, choose, explained_by
+from kernels.common.dispatch import Decision, choose, explained_by, too_many
 from kernels.newton_rnn import chunked
 from kernels.newton_rnn.op import solved
 from kernels.newton_rnn.reference import newton_rnn_reference
@@ -85,7 +85,8 @@ def _plan(
     if max_iterations < 0:
         raise ValueError(f"{OP}: max_iterations must be at least 0, got {max_iterations}")
     require_numbers(OP, above_zero=True, tolerance=tolerance)
-    decision = choose(OP, backend, x, chunk=chunk, triton_chunk=32)
+    refusal = too_many("heads", units[0], 1) if is_block else too_many("units", x.shape[3:].numel(), 16)
+    decision = choose(OP, backend, x, chunk=chunk, refusal=refusal, triton_chunk=32)
     if decision.backend == "chunked" and chunk is None:
         decision = replace(decision, chunk=chunked.CHUNK)
     if is_block and decision.backend != "reference" and units[-1] > MOST_BLOCK:

@@ -196,7 +196,8 @@ def _walk_rows(args: dict[str, Any]) -> list[Row]:
 
 
 KEY = ("LSTM", "C", "ROWS")
-WALK, ADJOINT = Kernel(_newton_walk, _walk_rows, KEY), Kernel(newton_adjoint, _rows, KEY)
+WALK = Kernel(_newton_walk, _walk_rows, KEY, parts=("count_ptr", "residual_ptr"))
+ADJOINT = Kernel(newton_adjoint, _rows, KEY)
 BLOCK_WALK = Kernel(newton_block_walk, triton_block_adjoint.rows, KEY)
 
 

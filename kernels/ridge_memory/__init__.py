@@ -15,9 +15,9 @@ from kernels.ridge_memory.reference import ridge_memory_reference
 __all__ = ["ridge_memory"]
 
 OP = "ridge_memory"
-# the solver keeps the state and a chunk of iterates on chip; what that takes at K = 128 in float32, in bytes
+# the solver keeps the state and a chunk of iterates on chip; what that takes at K = 128, in bytes
 MOST_K = 128
-MOST_SHARED = 180_224
+MOST_SHARED = {torch.float32: 180_224, torch.float16: 114_688, torch.bfloat16: 114_688}
 
 
 def _plan(
@@ -49,14 +49,16 @@ def _plan(
     if not isinstance(steps, int) or steps < 1:
         raise ValueError(f"{OP}: steps must be a whole number of at least 1, got {steps!r}")
     require_numbers(OP, above_zero=True, ratio=ratio, floor=floor)
-    wide = q.shape[3] > 64 and v.dtype == torch.float32
+    wide = q.shape[3] > 64
     if refusal is None and q.shape[3] > MOST_K:
         refusal = f"needs K <= {MOST_K}, got {q.shape[3]} (or split heads)"
     if refusal is None and wide and v.is_cuda:
-        shared = getattr(torch.cuda.get_device_properties(v.device), "shared_memory_per_block_optin", MOST_SHARED)
-        if shared < MOST_SHARED:
-            refusal = f"needs K <= 64 in float32 on a card with {shared} bytes of shared memory, got {q.shape[3]}"
-    return choose(OP, backend, v, chunk=chunk, length=q.shape[1], refusal=refusal, triton_chunk=16 if wide else 32)
+        needed, kind = MOST_SHARED.get(v.dtype, 0), str(v.dtype).removeprefix("torch.")
+        shared = getattr(torch.cuda.get_device_properties(v.device), "shared_memory_per_block_optin", needed)
+        if shared < needed:
+            refusal = f"needs K <= 64 in {kind} on a card with {shared} bytes of shared memory, got {q.shape[3]}"
+    own = 16 if wide and v.dtype == torch.float32 else 32
+    return choose(OP, backend, v, chunk=chunk, length=q.shape[1], refusal=refusal, triton_chunk=own)
 
 
 @explained_by(_plan)

@@ -14,7 +14,7 @@ from kernels.common.checks import (
     require_shape,
     state_dtype,
 )
-from kernels.common.dispatch import Decision, choose, explained_by, without_autocast
+from kernels.common.dispatch import Decision, choose, explained_by, too_many, without_autocast
 from kernels.sequential_rnn import chunked
 from kernels.sequential_rnn.reference import GATES, PARTS, sequential_rnn_reference
 
@@ -53,6 +53,7 @@ def _plan(
     require_reset(OP, reset, x)
     most = MOST_D.get(x.dtype, 0)
     refusal = f"needs D <= {most} in {str(x.dtype).removeprefix('torch.')}, got {width}" if width > most else None
+    refusal = refusal or too_many("sequences", x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1, 16)
     decision = choose(OP, backend, x, refusal=refusal)
     return replace(decision, chunk=0)
 

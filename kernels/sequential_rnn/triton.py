@@ -23,7 +23,7 @@ from kernels.common.triton_device import tanh
 from kernels.common.varlen import states_before
 from kernels.sequential_rnn.reference import GATES, PARTS
 from kernels.sequential_rnn.triton_adjoint import rnn_adjoint
-from kernels.sequential_rnn.triton_cells import gate_input, load_parts, matrix, slstm_scale
+from kernels.sequential_rnn.triton_cells import gate_input, load_parts, matrix, slstm_scale, state_at
 
 
 @triton.jit
@@ -104,7 +104,6 @@ def _rnn_walk(
         x0 = gate_input(x_ptr, token, 0, G, head, H, D, d, inside)
         x1 = gate_input(x_ptr, token, 1, G, head, H, D, d, inside)
         x2 = gate_input(x_ptr, token, 2, G, head, H, D, d, inside)
-        out = (token[:, None] * H + head) * D + d[None, :]
         if GRU:
             z = tl.sigmoid(x1 + a1)
             new = tanh(x2 + tl.sigmoid(x0 + a0) * a2)
@@ -122,10 +121,10 @@ def _rnn_walk(
                 n = tl.where(active, kept * n + write, n)
                 m = tl.where(active, top, m)
                 h = tl.where(active, o * c / tl.where(n == 0.0, 1.0, n), h)
-                tl.store(states_ptr + TOKENS * H * D + out, n, mask=inside)
-                tl.store(states_ptr + 2 * TOKENS * H * D + out, m, mask=inside)
-            tl.store(states_ptr + out, c, mask=inside)
-        tl.store(states_ptr + (P - 1) * TOKENS * H * D + out, h, mask=inside)
+                tl.store(states_ptr + state_at(1, TOKENS, token, H, head, D, d), n, mask=inside)
+                tl.store(states_ptr + state_at(2, TOKENS, token, H, head, D, d), m, mask=inside)
+            tl.store(states_ptr + state_at(0, TOKENS, token, H, head, D, d), c, mask=inside)
+        tl.store(states_ptr + state_at(P - 1, TOKENS, token, H, head, D, d), h, mask=inside)
     tl.store(final_ptr + at + (P - 1) * H * D, h, mask=own)
     if not GRU:
         tl.store(final_ptr + at, c, mask=own)

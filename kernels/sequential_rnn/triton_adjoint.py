@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from kernels.common.triton_device import tanh
-from kernels.sequential_rnn.triton_cells import gate_input, load_parts, matrix, slstm_scale
+from kernels.sequential_rnn.triton_cells import gate_input, load_parts, matrix, slstm_scale, state_at
 
 
 @triton.jit
@@ -122,7 +122,7 @@ def rnn_adjoint(
                 n = _past(states_ptr, s0_ptr, 1, P, TOKENS, token, t, s, H, head, D, d, inside, HAS_START)
                 m = _past(states_ptr, s0_ptr, 2, P, TOKENS, token, t, s, H, head, D, d, inside, HAS_START)
                 n = tl.where(keep, n, 0.0)
-                n_new = tl.load(states_ptr + TOKENS * H * D + out, mask=inside, other=1.0)
+                n_new = tl.load(states_ptr + state_at(1, TOKENS, token, H, head, D, d), mask=inside, other=1.0)
                 _top, kept, write, past = slstm_scale(x0 + a0, x1 + a1, n, m, EXPONENTIAL)
                 ratio = c_new / n_new
                 total = uc + u * o / n_new

@@ -30,6 +30,12 @@ def load_parts(ptr, at, size, mask, P: tl.constexpr):
 
 
 @triton.jit
+def state_at(part, TOKENS, token, H, head, D, d):
+    """Offsets in one part of the states [P, T, H, D]; from the 64-bit token on, since TOKENS * H * D may pass 2^31."""
+    return ((part * TOKENS + token[:, None]) * H + head) * D + d[None, :]
+
+
+@triton.jit
 def gate_input(ptr, token, g, G: tl.constexpr, head, H, D, d, mask):
     """Inputs of gate g, [rows, BD]."""
     at = ((token[:, None] * G + g) * H + head) * D + d[None, :]

@@ -186,8 +186,8 @@ def _adjoint_rows(args: dict[str, Any]) -> list[Row]:
 
 
 KEY = ("K", "V", "C")
-WALK = Kernel(_m2rnn_walk, _rows, KEY)
-ADJOINT = Kernel(_m2rnn_adjoint, _adjoint_rows, KEY)
+WALK = Kernel(_m2rnn_walk, _rows, KEY, parts=("o_ptr",))
+ADJOINT = Kernel(_m2rnn_adjoint, _adjoint_rows, KEY, parts=("dv_ptr", "df_ptr", "dw_ptr"))
 
 
 class _Call:

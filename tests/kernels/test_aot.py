@@ -12,11 +12,15 @@ import pytest
 import kernels.common
 
 
-def aot(*arguments):
-    # the interpreter must be off, so this is another process
+def another_process(*arguments):
+    # the interpreter must be off
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     env["PYTHONPATH"] = ":".join(filter(None, sys.path))
-    return subprocess.run([sys.executable, "-m", "kernels.aot", *arguments], capture_output=True, text=True, env=env)
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=env)
+
+
+def aot(*arguments):
+    return another_process("-m", "kernels.aot", *arguments)
 
 
 def test_a_kernel_compiles_for_hopper():
@@ -28,6 +32,40 @@ def test_a_kernel_compiles_for_hopper():
 def test_everyday_kernels_compile_for_every_card():
     done = aot("--smoke", "--targets", "sm_80,sm_90,sm_100,gfx942")
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+RESETS = """
+import torch
+from kernels.aot.triton import compile_cases
+from kernels.newton_rnn import triton as newton
+from kernels.sequential_rnn import triton as cells, triton_m2rnn as matrix
+one, reset = torch.ones, torch.ones(1, 1, dtype=torch.bool)
+
+def run_newton(units):
+    x, r, how = one(1, 1, 3, *units), one(3, *units, *units[1:]), (reset, None, "gru", 16, 128)
+    h, c, last, _, _ = newton.forward(x, r, None, one(1, 1, *units), *how, 1e-6, 1)
+    newton.backward(h, last, x, r, None, one(1, 1, *units), h, c, *how)
+
+def run_cells():
+    x, r = one(1, 1, 3, 1, 1), one(3, 1, 1, 1)
+    h, last, kept = cells.forward(x, r, None, None, reset, None, "gru")
+    cells.backward(h, last, x, r, None, None, kept, reset, None, "gru")
+
+def run_matrix():
+    x, f = one(1, 1, 1, 1), one(1, 1, 1)
+    o, last, kept = matrix.forward(x, x, x, f, f, x, reset, None, 16, True)
+    matrix.backward(o, last, x, x, x, f, f, kept, reset, None, 16, 1.0)
+
+calls = {"newton": lambda: run_newton((1,)), "block": lambda: run_newton((1, 1)), "cells": run_cells, "m": run_matrix}
+assert len(list(compile_cases(calls, ["sm_90"], all_rows=False))) == 8
+"""
+
+
+@pytest.mark.slow
+def test_resets_and_sizes_of_one_compile():
+    """No case of the table has a reset, and a size of one is a constant to the compiler."""
+    done = another_process("-c", RESETS)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.slow

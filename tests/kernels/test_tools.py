@@ -296,8 +296,8 @@ def test_launcher_honours_the_deny_list(monkeypatch, tmp_path):
     monkeypatch.setattr(triton.torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(triton, "device_tag", lambda: "sm_90|triton 3.8.0")
     assert triton.allowed("k", rows) == rows
-    triton.deny("sm_90|triton 3.8.0", {("k", str(rows[0]))})
+    triton.deny("sm_90|triton 3.8.0", {("k", str(rows[0]))}, whole=True)
     assert triton.allowed("k", rows) == rows[1:]
-    triton.deny("sm_90|triton 3.8.0", {("k", str(r)) for r in rows})
+    triton.deny("sm_90|triton 3.8.0", {("k", str(r)) for r in rows}, whole=True)
     with pytest.raises(RuntimeError, match="every configuration failed"):
         triton.allowed("k", rows)
