@@ -48,9 +48,9 @@ class Ledger:
     ) -> None:
         self.result, self.observers, self.run_dir = result, list(observers), run_dir
         self.clock = {"train_s": 0.0, "eval_s": 0.0, "train_rows": 0, "eval_rows": 0, "wall_s": 0.0}
-        self.buffer_bytes = 0
+        self.buffer_bytes = self.peak_bytes = 0
         self.last_checkpoint: Path | None = None
-        self._every = WATCH_EVERY.get(device.type, 20)
+        self._device, self._every = device, WATCH_EVERY.get(device.type, 20)
         self._pending: list[tuple[int, Mapping[str, Tensor], float]] = []
         self._opened = time.perf_counter()
         self._is_text, self._mark_every, self._lr = False, 1, 0.0
@@ -62,6 +62,8 @@ class Ledger:
 
     def open(self, settings: Mapping[str, Any]) -> None:
         self._opened = time.perf_counter() - self.clock["wall_s"]
+        if self._device.type == "cuda":  # what a run before this one in the same process took is not this one's
+            torch.cuda.reset_peak_memory_stats(self._device)
         self.tell("on_start", self.result, settings)
 
     def tell(self, event: str, *details: Any) -> None:
@@ -70,10 +72,12 @@ class Ledger:
 
     @contextmanager
     def charged(self, account: str) -> Iterator[None]:
-        """Charge the time spent inside to `account`."""
+        """Charge the time spent inside to `account`, until a GPU has done what it was given."""
         begin = time.perf_counter()
         try:
             yield
+            if self._device.type == "cuda":
+                torch.cuda.synchronize(self._device)
         finally:
             self.clock[account] += time.perf_counter() - begin
 
@@ -82,6 +86,7 @@ class Ledger:
         return {
             "clock": self.clock,
             "buffer_bytes": self.buffer_bytes,
+            "peak_bytes": self.peak_bytes,
             "result": [result.R, result.R_init, result.within, result.mlflow_run_id],
             "extra": result.extra,
             "course": result.course,
@@ -90,7 +95,7 @@ class Ledger:
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         self.clock.update(saved["clock"])
-        self.buffer_bytes = saved["buffer_bytes"]
+        self.buffer_bytes, self.peak_bytes = saved["buffer_bytes"], saved.get("peak_bytes", 0)
         result = self.result
         result.R, result.R_init, result.within, result.mlflow_run_id = saved["result"]
         result.course = saved.get("course", [])
@@ -185,6 +190,7 @@ class Ledger:
         clock = self.clock
         clock["wall_s"] = time.perf_counter() - self._opened
         self.buffer_bytes = max(self.buffer_bytes, buffer_bytes)
+        self.peak_bytes = max(self.peak_bytes, peak_memory_bytes(state.device))
         table = EvalTable.from_result(vars(self.result))
         # a head that was never trained answers at chance, which says nothing about transfer
         self.result.metrics = summary(table.mask_untrained() if state.info.num_heads > 1 else table)
@@ -200,7 +206,7 @@ class Ledger:
             "backwards": state.spent.backwards,
             "updates": state.step,
             "buffer_bytes": self.buffer_bytes,
-            "peak_memory_bytes": peak_memory_bytes(state.device),
+            "peak_memory_bytes": self.peak_bytes,
             "train_s": clock["train_s"],
             "eval_s": clock["eval_s"],
             "wall_s": clock["wall_s"],

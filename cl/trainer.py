@@ -80,8 +80,7 @@ class Trainer:
         told, written = (observers, run_dir) if self.state.world.rank == 0 else ((), None)
         self.ledger = Ledger(new_result(self.state, seed, reported), told, written, device)
         self.evaluator = Evaluator(self.state, self.config, self.ledger, self.strategies)
-        batch_size = self.config.batch_size
-        self.keeper = Keeper(run_dir, fingerprint, self.state, self.strategies, self.ledger, batch_size)
+        self.keeper = Keeper(run_dir, fingerprint, self.state, self.strategies, self.ledger, self.config.batch_size)
         self.state.loss, self.state.strategies = self._loss, self.strategies
         self.state.note = partial(self.ledger.note, self.state)
         self.state.trace = partial(self.ledger.trace, self.state)
@@ -126,8 +125,9 @@ class Trainer:
     # one run, one experience, one step
 
     def _begin(self) -> None:
-        for strategy in self.strategies:
-            strategy.on_run_start(self.state)
+        with self.ledger.charged("train_s"):
+            for strategy in self.strategies:
+                strategy.on_run_start(self.state)
         if self.config.evaluate == "all":
             self.ledger.result.R_init = self.evaluator.row()
         self.keeper.save(next_experience=0, steps_done=0)
@@ -138,10 +138,10 @@ class Trainer:
         state.data = None  # the rows of one experience at a time
         with ledger.charged("train_s"):
             state.experience, state.data = experience, experience.load()
-        check_rows(state.data, experience)
-        num_steps = steps_in(experience, config.budget, state.info)
-        if steps_done == 0:
-            self._enter(experience)
+            check_rows(state.data, experience)
+            num_steps = steps_in(experience, config.budget, state.info)
+            if steps_done == 0:
+                self._enter(experience)
         ledger.tell("on_experience_start", state, num_steps)
         state.model.train()
         steps = steps_from(state, experience, state.data, config.budget, steps_done)

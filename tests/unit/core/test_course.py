@@ -64,6 +64,18 @@ def test_the_course_names_step_tokens_and_rate(done):
     assert by_step[18] == (2, 18 * STEP, pytest.approx(0.5 * (1 - 17 / 18)))
 
 
+def test_without_a_measurement_before_training_the_course_begins_at_the_first_step():
+    assert trainer_of(max_steps=2, evaluate="seen").run().course[0] == [0, 1, STEP, 0.5]
+
+
+def test_where_one_domain_is_no_running_text_there_are_no_bits_per_byte():
+    stream = toy_stream(TEXT)
+    first, *others = stream.eval_sets
+    mixed = trainer_of(max_steps=1, stream=replace(stream, eval_sets=[replace(first, num_bytes=1000), *others])).run()
+    assert mixed.num_tokens == mixed.num_bytes == []
+    assert "bits_per_byte" not in mixed.metrics
+
+
 def test_images_have_no_course():
     assert trainer_of(stream=toy_stream(Setting.DOMAIN_INCREMENTAL)).run().course == []
 

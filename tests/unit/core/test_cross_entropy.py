@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from cl.core import IGNORED, Batch, Output, Part, Source
-from cl.state import Cost, cross_entropy, shares, tensor_bytes
+from cl.state import Cost, cross_entropy, first_views, shares, tensor_bytes
 
 LOGITS = torch.tensor([[0.0, 0.0], [math.log(3.0), 0.0], [0.0, math.log(4.0)]])
 TARGETS = torch.tensor([0, 0, 0])
@@ -81,6 +81,12 @@ def test_rows_can_ride_along_with_a_micro_batch_that_has_nothing_to_learn():
     assert full == pytest.approx(1.0)
     assert 0 < empty < 1e-6
     assert sum(shares([rows[1], rows[1]])) == 1.0
+
+
+def test_rows_of_one_number_are_views_of_one_row_within_an_experience_only():
+    experiences, numbers = torch.tensor([0, 1, 0, 1]), torch.tensor([5, 5, 5, 6])
+    rows = Batch(torch.zeros(4, 1), torch.zeros(4), experiences, numbers)
+    assert first_views(rows).tolist() == [0, 1, 0, 3]
 
 
 def test_reduced_precision_is_summed_in_float32():

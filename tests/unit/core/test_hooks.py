@@ -127,7 +127,8 @@ class Adder(Strategy):
         return batch.extended(batch.current()[-1:], Source.REPLAY, self.name)
 
     def on_step_end(self, state, batch, output):
-        self.ended.append((len(batch), len(output.logits), output.logits.requires_grad, batch.parts[0].source))
+        lengths = (len(batch), len(output.logits), len(output.hidden))
+        self.ended.append((lengths, output.logits.requires_grad, batch.parts[0].source))
 
 
 def test_each_sees_the_batch_of_the_one_before_and_at_the_end_the_current_rows():
@@ -135,7 +136,7 @@ def test_each_sees_the_batch_of_the_one_before_and_at_the_end_the_current_rows()
     run([first, second], accumulation=2)
     assert first.seen == [["stream"]] * 2
     assert second.seen == [["stream", "first"]] * 2
-    assert first.ended == second.ended == [(16, 16, False, Source.CURRENT)]
+    assert first.ended == second.ended == [((16, 16, 16), False, Source.CURRENT)]
 
 
 class Pusher(Strategy):

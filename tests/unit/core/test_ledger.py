@@ -1,6 +1,7 @@
 """The books of a run: what is told to observers, what is written, and how a broken loss ends a run."""
 
 import json
+import math
 import re
 from functools import partial
 
@@ -10,9 +11,10 @@ import torch
 from cl.config import TrainerConfig
 from cl.core import Setting
 from cl.hooks import Strategy
-from cl.ledger import NonFiniteLoss
+from cl.ledger import Ledger, NonFiniteLoss
 from cl.observe import Observer
 from cl.result import Result
+from cl.state import Cost
 from cl.testing import ToyNet, toy_stream
 from cl.trainer import Trainer
 
@@ -61,9 +63,9 @@ class Events(Observer):
         self.seen.append(f"on_end {result.status}")
 
 
-def trainer_of(strategies=(), run_dir=None, observers=(), lr=0.1, **config):
+def trainer_of(strategies=(), run_dir=None, observers=(), lr=0.1, setting=Setting.DOMAIN_INCREMENTAL, **config):
     return Trainer(
-        toy_stream(Setting.DOMAIN_INCREMENTAL, num_experiences=2),
+        toy_stream(setting, num_experiences=2),
         ToyNet,
         strategies,
         optimizer=partial(torch.optim.SGD, lr=lr),
@@ -162,6 +164,24 @@ def test_the_result_counts_work(tmp_path):
     assert content["env"]["device"] == "cpu"
 
 
+def test_rows_that_nobody_differentiates_by_go_forward_only():
+    class Looks(Strategy):
+        def on_step_end(self, state, batch, output):
+            with torch.no_grad():
+                state.forward(batch[:4])
+
+    cost = trainer_of([Looks()]).run().cost
+    assert (cost["forwards"], cost["backwards"]) == (192 + 12 * 4, 192)
+
+
+def test_heads_that_were_never_trained_say_nothing_of_transfer():
+    one_head, heads = trainer_of().run(), trainer_of(setting=Setting.TASK_INCREMENTAL).run()
+    assert one_head.metrics["fwt"] == pytest.approx(one_head.R[0][1] - one_head.R_init[1])
+    assert heads.R[0][1] is not None and heads.R_init[1] is not None
+    assert math.isnan(heads.metrics["fwt"])
+    assert heads.metrics["bwt"] == pytest.approx(heads.R[1][0] - heads.R[0][0])
+
+
 def test_the_result_names_what_ran():
     result = trainer_of([Breaks(-1)]).run()
     assert result.strategy == ["test_ledger"]
@@ -170,3 +190,82 @@ def test_the_result_names_what_ran():
     assert (result.setting, result.measure, result.seed) == ("domain_incremental", "accuracy", 0)
     assert result.experiences == result.domains == ["toy 0", "toy 1"]
     assert result.trained == [0, 1]
+
+
+class Slow(Strategy):
+    """Its hooks take known times of a clock that stands still otherwise; it keeps fewer bytes as the run goes on."""
+
+    def __init__(self, clock):
+        self.name, self.clock = "slow", clock
+
+    def cost(self, state, batch_size):
+        return Cost(buffer_bytes=100 - state.step)
+
+    def on_run_start(self, state):
+        self.clock.append(1)
+
+    def on_experience_start(self, state):
+        self.clock.append(10)
+
+    def on_batch(self, state, batch):
+        self.clock.append(100)
+        return batch
+
+    def on_experience_end(self, state):
+        self.clock.append(10_000)
+        state.note("length", 2.5)
+        state.trace("height", 3.5)
+
+    def eval_forward(self, state, batch):
+        self.clock.append(100_000)
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Seconds that pass when they are appended."""
+    passed = []
+    monkeypatch.setattr("cl.ledger.time.perf_counter", lambda: float(sum(passed)))
+    return passed
+
+
+def test_what_strategies_do_is_charged_to_training_wherever_they_do_it(clock):
+    cost = trainer_of([Slow(clock)]).run().cost
+    # two experiences of 6 steps; two domains are measured three times, each in one batch
+    assert cost["train_s"] == 1 + 2 * 10 + 12 * 100 + 2 * 10_000
+    assert cost["eval_s"] == 3 * 2 * 100_000
+    assert cost["wall_s"] == cost["train_s"] + cost["eval_s"]
+
+
+def test_the_books_of_a_run_that_was_resumed_are_those_of_one_that_was_not(tmp_path, clock):
+    """The second one fails two steps after its checkpoint, and nothing of these is booked."""
+    whole = trainer_of([Slow(clock)]).run()
+    with pytest.raises(NonFiniteLoss):
+        trainer_of([Slow(clock), Breaks(8)], tmp_path).run()
+    resumed = trainer_of([Slow(clock), Breaks(-1)], tmp_path).run(resume=True)
+    for key in set(whole.cost) - {"peak_memory_bytes"}:
+        assert resumed.cost[key] == whole.cost[key], key
+    assert resumed.cost["buffer_bytes"] == 100
+    assert resumed.cost["train_samples_per_s"] == 192 / whole.cost["train_s"]
+    assert resumed.extra == whole.extra == [["length", 0, 0, 2.5], ["length", 1, 1, 2.5]]
+    assert resumed.traces == whole.traces == [["height", 6, 3.5], ["height", 12, 3.5]]
+
+
+def test_time_goes_on_until_a_card_is_done(clock, monkeypatch):
+    """Work is only asked for when the loop goes on, and nobody else is charged with the waiting."""
+    monkeypatch.setattr("torch.cuda.synchronize", lambda device: clock.append(5))
+    ledger = Ledger(trainer_of().ledger.result, [], None, torch.device("cuda", 0))
+    with ledger.charged("train_s"):
+        clock.append(2)
+    assert ledger.clock["train_s"] == 7
+
+
+def test_peak_memory_is_that_of_the_whole_run_and_of_no_run_before(tmp_path, monkeypatch):
+    peaks = iter([700, 900, *[50] * 10])
+    monkeypatch.setattr("cl.ledger.peak_memory_bytes", lambda device: next(peaks))
+    with pytest.raises(NonFiniteLoss):
+        trainer_of([Breaks(8)], tmp_path).run()
+    assert trainer_of([Breaks(-1)], tmp_path).run(resume=True).cost["peak_memory_bytes"] == 900
+    forgotten = []
+    monkeypatch.setattr("torch.cuda.reset_peak_memory_stats", forgotten.append)
+    Ledger(trainer_of().ledger.result, [], None, torch.device("cuda", 0)).open({})
+    assert forgotten == [torch.device("cuda", 0)]

@@ -228,6 +228,64 @@ def test_the_state_tells_where_the_run_is():
     assert trainer.state.total_steps == trainer.state.step == 12
 
 
+def test_progress_is_through_the_running_experience():
+    class Clock(Strategy):
+        def __init__(self):
+            self.shown = []
+
+        def on_batch(self, state, batch):
+            self.shown.append(state.progress)
+            return batch
+
+        def on_experience_end(self, state):
+            self.shown.append(state.progress)
+
+    clock = Clock()
+    result, trainer, _ = run([clock], max_steps=[2, 4])
+    assert clock.shown == [0, 0.5, 1, 0, 0.25, 0.5, 0.75, 1]
+    assert trainer.state.total_steps == trainer.state.step == 6
+    assert result.experiences == ["toy 0", "toy 1"], "the list is where the run ends"
+
+
+def test_rows_are_counted_as_the_stream_delivers_them():
+    """An experience of 192 rows is a step of 3 x 40 rows and one of 72; rows that a strategy adds are work only."""
+
+    class Counts(Strategy):
+        def __init__(self):
+            self.name, self.rows = "counts", []
+
+        def on_batch(self, state, batch):
+            self.rows.append(state.step_rows)
+            return batch
+
+    counts = Counts()
+    result, trainer, _ = run([counts, Doubler()], batch_size=40, accumulation=3)
+    assert counts.rows == [120, 120, 120, 72, 72] * 3
+    assert trainer.ledger.clock["train_rows"] == 3 * 192
+    assert result.cost["forwards"] == result.cost["backwards"] == 2 * 3 * 192
+    assert trainer.state.classes_seen == (0, 1, 2, 3), "classes that come back are not new"
+
+
+def test_terms_of_the_backbone_are_trained_on():
+    """Half the squared length of a weight: its gradient is the weight."""
+
+    class Tolled(ToyNet):
+        def forward(self, batch, start=0):
+            output = super().forward(batch, start)
+            output.auxiliary["toll"] = self.head.weight.square().sum() / 2
+            return output
+
+    sgd = partial(torch.optim.SGD, lr=0.1)
+    (_, plain, free), (_, trainer, paid) = (
+        run(stream=toy_stream(DIL, num_experiences=1), backbone=net, optimizer=sgd, max_steps=1)
+        for net in (ToyNet, Tolled)
+    )
+    with Seeds(0).as_global("init"):
+        start = ToyNet(toy_stream(DIL).info).head.weight.detach()
+    assert paid.losses[0] == pytest.approx(free.losses[0] + start.square().sum().item() / 2)
+    torch.testing.assert_close(weights(trainer)["head.weight"], weights(plain)["head.weight"] - 0.1 * start)
+
+
 def test_heads_that_no_row_asks_for_do_not_move():
     """Momentum and weight decay must not touch the heads of other tasks."""
     with_decay = partial(torch.optim.SGD, lr=0.1, momentum=0.9, weight_decay=0.1)
