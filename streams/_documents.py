@@ -231,8 +231,12 @@ class Source:
 
     def _file_rows(self, file: Path, kind: str | None) -> Iterator[Mapping[str, Any]]:
         options = {"keep_linebreaks": True} if kind == "text" else {}
+        library = _library()  # before `offline`, which changes what is there
         try:
-            yield from _library().load_dataset(kind, data_files=[str(file)], split="train", streaming=True, **options)
+            # the library counts its readers on a server, which a machine without a network waits for
+            with offline():
+                rows = library.load_dataset(kind, data_files=[str(file)], split="train", streaming=True, **options)
+            yield from rows
         except UserError:
             raise
         except StopIteration:  # what the library says of an empty file

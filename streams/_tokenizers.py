@@ -194,10 +194,11 @@ def fetched(name: str, file: str, download: bool) -> Path:
     """A file of a model on the hub, from the hub's cache on this machine or over the network."""
     from huggingface_hub import hf_hub_download
 
-    from cl.hub import hub_address, hub_answers
+    from cl.hub import hub_address, hub_answers, offline
 
     try:
-        return Path(hf_hub_download(name, file, local_files_only=True))
+        with offline():
+            return Path(hf_hub_download(name, file, local_files_only=True))
     except Exception:  # absent, or no id at all: the sentences below say so
         pass
     way = "give a folder with its tokenizer.json as stream.tokenizer"

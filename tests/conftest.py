@@ -2,12 +2,14 @@
 
 import getpass
 import os
+import socket
 import tempfile
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # tokenised text is kept from one session to the next, but not in the user's own cache
 os.environ.setdefault("CL_CACHE", os.path.join(tempfile.gettempdir(), f"cl-lab-tests-{getpass.getuser()}"))
 
+import pytest
 import torch
 
 torch.set_num_threads(1)
@@ -15,9 +17,26 @@ torch.set_num_threads(1)
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+HERE = (None, "", "localhost", "127.0.0.1", "::1", "0.0.0.0", socket.gethostname())
 LONGEST = ("reproduction/", "cli/test_install", "kernels/test_aot", "kernels/test_tools", "core/test_distributed")
 """Files of a few long tests. They go first, so that no worker is left alone with one when the others are done."""
 
 
 def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: next((k for k, name in enumerate(LONGEST) if name in item.nodeid), len(LONGEST)))
+
+
+@pytest.fixture(autouse=True)
+def without_network(request, monkeypatch):
+    """A name that is looked up beyond this machine fails the test: libraries hide that they asked, and wait for it."""
+    asked, real = [], socket.getaddrinfo
+
+    def getaddrinfo(host, *where, **how):
+        if host in HERE:
+            return real(host, *where, **how)
+        asked.append(host)
+        raise socket.gaierror(socket.EAI_NONAME, "tests have no network")
+
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+    yield
+    assert not asked or request.node.get_closest_marker("network"), f"{asked} looked up"

@@ -158,7 +158,8 @@ def _require_own_tokenizer(name: str, where: str, info: StreamInfo) -> None:
         try:
             from huggingface_hub import hf_hub_download
 
-            file = Path(hf_hub_download(name, "tokenizer.json", local_files_only=True))
+            with offline():
+                file = Path(hf_hub_download(name, "tokenizer.json", local_files_only=True))
         except Exception:
             warnings.warn(
                 f"model {name} brings no tokenizer.json: whether it fits the stream is not known", stacklevel=2

@@ -9,6 +9,8 @@ SLOW = (
     "test_through_the_avalanche_adapter_the_weights_match",
     "test_works_under_half_precision",
     "test_loss_scaling_changes_nothing",
+    "test_runs_on_a_card",
+    "test_forgets_less_than_naive",
 )
 # a run of its own for every setting: one of a strategy's settings, not the same for all, is enough for the fast tests
 ONCE = (
@@ -16,7 +18,9 @@ ONCE = (
     "test_resumes_exactly",
     "test_penalty_may_be_asked_twice",
     "test_works_under_gradient_accumulation",
-    "test_runs_on_a_card",
+    "test_leaves_modes_hooks_and_requires_grad_as_found",
+    "test_first_step_is_naive",
+    "test_runs_under_half_precision",
 )
 
 

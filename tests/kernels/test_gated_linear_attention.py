@@ -95,7 +95,7 @@ def test_decays_per_channel_of_every_strength(name, strength, block, monkeypatch
     assert seen == {block}
 
 
-@pytest.mark.parametrize("backend", ["chunked", "triton"])
+@pytest.mark.parametrize("backend", ["chunked", pytest.param("triton", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", ["gla_scalar", "gla_channel", "gated_deltanet", "kda"])
 @pytest.mark.parametrize("gate", [-1e4, -1e30, -torch.inf, 0.05])
 def test_gates_far_below_zero_and_above(name, backend, gate):

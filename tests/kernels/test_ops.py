@@ -146,7 +146,9 @@ def test_without_initial_state(case):
 
 
 @each([case for case in ALL.values() if case.name != "scan_complex"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize(
+    "dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)], ids=["bf16", "fp16"]
+)
 @pytest.mark.parametrize("cu", [None, [0, 9, 9, 40]], ids=["dense", "packed"])
 def test_half_precision_inputs_are_computed_in_float32(case, dtype, cu):
     """(There are no 16-bit complex numbers.)"""

@@ -2,6 +2,7 @@
 
 import json
 import math
+import socket
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -72,6 +73,14 @@ def test_documents_of_every_format(text_root):
     for path in ("news.jsonl.gz", "news.parquet", ["news.jsonl"], str(text_root / "news.jsonl")):
         found = built(text_root, [NEWS_DOMAIN | {"path": path}]).experiences[0].load()
         assert texts_of(all_rows(found)) == wanted, path
+
+
+def test_files_are_read_without_a_question_to_any_server(text_root, monkeypatch):
+    """The library counts its readers on one, and hides that it could not."""
+    asked = []
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *where, **how: asked.append(where) or [])
+    assert len(built(text_root, [NEWS_DOMAIN]).experiences[0].load())
+    assert asked == []
 
 
 def test_a_folder_is_its_text_files_by_name(text_root):

@@ -15,6 +15,8 @@ from cl.result import Result
 
 ROOT = Path(__file__).resolve().parents[3]
 KEPT = sorted((ROOT / "docs" / "comparisons").glob("*/runs.jsonl.gz"))
+LARGE = ("memory", "probes", "trc2")
+"""Ten to twenty seconds each."""
 RESULT = asdict(
     Result(
         *("text_domains", ["naive"], "gpt", "continual_pretraining", 0, ["c4"], ["c4"], [0], "loss"),
@@ -90,7 +92,11 @@ def test_unfinished_runs_are_not_kept(records, tmp_path):
     assert list((tmp_path / "there").rglob("tuning.json"))
 
 
-@pytest.mark.parametrize("kept", KEPT, ids=lambda path: path.parent.name)
+@pytest.mark.parametrize(
+    "kept",
+    [pytest.param(path, marks=pytest.mark.slow) if path.parent.name in LARGE else path for path in KEPT],
+    ids=lambda path: path.parent.name,
+)
 def test_a_page_is_what_its_runs_say(kept, tmp_path):
     """From the committed runs alone, with the options that the page itself names."""
     before = (kept.parent / "README.md").read_text()
