@@ -73,3 +73,16 @@ def store(tmp_path_factory):
     uri = default_uri(tmp_path_factory.mktemp("store"))
     prepare_store(uri)
     return uri
+
+
+@pytest.fixture
+def client(store):
+    from mlflow import MlflowClient
+
+    return MlflowClient(store)
+
+
+@pytest.fixture
+def run_dir(tmp_path):
+    (tmp_path / "config.yaml").write_text("seed: 7\n")
+    return tmp_path

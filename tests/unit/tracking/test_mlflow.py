@@ -20,19 +20,6 @@ from cl.tracking.store import sqlite_path, view_tag
 pytest.importorskip("mlflow")
 
 
-@pytest.fixture
-def client(store):
-    from mlflow import MlflowClient
-
-    return MlflowClient(store)
-
-
-@pytest.fixture
-def run_dir(tmp_path):
-    (tmp_path / "config.yaml").write_text("seed: 7\n")
-    return tmp_path
-
-
 def stored(client, run_id):
     """Every point of a run, a repeated one twice."""
     names = client.get_run(run_id).data.metrics

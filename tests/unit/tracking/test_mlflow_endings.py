@@ -11,19 +11,6 @@ from cl.tracking import Journal, Memory, MLflowTracker, sync
 pytest.importorskip("mlflow")
 
 
-@pytest.fixture
-def client(store):
-    from mlflow import MlflowClient
-
-    return MlflowClient(store)
-
-
-@pytest.fixture
-def run_dir(tmp_path):
-    (tmp_path / "config.yaml").write_text("seed: 7\n")
-    return tmp_path
-
-
 def test_a_run_killed_at_its_start_is_not_running_when_the_folder_is_used_again(
     store, client, make_result, tell, run_dir
 ):
