@@ -6,6 +6,7 @@ import errno
 import gzip
 import logging
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -271,19 +272,8 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_one_sentence_and_exit_code_2(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    words, expected = CASES[name]
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("CL_DATA_ROOT", raising=False)
-    assert main(words) == 2
-    said = capsys.readouterr().err.strip()
-    assert expected in said
-    assert said.startswith("cl: ") and len(said.splitlines()) == 1, said
-    assert "Traceback" not in said
-    assert not list(tmp_path.rglob("result.json")), "a refused run left a result behind"
-    assert not list(tmp_path.rglob("*.pt"))
+def test_one_sentence_and_exit_code_2(name: str, is_refused: Callable[[tuple[str, ...], str], None]) -> None:
+    is_refused(*CASES[name])
 
 
 def finished_run(folder: Path) -> Path:
