@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from cl.core import UserError
-from cl.distributed import model_shards, optimizer_shards
+from cl.distributed import optimizer_shards
+from cl.frozen import frozen_weights, unchanged
 from cl.hooks import Strategy
 from cl.ledger import Ledger
 from cl.result import replacing
@@ -108,12 +109,14 @@ def load_start(path: Path, state: TrainState) -> None:
     """Begin a run with the weights and the optimizer state of another one.
 
     Raises:
-        UserError: they do not fit the backbone or the optimizer of this run.
+        UserError: they do not fit the backbone or the optimizer of this run, or its pretrained model is another one.
     """
     saved = torch.load(path, map_location="cpu", weights_only=True)["state"]
     try:
-        state.model.load_state_dict(model_shards(saved["model"], state.model))
+        state.load_weights(saved)
         state.optimizer.load_state_dict(optimizer_shards(saved["optimizer"], state.optimizer))
+    except UserError:
+        raise
     except (RuntimeError, ValueError, KeyError) as error:
         # torch's first line only announces those that say what does not fit
         reason = " ".join(line.strip() for line in str(error).splitlines()[:2])
@@ -147,6 +150,8 @@ class Keeper:
         self.fingerprint = fingerprint
         self.state, self.strategies, self.ledger = state, strategies, ledger
         self.batch_size = batch_size
+        # now, before anything can have changed them
+        self.frozen = {} if self.folder is None else frozen_weights(state.model)
 
     def save_result(self) -> None:
         # a strategy that has just failed is not asked: its answer could hide the first error behind a second
@@ -167,7 +172,8 @@ class Keeper:
         self.save_result()
         if self.folder is None:
             return
-        state = self.state.state_dict()  # every process has shards to give
+        # every process has shards to give
+        state = self.state.state_dict(unchanged(self.state.model, self.frozen))
         if self.state.world.rank:
             return
         kept = [strategy.state_dict() for strategy in self.strategies]

@@ -62,7 +62,8 @@ def prepare(
     optimizer, network = make_optimizer(model), world.network(model, stream.info.num_heads)
     state = TrainState(model, optimizer, stream, seeds, device, autocast, masks_absent=masks_absent)
     state.world, state.network = world, network
-    state.scaler = LossScaler(device.type, enabled=dtype is torch.float16)
+    is_scaled = torch.float16 in (dtype, *(p.dtype for p in model.parameters()))
+    state.scaler = LossScaler(device.type, enabled=is_scaled)
     state.experience_steps = experience_steps(stream, config)
     state.total_steps = sum(state.experience_steps)
     return state

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from cl.core import IGNORED, Batch, Data, Experience, Output, Part, Stream, StreamInfo
 from cl.distributed import World, gathered, model_shards, optimizer_shards
+from cl.frozen import require_unchanged
 from cl.scaling import LossScaler
 from cl.seeding import Seeds, derive_seed
 
@@ -151,10 +152,17 @@ class TrainState:
     def parameters(self) -> dict[str, nn.Parameter]:
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
-    def state_dict(self) -> dict[str, Any]:
-        """Everything that the next step depends on, except strategies and the position in the stream."""
+    def state_dict(self, frozen: Mapping[str, str] | None = None) -> dict[str, Any]:
+        """Everything that the next step depends on, except strategies and the position in the stream.
+
+        Args:
+            frozen: weights that are left out, by name, each with its hash (`cl.frozen`).
+        """
+        frozen = dict(frozen or {})
+        weights = {name: value for name, value in self.model.state_dict().items() if name not in frozen}
         return {
-            "model": gathered(self.model.state_dict()),
+            "model": gathered(weights),
+            "frozen": frozen,
             "optimizer": gathered(self.optimizer.state_dict()),
             "seeds": self.seeds.state_dict(),
             "torch_rng": torch.get_rng_state(),
@@ -164,7 +172,7 @@ class TrainState:
         }
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
-        self.model.load_state_dict(model_shards(saved["model"], self.model))
+        self.load_weights(saved)
         self.optimizer.load_state_dict(optimizer_shards(saved["optimizer"], self.optimizer))
         self.seeds.load_state_dict(saved["seeds"])
         torch.set_rng_state(saved["torch_rng"])
@@ -176,6 +184,18 @@ class TrainState:
         self.step, self.tokens, forwards, backwards = saved["counters"]
         self.spent = Cost(forwards, backwards)
         self.classes_seen = tuple(saved["classes_seen"])
+
+    def load_weights(self, saved: Mapping[str, Any]) -> None:
+        """The model of a saved state.
+
+        Raises:
+            UserError: what was left out of it is not what the model has.
+        """
+        frozen = saved.get("frozen", {})  # a state of before holds everything
+        require_unchanged(self.model, frozen)
+        kept = self.model.state_dict() if frozen else {}
+        weights = model_shards(saved["model"], self.model) | {name: kept[name] for name in frozen}
+        self.model.load_state_dict(weights)
 
 
 def clear_gradients(optimizer: Optimizer) -> None:

@@ -115,6 +115,7 @@ class LoraStrategy(Strategy):
         found = pairs(model)
         if self.merges:
             self._require_own_weights(model, found)
+            self._require_whole_weights(found)
         if not found:
             raise UserError(
                 f"{self.name} works on LoRA adapters, and {type(model).__name__} has none; take backbone=hf or gpt "
@@ -129,6 +130,15 @@ class LoraStrategy(Strategy):
                 raise UserError(
                     f"{self.name} adds adapters to the weights that they adapt, and {name} shares its weight with "
                     "another layer; leave it out of backbone.lora.target_modules"
+                )
+
+    def _require_whole_weights(self, found: dict[str, Pair]) -> None:
+        """Of an adapter that is added to weights in half precision, most would be rounded away."""
+        for dtype in {pair.layer.get_base_layer().weight.dtype for pair in found.values()}:
+            if dtype.itemsize < 4:
+                raise UserError(
+                    f"{self.name} adds adapters to the weights that they adapt, and backbone.dtype is "
+                    f"{str(dtype).removeprefix('torch.')!r}, which would round much of them away; it must be float32"
                 )
 
     def begin_anew(self, state: TrainState) -> None:

@@ -14,11 +14,13 @@ import torch
 from cl.core import StreamInfo, UserError
 from cl.hub import hub_address, hub_answers, offline
 
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
 ATTENTION = ("sdpa", "eager", "flex_attention")
 """What a config may ask for; other names are those of kernels to fetch."""
 
 
-def drawn(values: dict[str, Any], info: StreamInfo) -> Any:
+def drawn(values: dict[str, Any], info: StreamInfo, dtype: torch.dtype) -> Any:
     """A model with weights drawn from torch's generator."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -32,21 +34,21 @@ def drawn(values: dict[str, Any], info: StreamInfo) -> Any:
             values[length] = max(64, *info.input_shape)
         config = AutoConfig.for_model(kind, **{**special, **values, "vocab_size": info.num_outputs})
         _require_plain(config, "backbone.config")
-        return AutoModelForCausalLM.from_config(config)
+        return AutoModelForCausalLM.from_config(config, dtype=dtype)
     except UserError:
         raise
     except Exception as error:  # a config can fail in any way
         raise UserError(f"backbone.config makes no causal language model: {first_line(error)}") from None
 
 
-def loaded(name: str, revision: str | None, info: StreamInfo, download: bool) -> Any:
+def loaded(name: str, revision: str | None, info: StreamInfo, dtype: torch.dtype, download: bool) -> Any:
     """A model with its weights, from a folder, the hub's cache on this machine, or the network when asked for."""
     way = "give the folder of a model as backbone.pretrained"
     is_folder = Path(name).expanduser().is_dir()
     where = str(Path(name).expanduser()) if is_folder else name
     try:
         with offline():
-            model = _read(where, name, revision=revision, local_files_only=True)
+            model = _read(where, name, dtype, revision=revision, local_files_only=True)
     except UserError:
         raise
     except Exception as error:  # damaged files, and packages that are missing, fail in any way
@@ -63,7 +65,7 @@ def loaded(name: str, revision: str | None, info: StreamInfo, download: bool) ->
         if not hub_answers():
             raise UserError(f"model {name} cannot be fetched: {hub_address()} does not answer; {way}") from None
         try:
-            model = _read(name, name, revision=revision)
+            model = _read(name, name, dtype, revision=revision)
         except UserError:
             raise
         except Exception as failure:
@@ -86,7 +88,7 @@ def loaded(name: str, revision: str | None, info: StreamInfo, download: bool) ->
     return model
 
 
-def _read(where: str, name: str, **options: Any) -> Any:
+def _read(where: str, name: str, dtype: torch.dtype, **options: Any) -> Any:
     """The model with all its weights, none of them drawn anew without anybody knowing."""
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils import find_adapter_config_file, logging
@@ -104,7 +106,7 @@ def _read(where: str, name: str, **options: Any) -> Any:
         model, found = AutoModelForCausalLM.from_pretrained(
             where,
             config=config,
-            dtype=torch.float32,
+            dtype=dtype,
             trust_remote_code=False,
             output_loading_info=True,
             ignore_mismatched_sizes=True,

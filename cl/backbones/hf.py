@@ -17,10 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cl.backbones._hf_models import drawn, first_line, loaded, require_positions
+from cl.backbones._hf_models import DTYPES, drawn, first_line, loaded, require_positions
 from cl.backbones._lora import lora_options, merge_adapters
 from cl.backbones.gpt import TEXT, require_tokens
 from cl.core import Batch, Output, StreamInfo, UserError
+from cl.frozen import Given
 
 TINY = {
     "model_type": "llama",
@@ -46,12 +47,14 @@ class Hf(nn.Module):
             but.
         is_checkpointed: compute layers again in the backward pass in place of keeping what they computed.
         download: fetch a model that is on the hub and not on this machine.
+        dtype: of the model's own weights, and of what they compute: float32, or bfloat16 or float16 for one that is
+            trained through adapters, which stay float32.
 
     Raises:
         UserError: a model that cannot be had or lacks weights, whose vocabulary or tokenizer is not the stream's, that
             reads across documents or ahead, or has too few positions, or a value outside its range.
 
-    Cost: as the model's; weights are float32, computed in the trainer's precision.
+    Cost: as the model's; float32 weights are computed in the trainer's precision.
     """
 
     settings = TEXT
@@ -67,9 +70,17 @@ class Hf(nn.Module):
         is_separated: bool = True,
         is_checkpointed: bool = False,
         download: bool = False,
+        dtype: str = "float32",
     ) -> None:
         super().__init__()
         require_tokens(info, "hf")
+        if dtype not in DTYPES:
+            raise UserError(f"backbone.dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}")
+        if dtype != "float32" and lora is None:
+            raise UserError(
+                f"backbone.dtype is {dtype!r} and every weight is trained, which would lose small updates; train "
+                "adapters ('backbone.lora={rank: 8}'), or keep float32 and compute in trainer.precision=bf16"
+            )
         if pretrained is not None and config is not None:
             raise UserError("backbone.pretrained and backbone.config are both set; a model comes from one of them")
         if pretrained is not None and not (isinstance(pretrained, str) and pretrained):
@@ -78,15 +89,19 @@ class Hf(nn.Module):
         if pretrained is None:
             if config is not None and not isinstance(config, Mapping):
                 raise UserError(f"backbone.config is {config!r}; it must be a mapping such as {{model_type: gpt2}}")
-            model = drawn(dict(TINY if config is None else config), info)
+            model = drawn(dict(TINY if config is None else config), info, DTYPES[dtype])
         else:
-            model = loaded(pretrained, revision, info, download)
+            model = loaded(pretrained, revision, info, DTYPES[dtype], download)
         if is_checkpointed:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         model.config.use_cache = False
+        found = {id(p) for p in model.parameters()} if pretrained else set()
         if lora is not None:
             model = _with_lora(model, lora, adapter)
         self.model = model
+        # adapters have put these below other names
+        names = (name for name, p in self.named_parameters(remove_duplicate=False) if id(p) in found)
+        self.given = Given(pretrained or "", frozenset(names))
         self._has_head_input = self._is_masked = False
         name = pretrained or str(model.config.model_type)
         require_positions(model.config, name, info)
@@ -124,7 +139,7 @@ class Hf(nn.Module):
                 raise UserError(f"model {name} cannot read plain tokens: {first_line(error)}") from None
             if not plain.isfinite().all():
                 raise UserError(f"model {name} has weights with which it predicts no finite numbers")
-            if not _near(plain[0, :3], plain[1, :3]):
+            if not self._near(plain[0, :3], plain[1, :3]):
                 raise UserError(f"model {name} reads the tokens ahead that it is to predict; it is no causal one")
             if self.separator is not None:
                 rows[:, 3] = self.separator
@@ -147,7 +162,7 @@ class Hf(nn.Module):
             except (TypeError, ValueError, RuntimeError) as error:
                 said = f"it cannot read packed documents ({first_line(error)[:120]})"
                 continue
-            if _near(logits[0, 3:], logits[1, 3:]) and _near(logits[0, 3:], alone):
+            if self._near(logits[0, 3:], logits[1, 3:]) and self._near(logits[0, 3:], alone):
                 window = getattr(self.model.config.get_text_config(), "sliding_window", None)
                 if is_masked and window is not None and window < max(info.input_shape):
                     raise UserError(
@@ -158,6 +173,11 @@ class Hf(nn.Module):
                 return is_masked
         raise UserError(f"model {name} does not keep documents apart: {said}; backbone.is_separated=false accepts that")
 
+    def _near(self, left: Tensor, right: Tensor) -> bool:
+        """Equal up to rounding, however large the numbers are."""
+        rounding = 4 * torch.finfo(next(self.model.parameters()).dtype).eps
+        return bool((left - right).abs().max() <= max(1e-4, rounding) * right.abs().max())
+
     def _tells_head_input(self, rows: Tensor) -> bool:
         """Whether the last hidden state that the model gives is what goes into its head."""
         head, seen = self.model.get_output_embeddings(), []
@@ -167,11 +187,6 @@ class Hf(nn.Module):
         told = self._read(rows).hidden_states
         handle.remove()
         return bool(told and seen) and torch.equal(seen[-1], told[-1])
-
-
-def _near(left: Tensor, right: Tensor) -> bool:
-    """Equal up to rounding, however large the numbers are."""
-    return bool((left - right).abs().max() <= 1e-4 * right.abs().max())
 
 
 def separated(tokens_BT: Tensor, separator: int, dtype: torch.dtype, is_masked: bool = True) -> dict[str, Tensor]:

@@ -20,6 +20,7 @@ from cl.cli.execute import CONFIG, RESULT, require_own
 from cl.cli.resume import saved_config
 from cl.config import TrainerConfig
 from cl.core import Stream, UserError
+from cl.frozen import require_unchanged
 from cl.hooks import overrides
 from cl.result import write_text
 from cl.schedules import fitted
@@ -210,6 +211,8 @@ def start(
     trainer = build.make_trainer(config, {}, run_dir=None, observers=())
     if is_anew:
         load_start(origin.path, trainer.state)
+    else:
+        require_unchanged(trainer.state.model, payload["state"].get("frozen", {}))
     from omegaconf import OmegaConf
 
     fingerprint = build.fingerprint(config)

@@ -56,6 +56,8 @@ WRITTEN = ("claim", "origin", "suite")
 NUMBERS = ("float", "float | None", "float | torch.Tensor")
 FREE = ("trainer.parallel", "trainer.compile")
 """Settings that a run may be resumed without: they say how it is computed, not what."""
+LATER = {"backbone.dtype": "float32"}
+"""Settings that came when there were checkpoints; at this value a run computes what it did without them."""
 LARGEST = 2**63 - 1
 """What torch takes for an integer."""
 
@@ -226,7 +228,8 @@ def _flat(path: str, node: Any) -> dict[str, Any]:
 
 def fingerprint(config: Mapping[str, Any]) -> str:
     """Short hash of everything that decides what a run computes; where data lie and who tracks it do not."""
-    content = json.dumps({k: v for k, v in settings(config).items() if k not in FREE}, sort_keys=True, default=str)
+    deciding = {k: v for k, v in settings(config).items() if k not in FREE and LATER.get(k, ...) != v}
+    content = json.dumps(deciding, sort_keys=True, default=str)
     return hashlib.sha256(content.encode()).hexdigest()[:12]
 
 

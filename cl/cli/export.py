@@ -87,7 +87,9 @@ def export(trainer: Any, node: dict[str, Any], folder: Path) -> None:
         )
     for strategy in trainer.strategies:
         strategy.settle(state)
-    state.autocast = nullcontext  # what is compared is not rounded
+    # what is compared is not rounded, nor are adapters where they are merged
+    state.autocast = nullcontext
+    state.model.float()
     rows = some_rows(state)
     with evaluating(state.model):
         expected = predict(state, trainer.strategies, rows).logits

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
+from cl import frozen
 from cl.backbones.armt import Armt
 from cl.backbones.gated_fifo import GatedFifo
 from cl.backbones.gpt import Gpt
@@ -47,6 +48,28 @@ class Blocks(ToyNet):
         for block in self.blocks:
             hidden = hidden + block(hidden).tanh()
         return hidden
+
+
+class Adapted(nn.Module):
+    """A frozen layer in half precision, and one in float32 that is trained."""
+
+    def __init__(self):
+        super().__init__()
+        self.base, self.adapter = nn.Linear(12, 12).half().requires_grad_(False), nn.Linear(12, 12)
+
+    def forward(self, hidden):
+        return self.base(hidden.half()).float() + self.adapter(hidden)
+
+
+class Given(Blocks):
+    """With weights that it was given, inside of blocks and beside them."""
+
+    def __init__(self, info):
+        super().__init__(info)
+        self.blocks = nn.ModuleList(Adapted() for _ in range(2))
+        self.first.requires_grad_(False)
+        given = [name for name, p in self.named_parameters() if not p.requires_grad]
+        self.given = frozen.Given("here", frozenset(given))
 
 
 class Overflow(Strategy):
@@ -226,6 +249,7 @@ def main(folder):
             for name, backbone in BACKBONES.items()
         }
         found[f"overflow-{wrapper}"] = run([Overflow()], IMAGES, wrapper, precision="fp16")
+        found[f"given-{wrapper}"] = run([Naive()], TEXT, wrapper, folder / f"given-{wrapper}", backbone=Given)
         found[f"broken-{wrapper}"] = run([Break()], IMAGES, wrapper)
         found |= {f"gere-{name}-{wrapper}": run(made_gere(name), TEXT, wrapper) for name in GERE}
         found[f"stopped-{wrapper}"] = run(

@@ -26,7 +26,7 @@ SCRIPT = Path(__file__).with_name("ranks.py")
 ROOT = Path(__file__).resolve().parents[3]
 ranks = runpy.run_path(str(SCRIPT))
 run, STOP, TEXT, IMAGES, made = (ranks[name] for name in ("run", "STOP", "TEXT", "IMAGES", "made"))
-Overflow, Break = ranks["Overflow"], ranks["Break"]
+Overflow, Break, Given = (ranks[name] for name in ("Overflow", "Break", "Given"))
 CASES = {f"{name}-{setting}-{wrapper}": (kind, setting) for name, kind, setting, wrapper in ranks["cases"]()}
 
 
@@ -106,6 +106,23 @@ def test_backbones_of_many_parts(name, wrapper, found):
     )
     assert_same_run(first, alone)
     assert equal(first["weights"], second["weights"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("wrapper", ["ddp", "fsdp"])
+def test_frozen_weights_are_left_out_and_known_by_the_same_hashes(wrapper, folder, found, tmp_path):
+    alone = run([Naive()], TEXT, "none", tmp_path / "alone", backbone=Given)
+    assert_same_run(found[0][f"given-{wrapper}"], alone)
+    one, two = (
+        torch.load(max(path.glob("checkpoints/*.pt")), weights_only=True)["state"]
+        for path in (tmp_path / "alone", folder / f"given-{wrapper}")
+    )
+    assert one["frozen"].keys() == {
+        "first.weight",
+        *(f"blocks.{k}.base.{name}" for k in (0, 1) for name in ("weight", "bias")),
+    }
+    assert two["frozen"] == one["frozen"]
+    assert two["model"].keys() == one["model"].keys()
 
 
 @pytest.mark.slow
