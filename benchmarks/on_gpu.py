@@ -25,6 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 TEST = ("-m", "pytest", "-q", "-p", "no:cacheprovider")
 LANGUAGE = ("benchmarks/language_speed.py", "--sections", "training,trainer", "--out", "OUT/language_speed_gpu.md")
 MEMORY = ("benchmarks/memory_speed.py", "train", "--peers", "--out", "OUT/memory_speed_gpu.json", "--blocks")
+BENCH = ("-m", "kernels.bench", "--jobs", "14")
 AROUND = ("--ops", "gla_scalar,gated_deltanet", "--peers", "none")
 """Of the fused walk: programs are rows times heads where a head is 64 wide, and the threshold is at 132."""
 SHAPES = [f"{rows}x2048x16x64" for rows in (2, 4, 8, 9, 16, 32)]
@@ -54,12 +55,12 @@ ITEMS: Mapping[str, Item] = {
         (*TEST, "-n", "0", "-m", "gpu", "tests/gpu", "tests/kernels/test_gpu.py", "--collect-only"),
     ),
     "check": Item(
-        120, ("-m", "kernels.check_gpu", "--jobs", "14", "--json", "OUT/check_gpu.json"),
+        130, ("-m", "kernels.check_gpu", "--jobs", "14", "--json", "OUT/check_gpu.json"),
         ("-m", "kernels.check_gpu", "--smoke", "--ops", "linear_scan", "--jobs", "2", "--json", "OUT/check_gpu.json"),
         tiny_variables={"TRITON_INTERPRET": "1"},
     ),
     "bench": Item(
-        150, ("-m", "kernels.bench", "--json", "OUT/kernels_gpu.json"),
+        200, (*BENCH, "--json", "OUT/kernels_gpu.json"),
         ("-m", "kernels.bench", "--smoke", "--device", "cpu", "--ops", "kda", "--json", "OUT/kernels_gpu.json"),
     ),
     "language": Item(
@@ -80,13 +81,13 @@ ITEMS: Mapping[str, Item] = {
     ),
     **{
         name: Item(
-            40, ("-m", "kernels.bench", *AROUND, flag, "--shapes", *SHAPES, "--json", f"OUT/walk_{name}.json"),
+            40, (*BENCH, *AROUND, flag, "--shapes", *SHAPES, "--json", f"OUT/walk_{name}.json"),
             ("-m", "kernels.bench", *AROUND, flag, "--smoke", "--device", "cpu", "--json", f"OUT/walk_{name}.json"),
         )
         for name, flag in (("fused", "--fuse"), ("split", "--no-fuse"))
     },
     "fp32": Item(
-        50, ("-m", "kernels.bench", "--dtypes", "fp32", "--peers", "none", "--json", "OUT/kernels_gpu_fp32.json"),
+        50, (*BENCH, "--dtypes", "fp32", "--peers", "none", "--json", "OUT/kernels_gpu_fp32.json"),
         ("-m", "kernels.bench", "--smoke", "--device", "cpu", "--dtypes", "fp32", "--peers", "none", "--ops", "kda",
          "--json", "OUT/kernels_gpu_fp32.json"),
     ),

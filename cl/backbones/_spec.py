@@ -24,14 +24,12 @@ from typing import Any, NoReturn
 
 from torch import nn
 
-from cl.core import UserError
+from cl.core import LARGEST_INTEGER, UserError
 
 NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?(?![\w.])"
 TOKEN = re.compile(rf"\s*(?:(?P<times>\d+)\s*x\s*(?=\[|[A-Za-z_])|(?P<word>{NUMBER}|[\w.]+)|(?P<mark>[\[\]()=,+]))")
 WORDS = {"true": True, "false": False, "none": None, "null": None}
 MOST_BLOCKS, MOST_BRACKETS = 1000, 20
-LARGEST = 2**63 - 1
-"""What torch takes for an integer."""
 KINDS: dict[str, tuple[type | tuple[type, ...], str]] = {
     "bool": (bool, "true or false"),
     "int": (int, "an integer"),
@@ -206,9 +204,9 @@ class _Reader:
                 read = number(word)
             except ValueError:
                 continue
-            if type(read) is int and abs(read) > LARGEST:
+            if type(read) is int and abs(read) > LARGEST_INTEGER:
                 raise UserError(
-                    f"{self.name} is {self.text!r}, which holds {word}; an integer must be at most {LARGEST}"
+                    f"{self.name} is {self.text!r}, which holds {word}; an integer must be at most {LARGEST_INTEGER}"
                 )
             return read
         return word

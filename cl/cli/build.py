@@ -19,7 +19,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from cl.core import Stream, UserError
+from cl.core import LARGEST_INTEGER, Stream, UserError
 
 
 @dataclass(frozen=True)
@@ -58,8 +58,6 @@ FREE = ("trainer.parallel", "trainer.compile")
 """Settings that a run may be resumed without: they say how it is computed, not what."""
 LATER = {"backbone.dtype": "float32"}
 """Settings that came when there were checkpoints; at this value a run computes what it did without them."""
-LARGEST = 2**63 - 1
-"""What torch takes for an integer."""
 
 
 def locate(dotted: str) -> Any:
@@ -131,8 +129,8 @@ def _check_size(path: str, value: Any) -> None:
     if isinstance(value, Mapping | list | tuple):
         for each in value.values() if isinstance(value, Mapping) else value:
             _check_size(path, each)
-    elif type(value) is int and abs(value) > LARGEST:
-        raise UserError(f"{path} is {value}; an integer must be at most {LARGEST}")
+    elif type(value) is int and abs(value) > LARGEST_INTEGER:
+        raise UserError(f"{path} is {value}; an integer must be at most {LARGEST_INTEGER}")
 
 
 def _check_kind(path: str, value: Any, annotation: str) -> None:

@@ -3,6 +3,7 @@
 from cl.core.batches import COLUMNS, Batch, Data, Output, Part, Source, TensorData
 from cl.core.streams import (
     IGNORED,
+    LARGEST_INTEGER,
     Answer,
     EvalSet,
     Experience,
@@ -19,6 +20,7 @@ from cl.core.streams import (
 __all__ = [
     "COLUMNS",
     "IGNORED",
+    "LARGEST_INTEGER",
     "Answer",
     "Batch",
     "Data",

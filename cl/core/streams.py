@@ -29,6 +29,8 @@ class UserError(ValueError):
     """A request that cannot be carried out: one sentence that names the value and the allowed ones (exit code 2)."""
 
 
+LARGEST_INTEGER = 2**63 - 1
+"""What torch takes for an integer."""
 Order = Callable[[int, int, torch.Generator], Tensor]
 """(number of rows, epoch, generator) -> (B,) row numbers in the order they are trained on in that epoch."""
 

@@ -21,7 +21,7 @@ def _scan(dtype: torch.dtype) -> None:
 
 def _matrix(op: str, dtype: torch.dtype, width: int, gate: str, chunk: int, normalize: bool = False) -> None:
     assert chunk in TRITON_CHUNKS
-    from kernels.common.triton_chunks import fusing
+    from kernels.common.triton_packed import fusing
 
     x = torch.ones(1, 128, 2, width, dtype=dtype)
     beta = x[..., 0].contiguous()

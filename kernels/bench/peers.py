@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from kernels.bench.measure import error
-from kernels.bench.shapes import Inputs, Problem
+from kernels.bench.problem import Inputs, Problem
 
 # a power of two, which accelerated-scan needs
 CHECKED = 128

@@ -4,52 +4,22 @@ Legend: B batch, T time, H heads, D width (K = V = D; a scan has H * D channels)
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from kernels.common.dispatch import CPU_CHUNK, explained_by, matrix_chunk
+from kernels.bench.nonlinear import NONLINEAR
+from kernels.bench.problem import Inputs, Problem, Shape
+from kernels.common.dispatch import explained_by, matrix_chunk
 from kernels.delta_rule import delta_rule
 from kernels.gated_linear_attention import gated_linear_attention
 from kernels.linear_scan import linear_scan
 from kernels.memory_cache import memory_cache, routed_memory
 from kernels.neural_memory import neural_memory
-from kernels.newton_rnn import MOST_BLOCK, newton_rnn
 from kernels.recurrent_attention import recurrent_attention
 from kernels.ridge_memory import ridge_memory
-from kernels.sequential_rnn import m2rnn, sequential_rnn
-
-Inputs = dict[str, Tensor]
-# batch, length, heads, width
-Shape = tuple[int, int, int, int]
-
-
-@dataclass(frozen=True)
-class Problem:
-    """An op with drawn inputs and its cost; `flops` counts one (token, head), forward and forward + backward."""
-
-    name: str
-    op: Callable[..., tuple[Tensor, Tensor]]
-    draw: Callable[[Shape, torch.dtype, torch.device], Inputs]
-    flops: Callable[[int, int], tuple[int, int]]
-    # a slice small enough for the float64 loop; None cuts [B, T, H] of every input
-    cut: Callable[[Inputs], Inputs] | None = None
-    keeps_states: bool = False
-
-    def compulsory_bytes(self, inputs: Inputs, out: Tensor) -> tuple[int, int]:
-        """Bytes that must move, forward and forward + backward: each input, output and gradient once per pass."""
-        given = sum(x.numel() * x.element_size() for x in inputs.values())
-        result = out.numel() * out.element_size()
-        return given + result, 3 * given + 2 * result
-
-    def allowance(self, inputs: Inputs, shape: Shape) -> int:
-        """Bytes of the inputs, and of one state per chunk where the op keeps them: half of what it may need (CPU)."""
-        batch, length, heads, width = shape
-        states = 4 * batch * heads * -(-length // CPU_CHUNK) * width**2 if self.keeps_states else 0
-        return sum(x.numel() * x.element_size() for x in inputs.values()) + states
 
 
 def _scan(shape: Shape, dtype: torch.dtype, device: torch.device) -> Inputs:
@@ -158,44 +128,6 @@ def _neural_flops(layers: int) -> Callable[[int, int], tuple[int, int]]:
     return flops
 
 
-# nonlinear recurrences: x holds the gate inputs, r (or w) the recurrent weights
-M2RNN_VALUES = 16
-
-
-def _cells(gates: int, *, is_diagonal: bool) -> Callable[[Shape, torch.dtype, torch.device], Inputs]:
-    def draw(shape: Shape, dtype: torch.dtype, device: torch.device) -> Inputs:
-        batch, length, heads, width = shape
-        weights = (gates, heads, width) if is_diagonal else (gates, heads, width, width)
-        r = 2 * torch.rand(weights, device=device) - 1
-        x = torch.randn(batch, length, gates, heads, width, device=device)
-        return {"x": x.to(dtype), "r": (r if is_diagonal else r / width**0.5).to(dtype)}
-
-    return draw
-
-
-def _blocks(shape: Shape, dtype: torch.dtype, device: torch.device) -> Inputs:
-    """As many units in narrower heads: Newton takes a matrix per head of up to 16."""
-    batch, length, heads, width = shape
-    own = min(width, MOST_BLOCK)
-    return _cells(3, is_diagonal=False)((batch, length, heads * (width // own), own), dtype, device)
-
-
-def _draw_m2rnn(shape: Shape, dtype: torch.dtype, device: torch.device) -> Inputs:
-    q, k = (torch.randn(shape, device=device) / shape[3] ** 0.5 for _ in range(2))
-    v = torch.randn(*shape[:3], M2RNN_VALUES, device=device)
-    f = torch.sigmoid(torch.randn(shape[:3], device=device))
-    w = torch.randn(shape[2], M2RNN_VALUES, M2RNN_VALUES, device=device) / M2RNN_VALUES**0.5
-    return {"q": q.to(dtype), "k": k.to(dtype), "v": v.to(dtype), "f": f, "w": w.to(dtype)}
-
-
-def _cut_cells(inputs: Inputs) -> Inputs:
-    return {"x": inputs["x"][:1, :130, :, :2], "r": inputs["r"][:, :2]}
-
-
-def _cut_m2rnn(inputs: Inputs) -> Inputs:
-    return {name: x[:2] if name == "w" else x[:1, :130, :2] for name, x in inputs.items()}
-
-
 # a block of the width of its heads together, its inner layer four times as wide
 def _block_of_attention(shape: Shape, dtype: torch.dtype, device: torch.device) -> Inputs:
     batch, length, heads, width = shape
@@ -220,47 +152,6 @@ def _block_of_attention_flops(width: int, chunk: int) -> tuple[int, int]:
     forward = 2 * 4 * (1 + 2 + 8) * width**2
     return forward, 4 * forward
 
-
-def _newton_flops(width: int, chunk: int) -> tuple[int, int]:
-    return 135 * width, 195 * width
-
-
-def _block_flops(width: int, chunk: int) -> tuple[int, int]:
-    # three walks of three products, one with the tangents of every unit; the backward pulls as many, once
-    own = min(width, MOST_BLOCK)
-    return 6 * width * own * (3 + own), 12 * width * own * (3 + own)
-
-
-def _cell_flops(gates: int) -> Callable[[int, int], tuple[int, int]]:
-    # backward: the recurrent products again, the adjoint's, the weights'
-    return lambda width, chunk: (2 * gates * width**2, 8 * gates * width**2)
-
-
-def _m2rnn_flops(width: int, chunk: int) -> tuple[int, int]:
-    forward = width * (2 * M2RNN_VALUES**2 + 6 * M2RNN_VALUES)
-    return forward, 4 * forward
-
-
-_DIAGONAL = _cells(3, is_diagonal=True)
-NONLINEAR = (
-    Problem("newton_gru", partial(newton_rnn, cell="gru"), _DIAGONAL, _newton_flops, _cut_cells),
-    Problem("newton_lstm", partial(newton_rnn, cell="lstm"), _DIAGONAL, _newton_flops, _cut_cells),
-    *(
-        Problem(f"newton_block_{cell}", partial(newton_rnn, cell=cell), _blocks, _block_flops, _cut_cells)
-        for cell in ("gru", "lstm")
-    ),
-    *(
-        Problem(
-            f"sequential_{cell}",
-            partial(sequential_rnn, cell=cell),
-            _cells(gates, is_diagonal=False),
-            _cell_flops(gates),
-            _cut_cells,
-        )
-        for cell, gates in (("gru", 3), ("lstm", 4), ("slstm", 4))
-    ),
-    Problem("m2rnn", m2rnn, _draw_m2rnn, _m2rnn_flops, _cut_m2rnn),
-)
 
 PROBLEMS = {
     problem.name: problem

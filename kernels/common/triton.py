@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -79,12 +80,17 @@ class Kernel:
         # Triton launches on the current device, which may be another card
         with torch.cuda.device_of(_first_tensor(args)):  # type: ignore[no-untyped-call]
             picked = _FORCED.get(self.name) or self._pick(allowed(self.name, self.rows(args)), grid, args)
-            self._run(picked, grid, args)
+            run = partial(self._run, picked, grid, args)
+            run() if _WATCH is None else _WATCH(self.name, picked, run)
 
     def _run(self, picked: Row, grid: Callable[[dict[str, int]], tuple[int, ...]], args: dict[str, Any]) -> None:
         meta = dict(picked.meta)
         options = {} if INTERPRET else picked.options()
         self.fn[grid(meta)](**args, **meta, **options)
+
+    def compile(self, picked: Row, args: dict[str, Any]) -> None:
+        """For later launches of this row with such arguments, without one."""
+        self.fn.warmup(grid=(1,), **args, **dict(picked.meta), **picked.options())
 
     def _pick(self, rows: list[Row], grid: Callable[[dict[str, int]], tuple[int, ...]], args: dict[str, Any]) -> Row:
         if INTERPRET or len(rows) == 1 or os.environ.get("KERNELS_AUTOTUNE", "1") == "0":
@@ -125,6 +131,8 @@ class Kernel:
 
 _RECORD: list[Launch] | None = None
 _FORCED: dict[str, Row] = {}
+Watch = Callable[[str, Row, Callable[[], None]], None]
+_WATCH: Watch | None = None
 
 
 @contextmanager
@@ -137,6 +145,17 @@ def recording() -> Iterator[list[Launch]]:
         yield found
     finally:
         _RECORD = None
+
+
+@contextmanager
+def watched(watch: Watch) -> Iterator[None]:
+    """Leave every launch to `watch`, which is given the kernel's name, its row and what runs it."""
+    global _WATCH
+    _WATCH = watch
+    try:
+        yield
+    finally:
+        _WATCH = None
 
 
 @contextmanager

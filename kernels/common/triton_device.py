@@ -145,7 +145,7 @@ def level_map(width, C: tl.constexpr):
 
 @triton.jit
 def channel_scores(q, k, g, STRICT: tl.constexpr, LEVELS: tl.constexpr, C: tl.constexpr, PREC: tl.constexpr):
-    """Decayed scores for a decay per channel: squares of halves, every exponent <= 0 (see common/chunks.py)."""
+    """Decayed scores for a decay per channel: squares of halves, every exponent <= 0 (see common/channel_decay.py)."""
     i = tl.arange(0, C)
     p = tl.zeros([C, C], tl.float32)
     if not STRICT:

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from kernels.common import sections
-from kernels.common.chunks import Decay, decay_of, to_chunks
+from kernels.common.chunks import decay_of, to_chunks
+from kernels.common.decay import Decay
 
 
 def _inverse(a_MCC: Tensor) -> Tensor:

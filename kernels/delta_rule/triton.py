@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.common.triton import Kernel, Row, pow2, row
-from kernels.common.triton_chunks import FUSED_KEY, KEY, OUTPUTS, Packed
+from kernels.common.triton_chunks import FUSED_KEY, KEY, OUTPUTS
 from kernels.common.triton_device import (
     decay_mask,
     load_gate,
@@ -33,6 +33,7 @@ from kernels.common.triton_device import (
     store_state,
     store_tile,
 )
+from kernels.common.triton_packed import Packed
 from kernels.delta_rule.triton_backward import backward
 from kernels.delta_rule.triton_inverse import inverses, invert, load_square, walk_rows
 

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.common.triton import Kernel
-from kernels.common.triton_chunks import KEY, Packed, key_gradients, tiles
+from kernels.common.triton_chunks import KEY, key_gradients, tiles
 from kernels.common.triton_device import (
     channel_scores,
     chunk_bounds,
@@ -26,6 +26,7 @@ from kernels.common.triton_device import (
     store_state,
     store_tile,
 )
+from kernels.common.triton_packed import Packed
 from kernels.delta_rule.triton_inverse import inverses, load_square, walk_rows
 
 

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.common.triton import Kernel, Row, pow2, row
-from kernels.common.triton_chunks import KEY, Packed, tiles
+from kernels.common.triton_chunks import KEY, tiles
 from kernels.common.triton_device import (
     channel_scores,
     chunk_bounds,
@@ -26,6 +26,7 @@ from kernels.common.triton_device import (
     load_unit,
     row_scale,
 )
+from kernels.common.triton_packed import Packed
 
 
 @triton.jit

@@ -70,7 +70,7 @@ def gated_linear_attention(
     Cost: 2C(K + V) + 4KV operations per token and head forward, about 3.5 times that with the backward; keeps the
         inputs and one state per chunk. A decay per channel costs log2(C) more score products.
     Source: RetNet, GLA, Mamba-2; gate gradients as sums over intervals (ours) instead of a difference of running sums.
-    Differences: the GLA paper caps how fast a channel may decay; here any g <= 0 is exact, see common/chunks.py.
+    Differences: the GLA paper caps how fast a channel may decay; here any g <= 0 is exact, see common/channel_decay.py.
 
     Example:
         >>> q = k = v = torch.ones(1, 3, 1, 1)

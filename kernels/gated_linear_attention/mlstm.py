@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from kernels.common.checks import matrix_state_plan, require_alike, require_shape, state_dtype
-from kernels.common.dispatch import Decision, explain, explained_by
+from kernels.common.dispatch import Decision, explain, explained_by, matrix_chunk
 from kernels.common.varlen import per_sequence
 
 OP = "mlstm"
@@ -61,7 +61,21 @@ def _plan(
     if initial_state is not None:
         _require_state(initial_state, q, v, q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1)
     found = explain(gated_linear_attention, q, k, v, f_gate, chunk=chunk, backend=backend)
+    if found.backend == "triton" and chunk is None:
+        own = _product_dtype(v.dtype, variant, found.backend)
+        found = replace(found, chunk=matrix_chunk(own, per_channel=False, wide=False))
     return replace(found, op=OP, reason=f"{found.reason} (runs {found.op})")
+
+
+def _product_dtype(dtype: torch.dtype, variant: str, backend: str) -> torch.dtype:
+    """What queries, gated keys and values are given to `gated_linear_attention` in.
+
+    Where n^T q is a small difference, h is as wrong as it is: keys times gates and the normaliser must not be rounded.
+    Triton's products are of what they are given, 16 bits for speed; but what the normaliser divides, and the gradients
+    that it divides, leave the range of float16.
+    """
+    is_narrow = backend == "triton" and (dtype != torch.float16 or variant == "sigmoid")
+    return dtype if is_narrow else state_dtype(dtype)
 
 
 def _require_state(state: MLSTMState, q: Tensor, v: Tensor, sequences: int) -> None:
@@ -137,9 +151,7 @@ def mlstm(
     )
     dtype = state_dtype(v.dtype)
     log_f = logsigmoid(f_gate.to(dtype))
-    # keys times gates and the normaliser must not be rounded: where n^T q is a small difference, h is as wrong as it is
-    # (Triton's products are of what it is given, 16 bits for speed)
-    wide = v.dtype if decision.backend == "triton" else dtype
+    wide = _product_dtype(v.dtype, variant, decision.backend)
     q = q.to(wide)
     rest = {"scale": scale, "cu_seqlens": cu_seqlens, "chunk": chunk, "backend": backend}
     if variant == "sigmoid":

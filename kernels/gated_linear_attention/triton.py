@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.common.triton import Kernel, Row, pow2, row
-from kernels.common.triton_chunks import FUSED_KEY, KEY, OUTPUTS, Packed, key_gradients, tiles
+from kernels.common.triton_chunks import FUSED_KEY, KEY, OUTPUTS, key_gradients, tiles
 from kernels.common.triton_device import (
     channel_scores,
     chunk_bounds,
@@ -30,6 +30,7 @@ from kernels.common.triton_device import (
     store_state,
     store_tile,
 )
+from kernels.common.triton_packed import Packed
 
 
 @triton.jit

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from kernels.common import sections
-from kernels.common.chunks import ScalarDecay, decay_of, from_chunks, to_chunks
+from kernels.common.chunks import decay_of, from_chunks, to_chunks
+from kernels.common.decay import ScalarDecay
 from kernels.gated_linear_attention import chunked as attention
 from kernels.linear_scan import chunked as scan
 

@@ -17,8 +17,8 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.common.triton import INTERPRET, Kernel, Row, host, pow2, row
-from kernels.common.triton_chunks import Packed
 from kernels.common.triton_device import chunk_bounds, decay_mask, load_gate, load_state, load_tile, running, store_tile
+from kernels.common.triton_packed import Packed
 from kernels.gated_linear_attention import triton as attention
 from kernels.linear_scan import triton as scan
 

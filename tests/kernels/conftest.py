@@ -1,6 +1,7 @@
 """Kernel tests: shared properties are loaded by path; `tests/conftest.py` switches the interpreter on."""
 
 import importlib.util
+import os
 import sys
 from collections import defaultdict
 from collections.abc import Iterator
@@ -23,6 +24,29 @@ def _load(name: str) -> None:
 
 for _name in ("kernel_properties", "memory_cases", "rnn_cases", "attention_cases", "all_cases"):
     _load(_name)
+
+
+def _interpret_faster() -> None:
+    """Triton's interpreter patches its language at every call of a device function, as long as a matrix product takes.
+
+    A launch does so too and takes it back, for the language that kernels see; that of Triton's own functions stays so.
+    Hence once per module is enough.
+    """
+    from triton.runtime import interpreter
+
+    patched = set()
+
+    def call(self, *args, **kwargs):  # type: ignore[no-untyped-def]
+        if self.fn.__module__ not in patched:
+            interpreter._patch_lang(self.fn)
+            patched.add(self.fn.__module__)
+        return self.rewrite()(*args, **kwargs)
+
+    interpreter.InterpretedFunction.__call__ = call
+
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    _interpret_faster()
 
 
 @pytest.fixture(autouse=True)

@@ -76,16 +76,16 @@ def test_retention_is_attention_with_a_decay_mask():
 @pytest.mark.parametrize(("strength", "block"), [(0.1, 16), (1.5, 8), (3.5, 4), (7.0, 2), (20.0, 1)])
 def test_decays_per_channel_of_every_strength(name, strength, block, monkeypatch):
     """The harder the decay, the narrower the blocks on the diagonal; each width must be as exact."""
-    from kernels.common import chunks
+    from kernels.common import channel_decay
 
     seen = set()
-    make = chunks.ChannelDecay.__init__
+    make = channel_decay.ChannelDecay.__init__
 
     def watched(self, g):
         make(self, g)
         seen.add(self.block)
 
-    monkeypatch.setattr(chunks.ChannelDecay, "__init__", watched)
+    monkeypatch.setattr(channel_decay.ChannelDecay, "__init__", watched)
     inputs = props.draw(CASES[name], 48, "cos 0.5")
     # within a factor of 1.1 of the strength, so that every block of the call has the same width
     inputs["g"] = -strength * (0.9 + 0.2 * torch.rand(inputs["g"].shape, generator=torch.Generator().manual_seed(2)))
@@ -102,6 +102,9 @@ def test_gates_far_below_zero_and_above(name, backend, gate):
     """A wiped state leaves the decays behind it exact; what grows (not checked) is right until it overflows."""
     case = CASES[name]
     inputs = props.draw(case, 40)
+    if backend == "triton":
+        # a sequence of two chunks says as much
+        inputs = {n: x[:1, :21] if case.is_tokens(n) else x[:1] for n, x in inputs.items()}
     inputs["g"][:, 5::7] = gate
     truth = props.truth_of(case, inputs)
     assert all(torch.isfinite(x).all() for x in truth)
@@ -131,14 +134,24 @@ def test_mlstm_with_gates_shut(shut, which):
     assert max(props.error(x, y) for x, y in zip(ours, theirs, strict=True)) < 1e-10
 
 
-@pytest.mark.parametrize("variant", ["exponential", "sigmoid"])
-def test_mlstm_of_16_bits_is_computed_in_float32(variant):
-    """Where n^T q is a small difference of large terms, keys times gates in 16 bits would be 25 times as wrong."""
-    gen = torch.Generator().manual_seed(1)
+@pytest.mark.parametrize(
+    ("backend", "dtype", "variant"),
+    [
+        ("chunked", torch.bfloat16, "exponential"),
+        ("chunked", torch.bfloat16, "sigmoid"),
+        pytest.param("triton", torch.float16, "exponential", marks=pytest.mark.slow),
+    ],
+)
+def test_mlstm_of_16_bits_is_computed_in_float32(backend, dtype, variant):
+    """Where n^T q is a small difference of large terms, keys times gates in 16 bits would be 25 times as wrong.
+
+    In float16 a small normaliser has few digits, and the gradients that it divides may leave the range.
+    """
+    gen = torch.Generator().manual_seed(3)
     q, k = (torch.randn(2, 40, 2, 5, generator=gen) for _ in range(2))
     v = torch.randn(2, 40, 2, 7, generator=gen)
     i_gate, f_gate = (3 * torch.randn(2, 40, 2, generator=gen) for _ in range(2))
-    tokens = [x.bfloat16().requires_grad_() for x in (q, k, v, i_gate, 3 + f_gate)]
+    tokens = [x.to(dtype).requires_grad_() for x in (q, k, v, 5 + i_gate, 3 + f_gate)]
     exact = [x.detach().double().requires_grad_() for x in tokens]
     if variant == "exponential":
         truth = mlstm_loop(*exact, 0.4)[0]
@@ -147,10 +160,10 @@ def test_mlstm_of_16_bits_is_computed_in_float32(variant):
         truth, _ = gated_linear_attention(
             exact[0], weighted, exact[2], exact[4].sigmoid().log(), scale=0.4, backend="reference"
         )
-    found, _ = mlstm(*tokens, scale=0.4, variant=variant)
-    assert found.dtype == torch.bfloat16
+    found, _ = mlstm(*tokens, scale=0.4, variant=variant, backend=backend)
+    assert found.dtype == dtype
     assert props.error(found, truth) < 3e-3
-    weights = torch.randn(truth.shape, generator=gen).bfloat16()
+    weights = torch.randn(truth.shape, generator=gen).to(dtype)
     ours = torch.autograd.grad((found * weights).sum(), tokens)
     theirs = torch.autograd.grad((truth * weights).sum(), exact)
     assert max(props.error(x, y) for x, y in zip(ours, theirs, strict=True)) < 5e-3

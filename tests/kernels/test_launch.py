@@ -3,6 +3,7 @@
 import importlib
 import os
 from contextlib import contextmanager, nullcontext, suppress
+from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from kernels import check_gpu
 from kernels.bench.shapes import PROBLEMS
-from kernels.common import explain, triton
+from kernels.common import apart, explain, triton, triton_packed
 from kernels.linear_scan import linear_scan
 from kernels.newton_rnn import newton_rnn
 from kernels.ridge_memory import ridge_memory
@@ -30,6 +31,7 @@ def as_on_a_card(monkeypatch, tmp_path):
     importlib.import_module("kernels.ridge_memory.triton")
     monkeypatch.setattr(triton, "INTERPRET", False)
     monkeypatch.setattr(triton, "CACHE", tmp_path)
+    monkeypatch.delenv("KERNELS_AUTOTUNE", raising=False)
     monkeypatch.setattr(triton, "device_tag", lambda: CARD)
     monkeypatch.setattr(triton.torch.cuda, "get_device_name", lambda _: "card")
 
@@ -237,17 +239,94 @@ def test_the_check_reaches_every_kernel(as_on_a_card):
 def test_one_wrong_row_denies_no_other(as_on_a_card, monkeypatch):
     """The default of one kernel is wrong, so every call is, but for those that force another row of that kernel."""
 
-    def worst(problem, inputs, **options):
+    def worst(**options):
         row = triton._FORCED.get("walk_states")
         return 1.0 if row is None or row.warps == 4 else 0.0
 
-    monkeypatch.setattr(check_gpu, "worst_error", worst)
+    monkeypatch.setattr(check_gpu, "judge", lambda problem, inputs: worst)
     problem = PROBLEMS["gla_scalar"]
     monkeypatch.setattr(check_gpu, "explain", lambda *args, **how: None)
-    found = list(check_gpu.check(problem, (1, 40, 1, 16), torch.float32, torch.device("cpu")))
+    found = list(check_gpu.check(problem, (1, 40, 1, 16), torch.float32, torch.device("cpu"), {}))
     wrong = {(r["kernel"], r["row"]) for r in found if not r["ok"]}
     assert wrong == {("walk_states", str(triton.row(BK=16, BV=16, warps=4)))}
     assert len({r["kernel"] for r in found}) == 6
+
+
+@pytest.mark.parametrize("death", ["error", "exit"])
+@pytest.mark.parametrize("most", [1, 2])
+def test_a_row_that_takes_its_process_along_denies_no_other(most, death, as_on_a_card, monkeypatch):
+    """As an illegal access does: all that the process is asked afterwards fails. With `most` 1 it is the default, which
+    every call launches but for those that force the other row; with 2 no row is left for what is launched beside."""
+    problem, shape, cpu = PROBLEMS["gla_scalar"], (1, 40, 1, 16), torch.device("cpu")
+    launches = check_gpu._configurations(problem, problem.draw(shape, torch.float32, cpu))
+    rows = {(fused, x.kernel.name): [] for x, fused in launches}
+    for x, fused in launches:
+        rows[fused, x.kernel.name].append(x.row)
+    every = {(name, str(row)) for (_, name), own in rows.items() for row in own}
+    broken, lost = set(rows[False, "chunk_outputs"][:most]), []
+
+    def run(kernel, row):
+        if kernel == "chunk_outputs" and row in broken:
+            lost.append(row)
+            if death == "exit":
+                os._exit(1)
+        alive()
+
+    def alive(device=None):
+        if lost:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    def measure(**options):
+        for (fused, kernel), own in rows.items():
+            row = triton._FORCED.get(kernel, own[0])
+            if fused == triton_packed._FUSING:
+                triton._WATCH(kernel, row, lambda kernel=kernel, row=row: run(kernel, row))
+        return 0.0
+
+    monkeypatch.setattr(check_gpu, "judge", lambda problem, inputs: measure)
+    monkeypatch.setattr(check_gpu, "explain", lambda *args, **how: None)
+    monkeypatch.setattr(check_gpu, "_wait", alive)
+    monkeypatch.setattr(apart, "CONTEXT", get_context("fork"))
+    task = (problem.name, shape, torch.float32, cpu)
+    (found,) = apart.shared(check_gpu._survived, [task], [apart.Apart(check_gpu._checked, 60)])
+    right, wrong = ({(r["kernel"], r["row"]) for r in found if r["ok"] is ok} for ok in (True, False))
+    assert wrong == {("chunk_outputs", str(row)) for row in broken}
+    # what needs a kernel of which nothing is left cannot be judged: only the fused walk does without
+    fused = {(name, str(row)) for (fused, name), own in rows.items() for row in own if fused}
+    assert right == (every - wrong if most == 1 else fused)
+    assert all("illegal" in r["note"] or "exit code 1" in r["note"] for r in found if not r["ok"])
+
+
+@pytest.mark.parametrize("fuse", [True, False])
+def test_what_is_timed_is_compiled_beforehand(fuse, as_on_a_card, monkeypatch):
+    """Every row of what the bench launches, of the forward alone too, which keeps no states in the fused walk."""
+    from triton.runtime.interpreter import InterpretedFunction
+
+    from kernels.bench import ahead
+
+    seen, noted = [], []
+    monkeypatch.setattr(InterpretedFunction, "warmup", lambda fn, grid, **args: seen.append((fn, args)), raising=False)
+    monkeypatch.setenv("KERNELS_BACKEND", "triton")
+    task = ("gla_scalar", (1, 40, 1, 64), torch.bfloat16, torch.device("cpu"), fuse)
+    assert ahead.compile_one(noted.append, *task) == len(seen) > 0
+    kept = {args["SAVE"] for fn, args in seen if fn.__name__ == "_walk_outputs"}
+    assert kept == ({True, False} if fuse else set())
+    walks = {(args["BK"], args["BV"], args["num_warps"]) for fn, args in seen if fn.__name__ == "_walk_state_gradients"}
+    assert walks == {(64, 64, 4), (64, 64, 8), (64, 32, 4)}
+
+
+def test_what_cannot_be_compiled_beforehand_is_left_to_the_run(monkeypatch, capsys):
+    from kernels.bench import ahead
+
+    def one(note, name):
+        if name == "kda":
+            os._exit(9)
+        return 3
+
+    monkeypatch.setattr(apart, "CONTEXT", get_context("fork"))
+    monkeypatch.setattr(ahead, "compile_one", one)
+    assert ahead.compiled([("kda",), ("deltanet",), ("deltanet",)], 2) == 6
+    assert "not compiled beforehand: kda: its process ended with exit code 9" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

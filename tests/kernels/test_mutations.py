@@ -20,11 +20,17 @@ HERE = Path(__file__).parent
 NEWTON, SEQUENTIAL, ATTENTION = "newton_rnn", "sequential_rnn", "recurrent_attention"
 # file, text, replacement, case whose agreement must break (None: harmless), backend
 MUTATIONS = [
-    ("common/chunks.py", "factors = (run_MC,", "factors = (run_MC * 0,", "gla_scalar", "chunked"),
-    ("common/chunks.py", ".mul_(self.lower).sum(1)", ".sum(1)", "gated_deltanet", "chunked"),
-    ("common/chunks.py", "return p.tril_(-1) if strict else p", "return p.tril_(-1)", "gla_scalar", "chunked"),
-    ("common/chunks.py", "x_MCK.neg().exp_()", "x_MCK.exp()", "gla_channel", "chunked"),
-    ("common/chunks.py", "self.upper.mT @ out_MCK + total[:, None]", "self.upper.mT @ out_MCK", "kda", "chunked"),
+    ("common/decay.py", "factors = (run_MC,", "factors = (run_MC * 0,", "gla_scalar", "chunked"),
+    ("common/decay.py", ".mul_(self.lower).sum(1)", ".sum(1)", "gated_deltanet", "chunked"),
+    ("common/decay.py", "return p.tril_(-1) if strict else p", "return p.tril_(-1)", "gla_scalar", "chunked"),
+    ("common/channel_decay.py", "x_MCK.neg().exp_()", "x_MCK.exp()", "gla_channel", "chunked"),
+    (
+        "common/channel_decay.py",
+        "self.upper.mT @ out_MCK + total[:, None]",
+        "self.upper.mT @ out_MCK",
+        "kda",
+        "chunked",
+    ),
     ("delta_rule/chunked.py", "torch.bmm(inverse_n.mT, dd_n", "torch.bmm(inverse_n, dd_n", "deltanet", "chunked"),
     ("delta_rule/chunked.py", ", value=-1).mul_(scale_MC1)", ").mul_(scale_MC1)", "normalized", "chunked"),
     ("linear_scan/chunked.py", "gate[0, first] = 0", "pass", "scan_real", "chunked"),
@@ -79,7 +85,7 @@ MUTATIONS = [
     (f"{NEWTON}/cells.py", "u += self.recur.back(1, dr)", "pass", "newton_block_gru", "chunked"),
     # Newton only changes how fast, never what: a wrong derivative costs iterations and nothing else
     (f"{NEWTON}/cells.py", ".addcmul_(c - h, dz)", ".addcmul_(c - h, 0.9 * dz)", None, "chunked"),
-    (f"{NEWTON}/triton.py", "if residual <= tolerance:", "if residual <= 1e9:", "newton_gru", "triton"),
+    (f"{NEWTON}/triton_walk.py", "if residual <= tolerance:", "if residual <= 1e9:", "newton_gru", "triton"),
     (f"{NEWTON}/triton_adjoint.py", "mask=mask & (t > bos)", "mask=mask", "newton_gru", "triton"),
     (f"{NEWTON}/triton_adjoint.py", "tl.where(keep, nh, 0.0), wh)", "nh, wh)", "newton_lstm", "triton"),
     (f"{NEWTON}/triton_block.py", "if residual <= tolerance:", "if residual <= 1e9:", "newton_block_gru", "triton"),
