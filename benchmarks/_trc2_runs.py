@@ -170,5 +170,5 @@ class Trc2(Comparisons):
     def tokens_per_second(self, name: str, arm: str) -> float:
         """Of training: the transformer's, alone, times the speed in it; nan where it was not measured."""
         plain = self.every("speed", "transformer", "alone").values()
-        rates = [run.cost["train_samples_per_s"] * self.context for run in plain]
+        rates = [run.cost["train_samples_per_s"] for run in plain]
         return self.speed(name, arm) * median(rates) if rates else math.nan

@@ -48,7 +48,7 @@ def probe_table(study: Probes, probe: str) -> str:
         domains = runs[0].domains
         found = [spread([run.R[-1][j] or 0.0 for run in runs]) for j in range(len(domains))]
         weights = active_weights(built(probe, MEMORIES[name], size, hidden))
-        rate = median(run.cost["train_samples_per_s"] for run in runs) * PROBES[probe].length
+        rate = median(run.cost["train_samples_per_s"] for run in runs)
         numbers = (*found, str(len(runs)), f"{rate:,.0f}")
         rows.append((state, (name, f"{state:,}", f"{weights:,}", *numbers)))
     if not rows:

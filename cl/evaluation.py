@@ -62,10 +62,11 @@ def measure(
             share of next tokens that are the most likely one.
 
     Returns:
-        the measure, and how many rows it was taken on.
+        the measure, and how many tokens the rows hold that it was taken on; one that is no text is one token.
     """
     data = eval_set.load()
     num_rows = min(len(data), max_rows or len(data))
+    num_tokens = num_rows * data.rows(torch.arange(1)).targets.numel()  # rows of a set are of one length
     if state.info.setting == Setting.CONTINUAL_PRETRAINING:
         batch_size = max(1, min(batch_size, MAX_LOGITS // (state.info.num_outputs * tokens_per_row(state.info))))
     if eval_set.score is not None:
@@ -73,7 +74,7 @@ def measure(
         (_, value), *others = found.items()
         if extra is not None:
             extra.update(others)
-        return value, num_rows
+        return value, num_tokens
     is_loss = state.info.measure == "loss"
     total, right, count = torch.zeros((3,), dtype=torch.float64, device=state.device)
     for low in range(0, num_rows, batch_size):
@@ -86,7 +87,7 @@ def measure(
         count += (batch.targets != IGNORED).sum()
     if is_loss and extra is not None:
         extra[TOKEN_ACCURACY] = float(right / count)
-    return float((total if is_loss else right) / count), num_rows
+    return float((total if is_loss else right) / count), num_tokens
 
 
 class Evaluator:
@@ -155,10 +156,10 @@ class Evaluator:
                 eval_set = self.state.stream.eval_sets[j]
                 beside: dict[str, float] = {}
                 size = self.config.eval_batch_size
-                row[j], num_rows = measure(
+                row[j], num_tokens = measure(
                     self.state, predictors, eval_set, size, max_rows, None if extra is None else beside
                 )
-                self.ledger.clock["eval_rows"] += num_rows
+                self.ledger.clock["eval_tokens"] += num_tokens
                 if extra is not None:
                     extra += [[name, self._stage(), j, value] for name, value in beside.items()]
         return row

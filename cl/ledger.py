@@ -47,7 +47,7 @@ class Ledger:
         self, result: Result, observers: Sequence[Observer], run_dir: Path | None, device: torch.device
     ) -> None:
         self.result, self.observers, self.run_dir = result, list(observers), run_dir
-        self.clock = {"train_s": 0.0, "eval_s": 0.0, "train_rows": 0, "eval_rows": 0, "wall_s": 0.0}
+        self.clock = {"train_s": 0.0, "eval_s": 0.0, "eval_tokens": 0, "wall_s": 0.0}
         self.buffer_bytes = self.peak_bytes = 0
         self.last_checkpoint: Path | None = None
         self._device, self._every = device, WATCH_EVERY.get(device.type, 20)
@@ -193,15 +193,16 @@ class Ledger:
         self.peak_bytes = max(self.peak_bytes, peak_memory_bytes(state.device))
         table = EvalTable.from_result(vars(self.result))
         # a head that was never trained answers at chance, which says nothing about transfer
-        self.result.metrics = summary(table.mask_untrained() if state.info.num_heads > 1 else table)
+        rows = [each.num_samples for each in state.stream.eval_sets]
+        self.result.metrics = summary(table.mask_untrained() if state.info.num_heads > 1 else table, num_samples=rows)
         if self.result.num_bytes:
             sizes = {"num_tokens": self.result.num_tokens, "num_bytes": self.result.num_bytes}
             self.result.metrics |= language_summary(table, **sizes) if self.result.R else {}
         if self.result.measure == "loss" and self.result.R:
             self.result.metrics |= self._over_tokens(table)
         self.result.cost = {
-            "train_samples_per_s": clock["train_rows"] / clock["train_s"] if clock["train_s"] else 0.0,
-            "eval_samples_per_s": clock["eval_rows"] / clock["eval_s"] if clock["eval_s"] else 0.0,
+            "train_samples_per_s": state.tokens / clock["train_s"] if clock["train_s"] else 0.0,
+            "eval_samples_per_s": clock["eval_tokens"] / clock["eval_s"] if clock["eval_s"] else 0.0,
             "forwards": state.spent.forwards,
             "backwards": state.spent.backwards,
             "updates": state.step,

@@ -49,6 +49,7 @@ class TrainState:
         stream: the planned stream; `experience` and `data` are the current ones.
         step: optimizer steps taken since the run began; `micro_step` counts inside accumulation, up to `micro_steps`.
         step_rows: rows of the stream in the running step, all micro-batches together.
+        tokens: trained on since the run began, those that strategies add left out; a row that is no text is one token.
         share: what the micro-batch counts in its step: the factor of all its loss terms (see `shares`).
         total_steps: steps of the whole run; `experience_steps` are those of each experience.
         classes_seen: classes of this and every earlier experience, in order of appearance.

@@ -209,7 +209,6 @@ class Trainer:
         for backbone, (batch, output) in product(self._committing, done):
             backbone.commit(batch, output)
         state.step += 1
-        self.ledger.clock["train_rows"] += state.step_rows
         if hooked["on_step_end"]:
             batch, output = current_rows(done)
             for strategy in hooked["on_step_end"]:

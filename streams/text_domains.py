@@ -46,7 +46,8 @@ def text_domains(
         domains: what there is, each a mapping with the keys of `streams._documents.Domain`: name, path or hub, ...
         name: what results are reported under.
         order: the experiences: names of domains, `[a, b]` for a mixture by the domains' weights, `{a: 0.05, b: 0.95}`
-            for one by these weights, of as many tokens as its new domains have. None takes every domain once.
+            for one by these weights, of as many tokens as its new domains have, each share rounded to whole rows and at
+            least one. None takes every domain once.
             `[[a], [a, b]]` is the cumulative reference, `[[a, b]]` the joint one, at as many tokens as the domains have
             together.
         general: one more domain, which is measured and never trained on. With an eval_path, eval_split or eval_frac of

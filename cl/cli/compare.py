@@ -254,14 +254,14 @@ def is_done(folder: Path, config: Mapping[str, Any]) -> bool:
     Raises:
         UserError: it holds a run with other settings, or a result that cannot be read.
     """
-    from cl.cli.resume import saved_config
+    from cl.cli.resume import is_over, saved_config
 
     if not (folder / CONFIG).is_file():
         return False
     if build.fingerprint(saved_config(folder)) != build.fingerprint(config):
         raise UserError(f"{folder} holds a run with other settings; choose another folder with out=FOLDER")
     try:
-        return (folder / RESULT).is_file() and Result.load(folder / RESULT).status == "done"
+        return (folder / RESULT).is_file() and is_over(folder, Result.load(folder / RESULT))
     except ValueError as error:
         raise UserError(f"{error}; delete it, and the same command goes on with that run from its checkpoint") from None
 

@@ -94,8 +94,32 @@ def _call(command: str, words: list[str]) -> int:
     if any(word in ("--help", "-h") for word in words):
         print((module.__doc__ or "").strip())
         return 0
+    _require_each_once(words)
     code = module.main(words)
     return int(code or 0)
+
+
+def _require_each_once(words: Sequence[str]) -> None:
+    """Refuse two words for one setting, of which the first would be forgotten without a word.
+
+    Not in a sweep, where `cl compare` lets what it has chosen follow what it was told.
+
+    Example:
+        >>> _require_each_once(["seed=0", "+suite=a", "+suite=b"])
+        >>> _require_each_once(["-m", "seed=0,1", "seed=2"])
+    """
+    from cl.core import UserError
+
+    if {"-m", "--multirun"} & set(words):
+        return
+    given: dict[str, str] = {}
+    for word in words:
+        name, is_setting, _ = word.partition("=")
+        if not is_setting or name.startswith(("-", "+", "~")):
+            continue
+        if name in given:
+            raise UserError(f"{given[name]!r} and {word!r} both set {name}; give one of them")
+        given[name] = word
 
 
 def said(error: Exception) -> str:

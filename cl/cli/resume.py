@@ -22,6 +22,7 @@ from cl.cli.execute import CONFIG, RESULT
 from cl.cli.run import run_with_progress, show_result
 from cl.core import UserError
 from cl.result import Result
+from cl.tracking import has_ended
 
 PARTS = ("seed", "stream", "strategy", "backbone", "optimizer", "schedule", "trainer")
 """Of every config."""
@@ -43,12 +44,18 @@ def main(words: list[str]) -> int:
             result = Result.load(run_dir / RESULT)
         except ValueError as error:
             raise UserError(f"{error}; delete it, and the same command goes on from the checkpoint") from None
-        if result.status == "done":
+        if is_over(run_dir, result):
             console = Console(markup=False)
             console.print("this run is done")
             show_result(console, result, run_dir, (config.get("tracking") or {}).get("uri"))
             return 0
     return int(run_with_progress(config, run_dir, resume=True).status != "done")
+
+
+def is_over(run_dir: Path, result: Result) -> bool:
+    """Whether nothing is left to do; a run that was killed after its last result has yet to tell its trackers."""
+    can_resume = any((run_dir / "checkpoints").glob("step-*.pt"))
+    return result.status == "done" and (has_ended(run_dir) or not can_resume)
 
 
 def trained(run_dir: Path) -> tuple[Any, int, int]:

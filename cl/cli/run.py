@@ -76,7 +76,9 @@ def main(words: list[str]) -> int:
         with one_sentence():
             _app()
     except OSError as error:
-        raise UserError(f"the run folder cannot be made: {error}") from None
+        if error.filename is None:  # no folder is in the way: nobody reads what Hydra prints
+            raise
+        raise UserError(f"the run folder {error.filename} cannot be made: {error.strerror}") from None
     for outcome in _outcomes:
         if isinstance(outcome, Exception):
             raise outcome

@@ -49,9 +49,7 @@ class Bridge(SupervisedPlugin):
             nn.utils.clip_grad_norm_(template.model.parameters(), clip_norm)
 
     def after_training_iteration(self, template: Any, **kwargs: Any) -> None:
-        state = self.trainer.state
-        state.tokens += self.rows
-        self.trainer.ledger.clock["train_rows"] += self.rows
+        self.trainer.state.tokens += self.rows
         step, self.step = self.step, self.step + 1
         self.trainer.after_step(step, self.num_steps, template.loss, self.lr)
         is_counted = self.trainer.config.max_steps is not None or self.trainer.config.max_tokens is not None

@@ -264,7 +264,7 @@ class _Evaluator(Evaluator):
         with self.ledger.charged("eval_s"), _without_trace():
             for j in columns:
                 row[j], num_rows = host.measure(j, max_rows)
-                self.ledger.clock["eval_rows"] += num_rows
+                self.ledger.clock["eval_tokens"] += num_rows
         return row
 
 

@@ -40,7 +40,8 @@ def steps_to_reach(table: EvalTable, level: float = LEVEL) -> dict[int, float]:
     which is the least that it can have been.
 
     Returns: experience -> steps; infinite where the level was not reached. Experiences that teach no single new domain
-        or were not evaluated inside are left out.
+        or were not evaluated inside are left out; all are where `period_of` cannot be told, since the first was not
+        evaluated inside and no other one twice.
     Source: trials to criterion of Davidson & Mozer, "Sequential mastery of multiple visual tasks", CVPR 2020; the
         measure that Gandhi et al. (2024) call forward facilitation.
 

@@ -239,7 +239,7 @@ def _runs(view: SectionView) -> str:
     values = {row.strategy: row.final.values for row in view.rows}
     for result in sorted(section.results, key=lambda result: (result.label, result.seed)):
         final = values[result.label].get(result.seed) if id(result) in used else None
-        speed = result.cost.get("train_samples_per_s")
+        speed, what = result.cost.get("train_samples_per_s"), "tokens" if result.course else "rows"
         status = escape(result.status)
         if result.status != "done":
             status = f"<span{_title(reason(result))}>{status}</span>"
@@ -251,7 +251,7 @@ def _runs(view: SectionView) -> str:
             f"<td>{status}</td>",
             _cell(math.nan if final is None else final, view.unit.text(final)),
             _cell(result.cost.get("train_s", math.nan), seconds_text(result.cost.get("train_s"))),
-            _cell(speed or math.nan, f"{count_text(speed)}/s" if speed else "–"),
+            _cell(speed or math.nan, f"{count_text(speed)} {what}/s" if speed else "–"),
             f"<td><code>{escape(result.mlflow_run_id or '–')}</code></td>",
         ]
         body.append(f"<tr>{''.join(cells)}</tr>")

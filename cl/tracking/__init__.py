@@ -5,7 +5,7 @@
 mlflow is imported at first use. `points` has the names and steps of everything that is logged.
 """
 
-from cl.tracking.base import Journal, Memory, Recorder, read_journal
+from cl.tracking.base import Journal, Memory, Recorder, has_ended, read_journal
 from cl.tracking.check import check_store
 from cl.tracking.mlflow import MLflowTracker, sync
 from cl.tracking.points import Point, config_hash, points
@@ -23,6 +23,7 @@ __all__ = [
     "config_hash",
     "default_uri",
     "experiment_links",
+    "has_ended",
     "points",
     "prepare_store",
     "quiet",

@@ -16,6 +16,7 @@ from cl.core import UserError
 from cl.observe import Observer
 from cl.result import Result, write_text
 from cl.tracking.points import (
+    LAST_VALUES,
     Point,
     defined,
     is_settled,
@@ -301,6 +302,15 @@ def read_journal(path: Path) -> tuple[dict[str, Any], list[Stamped]]:
         except (ValueError, KeyError, TypeError):
             continue
     return header, rows
+
+
+def has_ended(run_dir: Path) -> bool:
+    """Whether the trackers of a run that is done were told so: the journal, which is told last, has its last values.
+
+    True of a run without a journal.
+    """
+    path = run_dir / JOURNAL
+    return not path.exists() or any(point.name.startswith(LAST_VALUES) for point, _ in read_journal(path)[1])
 
 
 def first_line(error: BaseException) -> str:

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import socket
-import sqlite3
 import threading
 import urllib.error
 import urllib.request
 from collections.abc import Callable
-from contextlib import closing
 from urllib.parse import urlsplit
 
 from cl.core import UserError
 from cl.tracking.base import first_line
-from cl.tracking.store import default_uri, sqlite_path
+from cl.tracking.store import check_file, default_uri, sqlite_path
 
 ANSWER_WITHIN_S = 3.0
 
@@ -101,15 +98,4 @@ def _check_sqlite(uri: str) -> None:
     path = sqlite_path(uri)
     if path is None or not path.name:
         raise OSError("the address names no file; write sqlite:///FILE")
-    if path.is_dir():
-        raise OSError(f"{path} is a folder")
-    if path.exists():
-        with closing(sqlite3.connect(path, timeout=1.0)) as connection:
-            connection.execute("pragma schema_version")
-        if not os.access(path, os.W_OK):
-            raise OSError(f"{path} cannot be written")
-        return
-    # the nearest folder that exists decides whether the file can be made
-    folder = next(parent for parent in path.resolve().parents if parent.exists())
-    if not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise OSError(f"{folder} is no folder that can be written")
+    check_file(path)

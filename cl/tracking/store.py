@@ -105,6 +105,25 @@ def artifact_location(uri: str) -> str | None:
     return None if path is None else str(path.resolve().parent / ARTIFACTS)
 
 
+def check_file(path: Path) -> None:
+    """Open the file of a store that exists, or look whether it can be made.
+
+    Raises:
+        OSError, sqlite3.Error: it is a folder, or no database, or nobody could write to it.
+    """
+    if path.is_dir():
+        raise OSError(f"{path} is a folder")
+    if path.exists():
+        with closing(sqlite3.connect(path, timeout=1.0)) as connection:
+            connection.execute("pragma schema_version")
+        if not os.access(path, os.W_OK):
+            raise OSError(f"{path} cannot be written")
+    # the nearest folder that exists decides whether a file can be made: the store's, or SQLite's journal beside it
+    folder = next(parent for parent in path.resolve().parents if parent.exists())
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise OSError(f"{folder} is no folder that can be written")
+
+
 def prepare_store(uri: str) -> None:
     """Create the tables of a SQLite store once, before several processes use it; milliseconds when they exist.
 
@@ -124,6 +143,8 @@ def prepare_store(uri: str) -> None:
     artifacts = str(path.parent / ARTIFACTS)
     draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
+        # MLflow tries for two minutes to open what cannot be opened
+        check_file(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():
             # an empty file or another program's tables: there is nothing to swap in

@@ -110,6 +110,15 @@ CASES = {
         (*RUN, "stream=power_law", "stream@stream.base=3"),
         "there is no stream '3'; there are blurry",
     ),
+    "two values for one setting": (
+        (*RUN, "seed=0", "optimizer.lr=0.1", "seed=1"),
+        "cl: 'seed=0' and 'seed=1' both set seed; give one of them",
+    ),
+    "two lists of strategies": (
+        (*COMPARE, "strategies=naive", "strategies=[replay,joint]"),
+        "cl: 'strategies=naive' and 'strategies=[replay,joint]' both set strategies; give one of them",
+    ),
+    "two steps to explain": (("explain", *RUN[1:], "at=3", "at=30"), "cl: 'at=3' and 'at=30' both set at; give one"),
     "value without a name": ((*RUN, "=3"), "'=3' is no setting; settings are written name=value"),
     "value that cannot be read": ((*RUN, "seed=(("), "'seed=((' is no setting; settings are written name=value"),
     "unknown flag": ((*RUN, "--nonsense"), "cl: unrecognized arguments: --nonsense; `cl run --hydra-help` shows"),

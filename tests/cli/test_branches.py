@@ -264,7 +264,8 @@ def test_the_folder_of_a_run_is_not_overwritten(done: Path, capsys: pytest.Captu
 
 def test_a_run_of_avalanche_is_not_begun_anew(capsys: pytest.CaptureFixture[str]) -> None:
     """Its loop knows no list of steps, which every branch has: nothing is left of the attempt."""
-    run("theirs", "strategy=avalanche/Naive")
+    words = [word for word in RUN if not word.startswith("strategy=")]
+    assert main((*words, "strategy=avalanche/Naive", "out=theirs")) == 0
     for words in (("extend", "trainer.max_steps=30"), ("fork_anneal", "steps=3")):
         assert main((words[0], "theirs", *words[1:])) == 2
         assert "Avalanche's template gives every experience as many steps" in capsys.readouterr().err

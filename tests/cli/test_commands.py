@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shlex
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from cl.cli import run as run_command
 from cl.cli.main import COMMANDS, main
 from cl.result import Result
 
@@ -52,6 +54,24 @@ def test_list_imports_nothing_heavy() -> None:
 def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main((command, "--help")) == 0
     assert f"Usage: cl {command}" in capsys.readouterr().out
+
+
+def test_a_reader_that_goes_away_is_no_wrong_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`cl run --hydra-help | head` once said that the run folder cannot be made."""
+
+    class Left(io.StringIO):
+        def write(self, text: str) -> int:
+            raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setattr(sys, "stdout", Left())
+    with pytest.raises(BrokenPipeError):
+        run_command.main(["--hydra-help"])
+
+
+def test_a_file_in_the_place_of_the_run_folder_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("notes").touch()
+    assert main(("run", *TINY, "out=notes")) == 2
+    assert capsys.readouterr().err == "cl: the run folder notes cannot be made: File exists\n"
 
 
 def test_run_leaves_the_documented_folder(capsys: pytest.CaptureFixture[str]) -> None:

@@ -21,6 +21,8 @@ from cl.checkpoint import Keeper
 from cl.cli.main import main
 from cl.ledger import Ledger
 from cl.result import Result
+from cl.tracking import Journal
+from cl.tracking.base import JOURNAL
 
 # a process that sends itself a signal at a given step, through the real entry point
 SUICIDE = """
@@ -238,6 +240,33 @@ def test_no_run_is_running_for_ever(
     monkeypatch.setattr(Keeper, "finish", finish)
     assert main(words) == 0
     assert statuses() == ["FINISHED", "KILLED", "KILLED"]
+
+
+def test_a_run_killed_after_its_last_result_tells_its_trackers_when_it_goes_on(
+    uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    def last_points(run: Path) -> list[tuple[str, int]]:
+        points = [json.loads(line) for line in (run / JOURNAL).read_text().splitlines()[1:]]
+        return sorted((p["name"], p["step"]) for p in points if p["name"].startswith(("final/", "cost/")))
+
+    child = os.fork()
+    if child == 0:
+        monkeypatch.setattr(Journal, "on_end", lambda self, result: os.kill(os.getpid(), signal.SIGKILL))
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        main((*RUN, "out=run"))
+        os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    killed = Result.load(Path("run/result.json"))
+    assert killed.status == "done" and last_points(Path("run")) == []
+    assert main(("resume", "run")) == 0
+    assert last_points(Path("run")) == last_points(uninterrupted) != []
+    resumed = Result.load(Path("run/result.json"))
+    assert (resumed.R, resumed.metrics, resumed.status) == (killed.R, killed.metrics, "done")
+    assert "this run is done" not in capsys.readouterr().out
+    assert main(("resume", "run")) == 0
+    assert "this run is done" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -76,7 +76,7 @@ def test_one_process_may_ask_for_a_wrapper_and_trains_alone(
 ) -> None:
     """So that the config of a run of several goes on in one; what it is told is one line, in the log too."""
     monkeypatch.chdir(tmp_path)
-    assert main((*RUN, "strategy=derpp", "trainer.parallel=fsdp", "hydra.run.dir=run")) == 0
+    assert main((*RUN[:-2], "strategy=derpp", "trainer.parallel=fsdp", "hydra.run.dir=run")) == 0
     told = "trainer.parallel is 'fsdp' and this is the only process; start several with torchrun"
     said = capsys.readouterr()
     assert f"note: {told}" in " ".join(said.out.split()) and not said.err

@@ -189,7 +189,7 @@ def test_the_page_and_the_figures_show_them(done, tmp_path):
     section = view(sections([done[0]])[0])
     assert any(path.name == "tokens.png" for path in save_figures(section, tmp_path))
     text = page([section], "text")
-    assert 'data-chart="tokens"' in text
+    assert 'data-chart="tokens"' in text and " tokens/s</td>" in text
     drawn = json.loads(payload([section]))["sections"][0]["strategies"][0]["tokens"]
     assert drawn["tokens"][-1] == drawn["at"][-1] == 18 * STEP and len(drawn["values"]) == 4
     old = Result(**{k: v for k, v in vars(done[0]).items() if k != "course"})

@@ -42,9 +42,9 @@ def test_accuracy_is_the_share_of_right_rows():
     rows = state.prepare(eval_set.load().rows(torch.arange(eval_set.num_samples)))
     with torch.no_grad():
         right = (state.model(rows).logits.argmax(1) == rows.targets).float().mean().item()
-    value, num_rows = measure(state, [], eval_set, batch_size=7)
+    value, num_tokens = measure(state, [], eval_set, batch_size=7)
     assert value == pytest.approx(right)
-    assert num_rows == eval_set.num_samples
+    assert num_tokens == eval_set.num_samples, "a row that is no text is one token"
 
 
 def test_loss_is_the_mean_over_tokens_in_nats():
@@ -70,8 +70,8 @@ def test_batch_size_changes_speed_only(batch_size):
 def test_some_rows_are_always_the_same_ones():
     state = state_of(DIL)
     eval_set = state.stream.eval_sets[0]
-    value, num_rows = measure(state, [], eval_set, batch_size=8, max_rows=20)
-    assert num_rows == 20
+    value, num_tokens = measure(state, [], eval_set, batch_size=8, max_rows=20)
+    assert num_tokens == 20
     assert measure(state, [], eval_set, batch_size=7, max_rows=20) == (value, 20)
 
 
@@ -84,10 +84,10 @@ def test_tokens_that_are_not_to_be_learnt_count_nowhere():
 
     targets = torch.tensor([[7, 0, IGNORED, IGNORED], [IGNORED, IGNORED, IGNORED, 7], [IGNORED] * 4])
     text, extra = EvalSet("text", lambda: TensorData(torch.zeros_like(targets), targets), 3), {}
-    value, num_rows = measure(state_of(TEXT), [Certain()], text, batch_size=2, extra=extra)
+    value, num_tokens = measure(state_of(TEXT), [Certain()], text, batch_size=2, extra=extra)
     assert value == pytest.approx((2 * math.log(16 / 9) + math.log(16)) / 3)
     assert extra == {"token_accuracy": pytest.approx(2 / 3)}
-    assert num_rows == 3
+    assert num_tokens == 3 * 4, "but they were read, as in a budget in tokens"
 
 
 def test_a_domain_with_a_score_of_its_own_is_measured_by_it():

@@ -3,13 +3,14 @@
 import json
 import math
 import re
+from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
 
 from cl.config import TrainerConfig
-from cl.core import Setting
+from cl.core import Setting, TensorData
 from cl.hooks import Strategy
 from cl.ledger import Ledger, NonFiniteLoss
 from cl.observe import Observer
@@ -63,9 +64,11 @@ class Events(Observer):
         self.seen.append(f"on_end {result.status}")
 
 
-def trainer_of(strategies=(), run_dir=None, observers=(), lr=0.1, setting=Setting.DOMAIN_INCREMENTAL, **config):
+def trainer_of(
+    strategies=(), run_dir=None, observers=(), lr=0.1, setting=Setting.DOMAIN_INCREMENTAL, stream=None, **config
+):
     return Trainer(
-        toy_stream(setting, num_experiences=2),
+        stream or toy_stream(setting, num_experiences=2),
         ToyNet,
         strategies,
         optimizer=partial(torch.optim.SGD, lr=lr),
@@ -162,6 +165,32 @@ def test_the_result_counts_work(tmp_path):
     assert cost["peak_memory_bytes"] > 10_000_000
     assert content["metrics"]["final"] == pytest.approx(sum(content["R"][-1]) / 2)
     assert content["env"]["device"] == "cpu"
+
+
+def test_the_speed_on_text_is_in_tokens():
+    """Twelve steps of 16 rows of 8 tokens; three measurements of 96 such rows and of 96 that are 12 long."""
+    stream = toy_stream(Setting.CONTINUAL_PRETRAINING, num_experiences=2)
+    first, second = stream.eval_sets
+    inputs = torch.zeros(96, 12, dtype=torch.int64)
+    longer = replace(second, load=lambda: TensorData(inputs, inputs), num_samples=96)
+    cost = trainer_of(stream=replace(stream, eval_sets=[first, longer])).run().cost
+    assert cost["train_samples_per_s"] * cost["train_s"] == pytest.approx(12 * 16 * 8, rel=1e-12)
+    assert first.num_samples == 96
+    assert cost["eval_samples_per_s"] * cost["eval_s"] == pytest.approx(3 * 96 * (8 + 12), rel=1e-12)
+
+
+def test_the_final_measure_is_averaged_over_rows_too(tmp_path):
+    """The second test set is three times as long as the first; the mean over domains does not see that."""
+    stream = toy_stream(Setting.DOMAIN_INCREMENTAL, num_experiences=2)
+    first, second = stream.eval_sets
+    thrice = TensorData.concat([second.load()] * 3)
+    stream = replace(stream, eval_sets=[first, replace(second, load=lambda: thrice, num_samples=3 * 96)])
+    trainer_of(stream=stream, run_dir=tmp_path, lr=0.5).run()
+    content = json.loads((tmp_path / "result.json").read_text())
+    old, new = content["R"][-1]
+    assert old != new
+    assert content["metrics"]["final"] == pytest.approx((old + new) / 2, rel=1e-12)
+    assert content["metrics"]["final_micro"] == pytest.approx((old + 3 * new) / 4, rel=1e-12)
 
 
 def test_rows_that_nobody_differentiates_by_go_forward_only():

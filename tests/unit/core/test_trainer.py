@@ -261,7 +261,7 @@ def test_rows_are_counted_as_the_stream_delivers_them():
     counts = Counts()
     result, trainer, _ = run([counts, Doubler()], batch_size=40, accumulation=3)
     assert counts.rows == [120, 120, 120, 72, 72] * 3
-    assert trainer.ledger.clock["train_rows"] == 3 * 192
+    assert trainer.state.tokens == 3 * 192
     assert result.cost["forwards"] == result.cost["backwards"] == 2 * 3 * 192
     assert trainer.state.classes_seen == (0, 1, 2, 3), "classes that come back are not new"
 

@@ -44,6 +44,15 @@ def test_undefined_without_evaluations_inside():
     assert math.isnan(forward_facilitation(only_first))
 
 
+def test_one_evaluation_in_each_experience():
+    """The second is at 0.8 when asked, the third when it ends; without the first, nobody knows when they began."""
+    once = [(0, 25, 0, 0.9), (1, 65, 1, 0.8), (2, 105, 2, 0.5)]
+    assert steps_to_reach(EvalTable.from_rows(R[:3], within=once), 0.8) == {0: 25.0, 1: 25.0, 2: 26.0}
+    unknown = EvalTable.from_rows(R[:3], within=once[1:])
+    assert steps_to_reach(unknown, 0.8) == {}
+    assert math.isnan(forward_facilitation(unknown, 0.8))
+
+
 def test_losses_are_reached_from_above():
     table = EvalTable.from_rows(
         [[1.0, 4.0], [2.0, 1.0]], measure="loss", within=[(0, 5, 0, 3.0), (0, 10, 0, 2.0), (1, 20, 1, 1.5)]

@@ -202,6 +202,15 @@ def test_mixtures_have_the_tokens_of_their_domains_in_the_given_shares(text_root
     assert all_rows(weighted.experiences[1].load()).experience_id.bincount().tolist() == counts
 
 
+def test_a_share_is_whole_rows_and_one_at_least(text_root):
+    """A thousandth of fewer than 500 rows rounds to none, and the rest to all of them."""
+    stream = built(text_root, order=["news", {"news": 0.001, "code": 0.999}])
+    code = built(text_root, order=["code"]).experiences[0].num_samples
+    counts = all_rows(stream.experiences[1].load()).experience_id.bincount().tolist()
+    assert code < 500
+    assert counts == [1, code]
+
+
 def test_an_old_domain_in_a_mixture_shows_other_rows_each_time_from_all_over_what_was_trained(text_root):
     order = ["news", {"news": 0.05, "code": 0.95}, {"news": 0.05, "code": 0.95}]
     stream = built(text_root, order=order)

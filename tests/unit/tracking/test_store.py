@@ -143,6 +143,34 @@ def test_a_store_that_cannot_be_made_is_a_bad_request(tmp_path):
         prepare_store(f"sqlite:///{tmp_path}/file/x.db")
 
 
+@pytest.mark.parametrize("name", ["mlruns.db", "text.db", "shut.db"])
+def test_mlflow_is_not_asked_for_a_file_that_cannot_be_opened(tmp_path, monkeypatch, name):
+    """A folder, no database, and a file that SQLite may not read: MLflow asks for two minutes."""
+    sqlalchemy_store = pytest.importorskip("mlflow.store.tracking.sqlalchemy_store")
+    (tmp_path / "mlruns.db").mkdir()
+    (tmp_path / "text.db").write_text("no database\n" * 100)
+    (tmp_path / "shut.db").touch()
+    connect = sqlite3.connect
+
+    def refused(path, **options):
+        if Path(path).name == "shut.db":
+            raise sqlite3.OperationalError("unable to open database file")
+        return connect(path, **options)
+
+    monkeypatch.setattr(sqlite3, "connect", refused)
+    monkeypatch.setattr(sqlalchemy_store, "SqlAlchemyStore", lambda *where: pytest.fail("MLflow was asked"))
+    with pytest.raises(UserError, match=r"cannot be created \((.*is a folder|.*not a database|unable to open .*)\)$"):
+        prepare_store(f"sqlite:///{tmp_path}/{name}")
+
+
+def test_a_store_in_a_folder_that_cannot_be_written_is_refused(store, monkeypatch):
+    """SQLite writes its journal beside the file."""
+    folder = store_module.sqlite_path(store).parent
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != folder)
+    with pytest.raises(UserError, match=f"{folder} is no folder that can be written"):
+        check_store(store)
+
+
 @pytest.mark.parametrize("has_hard_links", [True, False])
 def test_another_process_may_be_faster(tmp_path, monkeypatch, has_hard_links):
     """The tables of the one that came first stay, and no draft is left."""
