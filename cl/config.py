@@ -26,7 +26,7 @@ class TrainerConfig:
         batch_size: rows of the stream per micro-batch; `accumulation` micro-batches make one step.
         eval_batch_size: rows per batch at evaluation; changes speed only.
         clip_norm: largest gradient norm; None does not clip.
-        logit_mask: "batch" leaves classes that no row of the batch has out of the label loss; "none" keeps all.
+        logit_mask: "batch" leaves classes that no row of the micro-batch has out of the label loss; "none" keeps all.
         precision: "fp32", or autocast in "bf16" or "fp16". The latter scales losses; a step whose gradients overflow
             even so updates nothing, lowers the scale and is written down (`Result.traces`, "loss_scale").
         device: "auto" takes a GPU when there is one.

@@ -30,6 +30,7 @@ class Contract:
         forgets_less_by: margin by which `forgetting_first` on the toy stream must beat naive, averaged over the
             settings it declares; None where it does not have to, and then `why_not_better` says why.
         acts_at_once: it changes the first step already, when nothing is known of a past.
+        why_not_cut: why a step differs when `trainer.accumulation` cuts it into micro-batches; nobody else's may.
     """
 
     toy: Mapping[str, Any] = field(default_factory=dict)
@@ -38,6 +39,7 @@ class Contract:
     forgets_less_by: float | None = None
     why_not_better: str = ""
     acts_at_once: bool = False
+    why_not_cut: str = ""
 
 
 class Strategy:
@@ -151,10 +153,20 @@ class Strategy:
         """Whether training depends on what `on_evaluation` is told, so that only our own loop can run it."""
         return False
 
+    @property
+    def seals(self) -> str:
+        """What it does when an experience ends, if that experience cannot be trained on any longer then: the end of a
+        sentence that `cl extend` says, such as "merged its factors"."""
+        return ""
+
     # what it costs and keeps
 
     def cost(self, state: TrainState, batch_size: int) -> Cost:
-        """Declared extra rows of the *next* step over plain training, and the bytes kept now."""
+        """Declared extra rows of the *next* step over plain training, and the bytes kept now.
+
+        Args:
+            batch_size: rows of the stream in that step, all micro-batches together.
+        """
         return Cost()
 
     def state_dict(self) -> dict[str, Any]:

@@ -256,8 +256,12 @@ def without_absent(logits: Tensor, batch: Batch) -> Tensor:
     head = torch.zeros_like(batch.targets) if batch.task_id is None else batch.task_id
     present = torch.zeros(int(head.max()) + 1, logits.shape[-1], dtype=torch.bool, device=logits.device)
     present[head, batch.targets] = True
-    # float32: half precision cannot hold the number
-    return logits.to(torch.promote_types(logits.dtype, torch.float32)).masked_fill(~present[head], -1e9)
+    return masked(logits, present[head])
+
+
+def masked(logits: Tensor, present: Tensor) -> Tensor:
+    """Logits with those at -1e9 that are not present, in float32 or better: half precision cannot hold the number."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32)).masked_fill(~present, -1e9)
 
 
 def first_views(batch: Batch) -> Tensor:

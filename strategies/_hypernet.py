@@ -7,10 +7,12 @@ A condition is a task where rows have a task label, and a domain elsewhere. Trai
 their own condition. At evaluation rows without a task label are answered by the condition whose prediction has the
 least entropy, of those seen in training.
 
-Batch norm: weights and biases are generated, running statistics are kept apart for each condition. Other buffers are
-shared, among them memory that a backbone commits after a step, which it does with the weights of the batch's condition.
-Parameters that the backbone had frozen are not generated. Generated weights are there for one call only, so a backbone
-does not compute anything again in the backward pass (`is_checkpointed` and `is_replayed` are switched off).
+Batch norm: weights and biases are generated, running statistics are kept apart for each condition. Those of a condition
+that the stream does not show now stand still and serve its replayed rows, as at evaluation: there are too few of these
+in a batch to be normalised over, or a single one. Other buffers are shared, among them memory that a backbone commits
+after a step, which it does with the weights of the batch's condition. Parameters that the backbone had frozen are not
+generated. Generated weights are there for one call only, so a backbone does not compute anything again in the backward
+pass (`is_checkpointed` and `is_replayed` are switched off).
 
 Shape legend: B rows, C outputs of one head, E width of an embedding, F width of the last hidden layer, N numbers of a
 generated network, T conditions asked for.
@@ -74,6 +76,8 @@ class Hypernetwork(nn.Module):
         self._keep_statistics(num_conditions)
         self.register_buffer("seen", torch.zeros(num_conditions, dtype=torch.bool))
         self.register_buffer("table", torch.tensor(conditions), persistent=False)
+        self.shown: list[int] = []
+        """Conditions of the stream's own rows in the running batch."""
         self.seen: Tensor
         self.table: Tensor
 
@@ -106,9 +110,14 @@ class Hypernetwork(nn.Module):
             condition: None takes the mean statistics of all seen conditions.
         """
         values = self.layout.weights(numbers_N) | self.statistics_of(condition)
-        with _fresh_recurrent(self.backbone):
+        is_left = condition is not None and bool(self.shown) and condition not in self.shown
+        with _fresh_recurrent(self.backbone), _standing(self.statistics_modules() if is_left else ()):
             output: Output = functional_call(self.backbone, values, (batch,))
         return output
+
+    def statistics_modules(self) -> list[nn.Module]:
+        """Layers with running statistics."""
+        return [module for module in self.backbone.modules() if isinstance(module, _NormBase)]
 
     @torch.no_grad()
     def _commit(self, batch: Batch, output: Output) -> None:
@@ -165,8 +174,9 @@ class Hypernetwork(nn.Module):
         return self.table[batch.experience_id]
 
     def mark(self, batch: Batch) -> None:
-        """The conditions of these rows have been trained."""
+        """The conditions of these rows are trained now."""
         self.seen[self.conditions_of(batch)] = True
+        self.shown = self.conditions_of(batch.current()).unique().tolist()
 
     def seen_conditions(self) -> list[int]:
         found: list[int] = self.seen.nonzero().squeeze(1).tolist()
@@ -297,6 +307,19 @@ def _fresh_recurrent(backbone: nn.Module) -> Iterator[None]:
     finally:
         for layer in layers:
             layer._flat_weights = [None] * len(layer._flat_weights_names)
+
+
+@contextmanager
+def _standing(layers: Iterable[nn.Module]) -> Iterator[None]:
+    """Batch norm goes by its running statistics, and leaves them."""
+    training = [layer for layer in layers if layer.training]
+    for layer in training:
+        layer.training = False
+    try:
+        yield
+    finally:
+        for layer in training:
+            layer.training = True
 
 
 def _nothing() -> None:

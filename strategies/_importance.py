@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -43,12 +44,14 @@ class DataImportance(Quadratic):
     def on_step_end(self, state: TrainState, batch: Batch, output: Output) -> None:
         self.batch_size = max(self.batch_size, len(batch))
 
-    def measured(self, state: TrainState, loss: Loss, function: Function, labels: str = "true") -> Vectors:
+    def measured(
+        self, state: TrainState, loss: Loss, function: Function, labels: str = "true", is_likelihood: bool = True
+    ) -> Vectors:
         """Mean of `function` of gradients of `loss` over rows of the running experience, in evaluation mode."""
         num_rows, generator = len(state.data), state.seeds.named(self.name)
         index = draw_without_replacement(num_rows, self.importance_rows or num_rows, generator)
         group = self.batch_size if self.convention == "avalanche" else 1
-        return mean_over_rows(state, index, loss, function, labels, generator, group)
+        return mean_over_rows(state, index, loss, function, labels, generator, group, is_likelihood)
 
     def state_dict(self) -> dict[str, Any]:
         return super().state_dict() | {"batch_size": self.batch_size}
@@ -66,6 +69,7 @@ def mean_over_rows(
     labels: str = "true",
     generator: torch.Generator | None = None,
     group: int = 1,
+    is_likelihood: bool = True,
 ) -> Vectors:
     """Mean of `function` of the gradient of each row's loss, over rows of the running experience.
 
@@ -75,16 +79,20 @@ def mean_over_rows(
         index: (N,) rows of `state.data`.
         labels: see `_labels`; "sampled" draws from `generator`.
         group: take the gradient of the mean loss of so many rows in place of a row's.
+        is_likelihood: the loss is that of a label. With `trainer.logit_mask=batch` it then leaves out the classes that
+            none of these rows has, as training does; a mask for each row would leave nothing but its own class.
 
     Cost: N rows forward and backward, all in evaluation mode and counted.
     """
     total = {name: torch.zeros_like(p) for name, p in state.parameters().items()}
     vectorised = VectorisedSum(state, total) if group == 1 and _can_be_vectorised(state) else None
+    present = _present(state, index) if state.masks_absent and is_likelihood else None
     with evaluation_mode(state.model):
         for some in index.split(max(1, ROWS_AT_A_TIME // group) * group):
             batch = state.prepare(state.data.rows(some))
-            for targets, factors in _labels(state, batch, labels, generator):
-                rows = Rows(batch, targets, factors, loss, function)
+            asked = Rows(batch, batch.targets, None, loss, function, present)
+            for targets, factors in _labels(state, asked, labels, generator):
+                rows = replace(asked, targets=targets, factors=factors)
                 if vectorised is None:
                     add_by_loop(state, total, rows, group)
                 else:
@@ -92,20 +100,30 @@ def mean_over_rows(
     return {name: vector / math.ceil(len(index) / group) for name, vector in total.items()}
 
 
+def _present(state: TrainState, index: Tensor) -> Tensor:
+    """(heads, C) classes that some rows of the running experience have."""
+    present = torch.zeros(state.info.num_heads, state.info.num_outputs, dtype=torch.bool)
+    for some in index.split(ROWS_AT_A_TIME):
+        rows = state.data.rows(some)
+        present[0 if rows.task_id is None else rows.task_id, rows.targets] = True
+    return present.to(state.device)
+
+
 def _labels(
-    state: TrainState, batch: Batch, labels: str, generator: torch.Generator | None
+    state: TrainState, rows: Rows, labels: str, generator: torch.Generator | None
 ) -> Iterator[tuple[Tensor, Tensor | None]]:
     """Labels (B,) to take gradients for, and factors (B,) of the rows' losses, None for ones.
 
     "true": the data's. "sampled": one drawn from the model's own probabilities. "all": every class in turn, with the
     square root of its probability as factor, so that squared gradients add up to their exact expectation.
     """
+    batch = rows.batch
     if labels == "true":
         yield batch.targets, None
         return
     with torch.no_grad():
         state.count(forwards=len(batch))
-        probabilities_BC = state.model(batch).logits.softmax(-1)
+        probabilities_BC = rows.told(state.model(batch).logits, batch.task_id).softmax(-1)
     if labels == "sampled":
         # on the CPU, where the named generators live; tokens of text are drawn like rows
         flat = probabilities_BC.flatten(0, -2).cpu()

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
 from cl.core import Batch
-from cl.state import TrainState
+from cl.state import TrainState, masked
 from strategies._per_place import IN_PLACE, Function, summed_over_places
 from strategies._quadratic import Vectors
 
@@ -49,6 +49,7 @@ class Rows:
     Args:
         targets: (B,) labels that the loss is told.
         factors: (B,) of the rows' losses; None for ones.
+        present: (heads, C) outputs that the loss is told of; None for all.
     """
 
     batch: Batch
@@ -56,13 +57,19 @@ class Rows:
     factors: Tensor | None
     loss: Loss
     function: Function
+    present: Tensor | None = None
 
     def __getitem__(self, some: Tensor | slice) -> Rows:
         factors = None if self.factors is None else self.factors[some]
-        return Rows(self.batch[some], self.targets[some], factors, self.loss, self.function)
+        return replace(self, batch=self.batch[some], targets=self.targets[some], factors=factors)
+
+    def told(self, logits_BC: Tensor, task_id: Tensor | None) -> Tensor:
+        """The logits that the loss is told, of rows with these heads."""
+        return logits_BC if self.present is None else masked(logits_BC, self.present[0 if task_id is None else task_id])
 
     def summed_loss(self, logits_BC: Tensor) -> Tensor:
         """Sum of the rows' losses, each times its factor."""
+        logits_BC = self.told(logits_BC, self.batch.task_id)
         if self.factors is None:
             return len(logits_BC) * self.loss(logits_BC, self.targets)
         losses_B = vmap(lambda z, y: self.loss(z[None], y[None]))(logits_BC, self.targets)
@@ -151,7 +158,7 @@ class VectorisedSum:
             def row_loss(parameters: Vectors, x: Tensor, y: Tensor, factor: Tensor, task_id: Any = task_id) -> Tensor:
                 row = Batch(x[None], y[None], batch.experience_id[:1], batch.sample_ids[:1], task_id)
                 logits = functional_call(self.state.model, parameters, (row,)).logits
-                return factor * rows.loss(logits, y[None])
+                return factor * rows.loss(rows.told(logits, task_id), y[None])
 
             gradients = vmap(grad(row_loss), in_dims=(None, 0, 0, 0))
             factors = torch.ones_like(rows.targets, dtype=torch.float32) if rows.factors is None else rows.factors
@@ -169,7 +176,8 @@ def add_by_loop(state: TrainState, total: Vectors, rows: Rows, group: int) -> No
     # cuDNN has no backward pass of recurrent layers in evaluation mode
     with torch.backends.cudnn.flags(enabled=False):
         for some in torch.arange(len(batch), device=batch.inputs.device).split(group):
-            value = rows.loss(state.model(batch[some]).logits, rows.targets[some])
+            piece = batch[some]
+            value = rows.loss(rows.told(state.model(piece).logits, piece.task_id), rows.targets[some])
             if rows.factors is not None:
                 value = value * rows.factors[some].mean()
             gradients = torch.autograd.grad(value, list(parameters.values()), allow_unused=True)

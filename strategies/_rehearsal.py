@@ -1,4 +1,8 @@
-"""What strategies that store rows have in common: a buffer, draws from it, and its place in checkpoints and costs."""
+"""What strategies that store rows have in common: a buffer, draws from it, and its place in checkpoints and costs.
+
+Rows are drawn for a whole optimizer step. With `trainer.accumulation` every micro-batch shows its part of them, so that
+a step is the same however it is cut.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +16,7 @@ from cl.core import Batch
 from cl.hooks import Strategy
 from cl.state import TrainState, tensor_bytes
 from strategies._checks import require_count
+from strategies._pooled import Spread
 
 
 class Rehearsal(Strategy):
@@ -19,7 +24,7 @@ class Rehearsal(Strategy):
 
     Args:
         capacity: rows stored.
-        replay_batch_size: rows drawn at a time; None takes as many as the stream's batch has.
+        replay_batch_size: rows drawn for a step; None takes as many as it has of the stream.
         policy: file in `cl/buffers`, which says which rows stay.
     """
 
@@ -28,13 +33,19 @@ class Rehearsal(Strategy):
         require_count(f"{self.name}.replay_batch_size", replay_batch_size, none_means="the batch size of the stream")
         self.replay_batch_size = replay_batch_size
         self.buffer = make_buffer(policy, capacity)
+        self.spread = Spread()
 
     def num_drawn(self, batch_size: int) -> int:
-        """Rows in one draw beside a batch of the stream of this size."""
+        """Rows in one draw beside so many rows of the stream."""
         return min(len(self.buffer), self.replay_batch_size or batch_size)
 
     def generator(self, state: TrainState) -> torch.Generator:
         return state.seeds.named(self.name)
+
+    def shown(self, state: TrainState, batch: Batch) -> tuple[Batch, Tensor]:
+        """Rows of the step's draw that go with a micro-batch, and their slots; `spread.factor` is for their mean."""
+        rows, slots = self.spread.shown(state, batch, lambda: self.drawn(state, state.step_rows))
+        return rows, slots
 
     def drawn(self, state: TrainState, batch_size: int) -> tuple[Batch, Tensor]:
         """Stored rows, augmented anew and ready for the model, and the slots that they come from."""

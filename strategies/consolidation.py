@@ -31,6 +31,7 @@ from cl.hooks import Contract, Strategy
 from cl.state import Cost, TrainState, tensor_bytes
 from strategies._checks import require, require_count, require_number
 from strategies._consolidation_control import LEAST_WEIGHT, MOST_WEIGHT, Control, Forgetting
+from strategies._pooled import Spread
 
 
 class Consolidation(Strategy):
@@ -83,6 +84,7 @@ class Consolidation(Strategy):
         self.forgetting = Forgetting()
         self.ring, self.reservoir = Fifo(ring_capacity), Reservoir(long_capacity)
         self.has_left = False
+        self.spread = Spread()
 
     # which domains were left
 
@@ -111,23 +113,26 @@ class Consolidation(Strategy):
         return state.seeds.named(self.name)
 
     def num_replayed(self, batch_size: int) -> tuple[int, int]:
-        """Rows from the reservoir and from the ring beside a batch of this size."""
+        """Rows from the reservoir and from the ring beside so many rows of the stream."""
         wanted = round(batch_size * self.control.share) if self.has_left else 0
         num_long = math.ceil(wanted * self.control.long_frac)
         return min(num_long, len(self.reservoir)), min(wanted - num_long, len(self.ring))
 
     def on_batch(self, state: TrainState, batch: Batch) -> Batch:
-        sizes = self.num_replayed(batch.num_current)
-        if not any(sizes):
+        if not any(self.num_replayed(state.step_rows)):
             return batch
-        generator = self.generator(state)
+        (rows,) = self.spread.shown(state, batch, lambda: self._drawn(state))
+        return batch.extended(rows, Source.REPLAY, self.name, self.control.weight * self.spread.factor)
+
+    def _drawn(self, state: TrainState) -> tuple[Batch]:
+        """Rows of a step."""
+        sizes, generator = self.num_replayed(state.step_rows), self.generator(state)
         drawn = [
             buffer.rows(buffer.draw(size, generator))
             for buffer, size in zip((self.reservoir, self.ring), sizes, strict=True)
             if size
         ]
-        rows = state.prepare(Batch.cat(drawn), generator)
-        return batch.extended(rows, Source.REPLAY, self.name, self.control.weight)
+        return (state.prepare(Batch.cat(drawn), generator),)
 
     def on_step_end(self, state: TrainState, batch: Batch, output: Output) -> None:
         # the step that showed them, which has just been counted: whatever is drawn is from before

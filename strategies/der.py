@@ -30,7 +30,7 @@ class Der(Rehearsal):
 
     Args:
         capacity: rows stored, each with its logits.
-        replay_batch_size: rows drawn per step; None takes as many as the stream's batch has.
+        replay_batch_size: rows drawn per step; None takes as many as the step has of the stream.
         alpha: factor of the squared error; 0 draws nothing.
 
     Cost: replay_batch_size more rows forward and backward per step.
@@ -52,7 +52,7 @@ class Der(Rehearsal):
         self._stored_logits = None
         if self.alpha == 0 or len(self.buffer) == 0:
             return batch
-        rows, slots = self.drawn(state, batch.num_current)
+        rows, slots = self.shown(state, batch)
         self._stored_logits = self.buffer.take("logits", slots).to(state.device)
         # weight 0: these rows have no label loss, `penalty` reads their logits from the joint forward pass
         return batch.extended(rows, Source.REPLAY, self.name, weight=0.0)
@@ -61,11 +61,12 @@ class Der(Rehearsal):
         if state.world.size > 1:
             own = batch.parts[0]
             self._shares[state.micro_step] = (output.logits.detach()[own.rows], len(own) + own.elsewhere)
-        if self._stored_logits is None:
+        if self._stored_logits is None or len(self._stored_logits) == 0:
             return None
         part = next(part for part in batch.parts_of(self.name) if part.weight == 0)
         stored = self._stored_logits[state.world.shown(len(self._stored_logits))]
-        return self.alpha * part.share * F.mse_loss(output.logits[part.rows].float(), stored)
+        factor = self.alpha * self.spread.factor * part.share
+        return factor * F.mse_loss(output.logits[part.rows].float(), stored)
 
     def on_step_end(self, state: TrainState, batch: Batch, output: Output) -> None:
         logits = output.logits

@@ -13,6 +13,7 @@ from cl.core import Batch, Source
 from cl.hooks import Contract
 from cl.state import TrainState
 from strategies._checks import require_number
+from strategies._pooled import Spread
 from strategies.der import Der
 
 
@@ -21,7 +22,7 @@ class Derpp(Der):
 
     Args:
         capacity: rows stored, each with its logits.
-        replay_batch_size: rows of each of the two draws per step; None takes as many as the stream's batch has.
+        replay_batch_size: rows of each of the two draws per step; None takes as many as the step has of the stream.
         alpha: factor of the squared error; 0 skips its draw.
         beta: factor of the replayed rows' cross-entropy; 0 skips its draw.
 
@@ -37,13 +38,14 @@ class Derpp(Der):
         super().__init__(capacity, replay_batch_size, alpha)
         require_number(f"{self.name}.beta", beta)
         self.beta = beta
+        self.labelled = Spread()
 
     def on_batch(self, state: TrainState, batch: Batch) -> Batch:
         batch = super().on_batch(state, batch)
         if self.beta == 0 or len(self.buffer) == 0:
             return batch
-        rows, _ = self.drawn(state, batch.num_current)
-        return batch.extended(rows, Source.REPLAY, self.name, weight=self.beta)
+        rows, _ = self.labelled.shown(state, batch, lambda: self.drawn(state, state.step_rows))
+        return batch.extended(rows, Source.REPLAY, self.name, weight=self.beta * self.labelled.factor)
 
     def num_draws(self) -> int:
         return int(self.alpha > 0) + int(self.beta > 0)

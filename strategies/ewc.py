@@ -16,6 +16,7 @@ Differences: in the penalty of online EWC the paper and van de Ven multiply F by
 gamma times ours.
 Text: a row is a row of tokens and log p(y | x) the mean over them, as in the training loss. Were the gradients of T
 tokens independent, this F would be the Fisher information of a token divided by T.
+Masks: with `trainer.logit_mask=batch` p is shared out among the classes that the measured rows have, as in training.
 """
 
 from __future__ import annotations

@@ -29,6 +29,7 @@ from cl.core import Batch, Output, Setting, Source, Stream, UserError
 from cl.hooks import Contract, Strategy
 from cl.state import Cost, TrainState, tensor_bytes
 from strategies._checks import require, require_choice, require_count, require_number
+from strategies._pooled import Spread, is_last
 
 SELECTIONS = ("frequency", "freq_acc", "random")
 
@@ -86,6 +87,7 @@ class FrequencyReplay(Strategy):
         self.queue: list[int] = []
         self.num_seen = 0
         self.hits: dict[int, list[int]] = {}
+        self.spread = Spread()
 
     def check(self, stream: Stream) -> None:
         for experience in stream.experiences:
@@ -134,30 +136,34 @@ class FrequencyReplay(Strategy):
         return sum(len(self.store[c]) for c in self.replayed)
 
     def num_due(self, state: TrainState, batch_size: int) -> int:
-        """Rows to replay beside a batch, so that an epoch replays every one of them once."""
+        """Rows to replay beside so many of the stream, so that an epoch replays every one of them once."""
         if not self.replayed or state.data is None:
             return 0
         pool, rows = self._pool_size(), len(state.data)
         return pool * (self.num_seen + batch_size) // rows - pool * self.num_seen // rows
 
     def on_batch(self, state: TrainState, batch: Batch) -> Batch:
-        due = self.num_due(state, batch.num_current)
-        self.num_seen += batch.num_current
+        due = self.num_due(state, state.step_rows)
+        if is_last(state):
+            self.num_seen += state.step_rows
         if due == 0:
             return batch
+        (rows,) = self.spread.shown(state, batch, lambda: self._next(state, due))
+        # one mean of the current rows and these; parts of others are theirs
+        current, *others = batch.parts
+        both = state.step_rows + due
+        current = replace(current, weight=current.weight * state.step_rows / both)
+        lighter = replace(batch, parts=(current, *others))
+        return lighter.extended(rows, Source.REPLAY, self.name, due / both * self.spread.factor)
+
+    def _next(self, state: TrainState, due: int) -> tuple[Batch]:
+        """Rows of a step, in an order that is drawn anew each time all of them were there."""
         generator = self.generator(state)
         while len(self.queue) < due:
             self.queue += torch.randperm(self._pool_size(), generator=generator).tolist()
         index, self.queue = torch.tensor(self.queue[:due]), self.queue[due:]
         pool = Batch.cat([self.store[c] for c in self.replayed])
-        rows = state.prepare(pool[index.to(pool.targets.device)], generator)
-        mixed = batch.extended(rows, Source.REPLAY, self.name)
-        # one mean of the current rows and these; parts of others are theirs
-        current, *others, own = mixed.parts
-        both = len(current) + len(own)
-        current, own = (replace(part, weight=part.weight * len(part) / both) for part in (current, own))
-        mixed.parts = (current, *others, own)
-        return mixed
+        return (state.prepare(pool[index.to(pool.targets.device)], generator),)
 
     def on_step_end(self, state: TrainState, batch: Batch, output: Output) -> None:
         if self.select != "freq_acc":

@@ -93,6 +93,7 @@ class GenerativeKernel(Strategy):
         self.generator = Generator(self.name, hidden, latent, generator_lr)
         self.learnt: dict[int, list[int]] = {}
         """Classes of every task that was finished."""
+        self._core: Batch | None = None
 
     def check(self, stream: Stream) -> None:
         for experience in stream.experiences:
@@ -108,10 +109,11 @@ class GenerativeKernel(Strategy):
     # the classifier
 
     def on_batch(self, state: TrainState, batch: Batch) -> Batch:
-        mixed = batch.extended(self._own_rows(state, self._draws(state)), Source.CURRENT, self.name, weight=0.0)
-        first, *others = mixed.parts
-        mixed.parts = (replace(first, weight=0.0), *others)
-        return mixed
+        if state.micro_step == 0:
+            self._core = self._own_rows(state, self._draws(state))
+        first, *others = batch.parts
+        owned = replace(batch, parts=(replace(first, weight=0.0), *others))
+        return owned.extended(self._core, Source.CURRENT, self.name, weight=0.0)
 
     def penalty(self, state: TrainState, batch: Batch, output: Output) -> Tensor | None:
         core = batch.parts_of(self.name)[0].rows
@@ -213,7 +215,8 @@ class GenerativeKernel(Strategy):
     def cost(self, state: TrainState, batch_size: int) -> Cost:
         rows = 0
         if state.experience is not None and state.data is not None:
-            rows = min(self.coreset_size * len(state.experience.classes), len(state.data))
+            # the kernel needs them beside every micro-batch
+            rows = state.micro_steps * min(self.coreset_size * len(state.experience.classes), len(state.data))
         return Cost(rows, rows, self.generator.num_bytes)
 
     def state_dict(self) -> dict[str, Any]:

@@ -30,6 +30,7 @@ from cl.hooks import Contract, Strategy
 from cl.state import Cost, TrainState
 from strategies._backbone import Teacher, in_float
 from strategies._checks import require_choice, require_count, require_number
+from strategies._pooled import Spread
 from strategies._vae import Generator, generated, raw_of
 
 
@@ -37,7 +38,7 @@ class GenerativeReplay(Strategy):
     """Replay rows that an autoencoder makes.
 
     Args:
-        replay_batch_size: rows made per step; None takes as many as the stream's batch has.
+        replay_batch_size: rows made per step; None takes as many as the step has of the stream.
         weight: factor of their loss; 0 trains no autoencoder.
         labels: "hard" or "soft".
         weighting: "experience" or "equal".
@@ -65,7 +66,7 @@ class GenerativeReplay(Strategy):
         latent: int = 20,
         generator_lr: float = 0.001,
     ) -> None:
-        batch_size = "the batch size of the stream"
+        batch_size = "the rows that the step has of the stream"
         require_count("generative_replay.replay_batch_size", replay_batch_size, none_means=batch_size)
         require_number("generative_replay.weight", weight)
         require_choice("generative_replay.labels", labels, ("hard", "soft"))
@@ -79,8 +80,9 @@ class GenerativeReplay(Strategy):
         self.generator = Generator(self.name, hidden, latent, generator_lr)
         self.teacher = Teacher()
         self.old_outputs: dict[int, list[int]] = {}
+        self.spread = Spread()
         self._answers: Tensor | None = None
-        self._made: dict[int, Tensor] = {}
+        self._made: Tensor | None = None
 
     def check(self, stream: Stream) -> None:
         for experience in list(stream.experiences)[:-1]:
@@ -98,22 +100,24 @@ class GenerativeReplay(Strategy):
         self._answers = None
         if not self.teacher:
             return batch
+        rows, answers_BC = self.spread.shown(state, batch, lambda: self._drawn(state))
+        current_share, made_share = self._shares(state)
+        if self.labels == "soft" and len(rows):
+            self._answers = (answers_BC / self.temperature).softmax(1)
+        first, *others = batch.parts
+        scaled = replace(batch, parts=(replace(first, weight=current_share * first.weight), *others))
+        weight = made_share * self.weight * self.spread.factor if self.labels == "hard" else 0.0
+        return scaled.extended(rows, Source.REPLAY, self.name, weight)
+
+    def _drawn(self, state: TrainState) -> tuple[Batch, Tensor]:
+        """The made rows of a step, and the last model's logits."""
         draws = state.seeds.named(self.name)
-        raw = self.generator.rows(self.replay_batch_size or batch.num_current, draws, state.device)
-        self._made[state.micro_step] = raw
+        raw = self._made = self.generator.rows(self.replay_batch_size or state.step_rows, draws, state.device)
         unknown = torch.zeros(len(raw), dtype=torch.int64, device=raw.device)
         rows = state.prepare(generated(raw, unknown, self._heads(state, raw)), draws)
         answers_BC = self._old_answers(state, rows)
         rows.targets = answers_BC.argmax(1)
-        current_share, made_share = self._shares(state)
-        if self.labels == "soft":
-            self._answers = (answers_BC / self.temperature).softmax(1)
-        mixed = batch.extended(
-            rows, Source.REPLAY, self.name, made_share * self.weight if self.labels == "hard" else 0.0
-        )
-        first, *others = mixed.parts
-        mixed.parts = (replace(first, weight=current_share * first.weight), *others)
-        return mixed
+        return rows, answers_BC
 
     def _heads(self, state: TrainState, raw: Tensor) -> Tensor | None:
         """An old head for every made row, where there are several."""
@@ -144,17 +148,18 @@ class GenerativeReplay(Strategy):
         # over all outputs, so that made rows also say what they are not: one of the new classes
         log_share_BC = (in_float(output.logits[rows]) / self.temperature).log_softmax(1)
         soft_B = -(self._answers * log_share_BC).sum(1)
-        return self.weight * self._shares(state)[1] * self.temperature**2 * soft_B.mean()
+        factor = self.weight * self._shares(state)[1] * self.spread.factor
+        return factor * self.temperature**2 * soft_B.mean()
 
     def on_step_end(self, state: TrainState, batch: Batch, output: Output) -> None:
         if self.weight == 0:
             return
         share, made_share = self._shares(state)
         loss = self._bound(state, raw_of(batch))
-        if self._made:
-            loss = share * loss + made_share * self._bound(state, torch.cat(list(self._made.values())))
+        if self._made is not None:
+            loss = share * loss + made_share * self._bound(state, self._made)
         self.generator.update(loss)
-        self._made = {}
+        self._made = None
 
     def _bound(self, state: TrainState, raw: Tensor) -> Tensor:
         """Mean negative evidence bound of stored rows."""

@@ -38,7 +38,7 @@ class ILora(LoraStrategy, Rehearsal):
 
     Args:
         capacity: rows stored.
-        replay_batch_size: stored rows per step; None takes as many as the stream's batch has.
+        replay_batch_size: stored rows per step; None takes as many as the step has of the stream.
         weight: of the stored rows' label loss.
         gamma: of the squared distance to the slow adapter's states.
         ema_decay: a, once the run is long enough.
@@ -91,12 +91,12 @@ class ILora(LoraStrategy, Rehearsal):
         return 0 if self.is_off or is_first else self.num_drawn(batch_size)
 
     def on_batch(self, state: TrainState, batch: Batch) -> Batch:
-        if self._num_rows(state, batch.num_current) == 0:
+        if self._num_rows(state, state.step_rows) == 0:
             return batch
-        rows, _ = self.drawn(state, batch.num_current)
+        rows, _ = self.shown(state, batch)
         share = 1 / (1 + self.weight)
         scaled = replace(batch, parts=tuple(replace(part, weight=part.weight * share) for part in batch.parts))
-        return scaled.extended(rows, Source.REPLAY, self.name, self.weight * share)
+        return scaled.extended(rows, Source.REPLAY, self.name, self.weight * share * self.spread.factor)
 
     def penalty(self, state: TrainState, batch: Batch, output: Output) -> Tensor | None:
         parts = batch.parts_of(self.name)
@@ -111,7 +111,7 @@ class ILora(LoraStrategy, Rehearsal):
             slow_BTD = torch.maximum(slow_BTD, fast_BTD.detach())
         apart = (fast_BTD - slow_BTD)[rows.targets != IGNORED].square()
         # no mean over nothing, where no token of these rows is to be learnt
-        return self.gamma * apart.sum() / max(1, apart.numel())
+        return self.gamma * self.spread.factor * apart.sum() / max(1, apart.numel())
 
     def _answer(self, state: TrainState, rows: Batch) -> Output:
         output: Output = functional_call(state.model, self.slow, (rows,))

@@ -39,6 +39,7 @@ from cl.hooks import Contract, Strategy
 from cl.state import Cost, TrainState, tensor_bytes
 from strategies._checks import require, require_count
 from strategies._modes import evaluation_mode
+from strategies._pooled import Spread
 from strategies._quadratic import Vectors, copied, snapshot
 
 COLUMNS = ("inputs", "targets", "experience_id", "sample_ids")
@@ -49,7 +50,7 @@ class Icarl(Strategy):
 
     Args:
         capacity: paper's K, exemplars of all classes together.
-        replay_batch_size: exemplars beside a batch; None takes as many as the union of rows and exemplars would have.
+        replay_batch_size: exemplars per step; None takes as many as the union of rows and exemplars would have.
 
     Raises:
         UserError: fewer exemplars than classes, experiences that do not say which classes they bring, or a backbone
@@ -74,6 +75,7 @@ class Icarl(Strategy):
         self.capacity, self.replay_batch_size = capacity, replay_batch_size
         self.exemplars: dict[int, Vectors] = {}
         self.teacher: Vectors = {}
+        self.spread = Spread()
         self._pool: Batch | None = None
         self._means: tuple[int, Tensor] | None = None
 
@@ -102,7 +104,7 @@ class Icarl(Strategy):
             )
 
     def num_drawn(self, state: TrainState, batch_size: int) -> int:
-        """Exemplars beside a batch of this size."""
+        """Exemplars beside so many rows of the stream."""
         kept = sum(len(columns["targets"]) for columns in self.exemplars.values())
         if kept == 0:
             return 0
@@ -112,12 +114,16 @@ class Icarl(Strategy):
     def on_batch(self, state: TrainState, batch: Batch) -> Batch:
         # the strategy owns the loss of the stream's rows too
         owned = replace(batch, parts=(replace(batch.parts[0], weight=0.0), *batch.parts[1:]))
-        size = self.num_drawn(state, batch.num_current)
-        if size == 0:
+        if self.num_drawn(state, state.step_rows) == 0:
             return owned
+        (rows,) = self.spread.shown(state, batch, lambda: self._drawn(state))
+        return owned.extended(rows, Source.REPLAY, self.name, weight=0.0)
+
+    def _drawn(self, state: TrainState) -> tuple[Batch]:
+        """Exemplars of a step."""
         generator, pool = state.seeds.named(self.name), self._all()
-        rows = pool[draw_without_replacement(len(pool), size, generator)]
-        return owned.extended(state.prepare(rows, generator), Source.REPLAY, self.name, weight=0.0)
+        index = draw_without_replacement(len(pool), self.num_drawn(state, state.step_rows), generator)
+        return (state.prepare(pool[index], generator),)
 
     def penalty(self, state: TrainState, batch: Batch, output: Output) -> Tensor:
         parts = [batch.parts[0], *batch.parts_of(self.name)]
@@ -125,7 +131,9 @@ class Icarl(Strategy):
         logits_BC = torch.cat([output.logits[part.rows] for part in parts]).float()
         seen = sorted(state.classes_seen)
         targets_BC = self._targets(state, rows, logits_BC)
-        return F.binary_cross_entropy_with_logits(logits_BC[:, seen], targets_BC[:, seen])
+        num_rows = state.step_rows + self.num_drawn(state, state.step_rows)
+        factor = len(rows) / num_rows / state.share
+        return factor * F.binary_cross_entropy_with_logits(logits_BC[:, seen], targets_BC[:, seen])
 
     def _targets(self, state: TrainState, rows: Batch, like: Tensor) -> Tensor:
         """What every output should say: labels for classes of the experience, the old model's outputs for others."""

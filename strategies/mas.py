@@ -5,7 +5,8 @@
 
 Source: Aljundi et al., "Memory Aware Synapses: Learning what (not) to forget", ECCV 2018.
 Differences: `convention="avalanche"` is training/plugins/mas.py: the gradient of the batch's mean, and
-Omega <- mix * Omega + (1 - mix) * new in place of the sum.
+Omega <- mix * Omega + (1 - mix) * new in place of the sum. f(x) are all outputs, also under `trainer.logit_mask=batch`:
+they are what the method holds, and not a likelihood.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ class Mas(DataImportance):
     def on_experience_end(self, state: TrainState) -> None:
         if self.strength == 0:
             return
-        importance = self.measured(state, squared_length, torch.abs)
+        importance = self.measured(state, squared_length, torch.abs, is_likelihood=False)
         for name, old in self.importance.items():
             new = importance[name]
             importance[name] = old + new if self.convention == "per_row" else self.mix * old + (1 - self.mix) * new

@@ -102,6 +102,10 @@ class RecallMerge(Strategy):
             state.note(f"{name}_own", float(weights[name][-1]))
         _write(state.model, self._merged(state, layers, weights))
 
+    @property
+    def seals(self) -> str:
+        return "merged the models"
+
     def _typical(self, state: TrainState) -> Batch:
         """Rows of the new experience that are nearest to the centres of its last hidden layer."""
         draws = state.seeds.named(self.name)

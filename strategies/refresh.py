@@ -21,9 +21,10 @@ paper's step is preconditioned Langevin dynamics, the code's has the same relati
 is a thousand times smaller than the drift; the code weighs the Fisher information by p, and with its decay of 1e-5
 keeps that of the last experience only. The code also trains with a weight decay of 1e-4 that its baseline lacks; give
 `optimizer.weight_decay` to both.
-Differences from the code: its Fisher information is taken in training mode, ours in evaluation mode. Parameters without
-a gradient (heads of other tasks) stay as they are; the code would move them by their noise. Under gradient accumulation
-the rows of the first micro-batch are unlearnt, once per step, so that all micro-batches see the same weights.
+Differences from the code: its Fisher information is taken in training mode, ours in evaluation mode, and under
+`trainer.logit_mask=batch` over the classes that the measured rows have. Parameters without a gradient (heads of other
+tasks) stay as they are; the code would move them by their noise. Under gradient accumulation the rows of the first
+micro-batch are unlearnt, once per step, so that all micro-batches see the same weights.
 """
 
 from __future__ import annotations
@@ -76,6 +77,7 @@ class Refresh(Strategy):
         zero={"delta": 0.0, "noise": 0.0},
         why_not_better="it moves weights by a hundred-thousandth; on MNIST no gain was measured",
         acts_at_once=True,
+        why_not_cut="it unlearns the rows of the first micro-batch",
     )
 
     def __init__(

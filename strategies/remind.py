@@ -108,7 +108,9 @@ class Remind(Rehearsal):
         self.class_decay, self.class_decay_every = class_decay, class_decay_every
         self.maps: MapQuantiser | None = None
         self.num_streamed: dict[int, int] = {}
-        self._replayed: tuple[Batch, Tensor, float] | None = None
+        self._replayed: tuple[Batch, Tensor] | None = None
+        self._kept_frac = 1.0
+        """Of the first of two rows that are mixed."""
         self._labels: list[int] = []
         """Of the running step's rows, from all its micro-batches so far."""
 
@@ -184,19 +186,28 @@ class Remind(Rehearsal):
         self._labels += batch.current().targets.tolist()
         for module in self._early_modules(state):
             module.eval()
-        generator = self.generator(state)
-        num = self.num_drawn(batch.num_current)
-        rows = self._stored(self.buffer.draw(num, generator), state, generator)
-        other, share = rows.targets, 1.0
-        if self.mixup > 0:
-            second = self._stored(self.buffer.draw(num, generator), state, generator)
-            share = beta(self.mixup, generator)
-            rows.inputs = share * rows.inputs + (1 - share) * second.inputs
-            other = second.targets
-        self._replayed = rows, other, share
+        rows, other = self.spread.shown(state, batch, lambda: self._mixed(state))
+        if len(rows):
+            self._replayed = rows, other
         first, *others = batch.parts
-        mean = first.weight * len(first) / (len(first) + num)
+        mean = first.weight * (1 - self._part(state))
         return replace(batch, parts=(replace(first, weight=mean), *others))
+
+    def _mixed(self, state: TrainState) -> tuple[Batch, Tensor]:
+        """Stored rows of a step, two by two with mixup, and the labels that were mixed in."""
+        generator, num = self.generator(state), self.num_drawn(state.step_rows)
+        rows, self._kept_frac = self._stored(self.buffer.draw(num, generator), state, generator), 1.0
+        if self.mixup == 0:
+            return rows, rows.targets
+        second = self._stored(self.buffer.draw(num, generator), state, generator)
+        share = self._kept_frac = beta(self.mixup, generator)
+        rows.inputs = share * rows.inputs + (1 - share) * second.inputs
+        return rows, second.targets
+
+    def _part(self, state: TrainState) -> float:
+        """Share of the stored rows among all of a step."""
+        num = self.num_drawn(state.step_rows)
+        return num / (num + state.step_rows)
 
     def _stored(self, slots: Tensor, state: TrainState, generator: torch.Generator) -> Batch:
         """Stored rows, decoded to what F reads."""
@@ -209,12 +220,12 @@ class Remind(Rehearsal):
     def penalty(self, state: TrainState, batch: Batch, output: Output) -> Tensor | None:
         if self._replayed is None:
             return None
-        rows, other, share = self._replayed
+        (rows, other), share = self._replayed, self._kept_frac
         late = state.forward(rows, partial(self._backbone(state), start=self._cut(state)))
         loss = state.label_loss(late, rows)
         if share < 1:
             loss = share * loss + (1 - share) * state.label_loss(late, replace(rows, targets=other))
-        return loss * len(rows) / (len(rows) + batch.num_current)
+        return loss * self._part(state) * self.spread.factor
 
     def on_gradients(self, state: TrainState) -> None:
         if self.maps is None:

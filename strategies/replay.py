@@ -28,7 +28,7 @@ class Replay(Rehearsal):
 
     Args:
         capacity: rows stored.
-        replay_batch_size: rows replayed per step; None takes as many as the stream's batch has.
+        replay_batch_size: rows replayed per step; None takes as many as the step has of the stream.
         weight: factor of the replayed rows' loss; 0 replays nothing.
         policy: which rows stay: reservoir, class_balanced, experience_balanced, ring, fifo.
         update: "step" inserts after every step, "experience_end" once from the whole experience.
@@ -66,11 +66,12 @@ class Replay(Rehearsal):
     def on_batch(self, state: TrainState, batch: Batch) -> Batch:
         if self.weight == 0 or len(self.buffer) == 0:
             return batch
-        rows, _ = self.drawn(state, batch.num_current)
-        if self.average == "source":
-            return batch.extended(rows, Source.REPLAY, self.name, self.weight)
-        share = row_share(batch, len(rows), batch.num_current)
-        return lighter(batch, share).extended(rows, Source.REPLAY, self.name, self.weight * share)
+        rows, _ = self.shown(state, batch)
+        weight = self.weight * self.spread.factor
+        if self.average == "row":
+            share = row_share(batch, self.num_drawn(state.step_rows), state.step_rows)
+            batch, weight = lighter(batch, share), weight * share
+        return batch.extended(rows, Source.REPLAY, self.name, weight)
 
     def on_step_end(self, state: TrainState, batch: Batch, output: Output) -> None:
         if self.update == "step":

@@ -21,7 +21,6 @@ Shape legend: B rows, C outputs of one head, F width of the last hidden layer.
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -33,6 +32,7 @@ from cl.hooks import Contract
 from cl.state import Cost, TrainState
 from strategies._backbone import Teacher, in_float
 from strategies._checks import require_choice, require_number
+from strategies._pooled import lighter
 from strategies.replay import Replay
 
 ROWS = ("none", "replayed", "all")
@@ -43,7 +43,7 @@ class ReplayDistillation(Replay):
 
     Args:
         capacity: rows stored; filled at the end of every experience, the same number of each class.
-        replay_batch_size: rows replayed per step; None takes as many as the stream's batch has.
+        replay_batch_size: rows replayed per step; None takes as many as the step has of the stream.
         features: rows whose features are distilled: none, replayed or all.
         predictions: rows whose predictions are distilled: none, replayed or all.
         temperature: paper's tau.
@@ -91,34 +91,34 @@ class ReplayDistillation(Replay):
                 )
 
     def on_batch(self, state: TrainState, batch: Batch) -> Batch:
-        mixed = super().on_batch(state, batch)
-        share = 1 - self._taken_from_labels(state, mixed)
-        mixed.parts = tuple(replace(part, weight=share * part.weight) for part in mixed.parts)
-        return mixed
+        return lighter(super().on_batch(state, batch), self._taken_from_labels(state))
 
     def penalty(self, state: TrainState, batch: Batch, output: Output) -> Tensor | None:
         if not self.teacher:
             return None
         rows = self._rows(batch)
+        if len(rows) == 0:
+            return None
         num_stored = sum(map(len, batch.parts_of(self.name)))
         old = self.teacher(state, batch[rows])
         terms = []
-        for what, function, share in (
-            (self.features, self._feature_distance, self._share(self.features, state, batch)),
-            (self.predictions, self._divergence, self._share(self.predictions, state, batch)),
-        ):
-            if what != "none":
+        for what, function in ((self.features, self._feature_distance), (self.predictions, self._divergence)):
+            if what == "all" or (what == "replayed" and num_stored):
                 # stored rows come last
                 some = slice(len(rows) - num_stored, None) if what == "replayed" else slice(None)
-                terms.append(share * function(output, old, rows, some))
+                factor = self.spread.factor if what == "replayed" else self._part_of_all(state, batch, num_stored)
+                terms.append(self._share(what, state) * factor * function(output, old, rows, some))
         return sum(terms[1:], start=terms[0]) if terms else None
+
+    def _part_of_all(self, state: TrainState, batch: Batch, num_stored: int) -> float:
+        """What a mean over the rows of a micro-batch counts in that over all rows of the step."""
+        return (batch.num_current + num_stored) / (state.step_rows + self.num_drawn(state.step_rows)) / state.share
 
     def _rows(self, batch: Batch) -> Tensor:
         """Numbers of the rows that the teacher sees, the stored ones last."""
         pieces = [torch.arange(part.start, part.stop) for part in batch.parts_of(self.name)]
-        if "all" in (self.features, self.predictions):
-            pieces.insert(0, torch.arange(batch.num_current))
-        return torch.cat(pieces).to(batch.inputs.device)
+        is_all = "all" in (self.features, self.predictions)
+        return torch.cat([torch.arange(batch.num_current if is_all else 0), *pieces]).to(batch.inputs.device)
 
     def _feature_distance(self, new: Output, old: Output, rows: Tensor, some: slice) -> Tensor:
         return F.mse_loss(in_float(new.hidden[rows][some]), in_float(old.hidden[some]))
@@ -133,17 +133,17 @@ class ReplayDistillation(Replay):
 
     # the factors a and k
 
-    def _share(self, rows: str, state: TrainState, batch: Batch) -> float:
+    def _share(self, rows: str, state: TrainState) -> float:
         if rows == "none" or not self.teacher:
             return 0.0
         if rows == "all":
             return self.strength * math.log1p(len(self.old_outputs) / len(state.classes_seen))
-        num_stored = sum(map(len, batch.parts_of(self.name)))
-        return self.strength * math.sqrt(num_stored / (batch.num_current + num_stored))
+        num_stored = self.num_drawn(state.step_rows)
+        return self.strength * math.sqrt(num_stored / (state.step_rows + num_stored))
 
-    def _taken_from_labels(self, state: TrainState, batch: Batch) -> float:
+    def _taken_from_labels(self, state: TrainState) -> float:
         """What the label loss gives up: a where features are distilled, k where only predictions are."""
-        return self._share(self.features if self.features != "none" else self.predictions, state, batch)
+        return self._share(self.features if self.features != "none" else self.predictions, state)
 
     def on_experience_end(self, state: TrainState) -> None:
         super().on_experience_end(state)

@@ -193,6 +193,10 @@ class Rmn(Strategy):
         used = sum(int(frozen.sum()) for frozen in net.frozen())
         state.note("rmn_used", used / sum(weight.numel() for weight in net.weights()))
 
+    @property
+    def seals(self) -> str:
+        return "froze the map" if self.boundaries == "given" else ""
+
     # prediction
 
     def eval_forward(self, state: TrainState, batch: Batch) -> Output | None:

@@ -46,6 +46,7 @@ from strategies._backbone import in_float, require_backbone
 from strategies._checks import require, require_count, require_number
 from strategies._contrastive import global_labels, supervised_contrastive
 from strategies._modes import evaluation_mode
+from strategies._pooled import Spread
 from strategies._sparse_units import SparseUnits, as_weights, layers_of
 
 NEEDS = "stages of one layer each"
@@ -65,7 +66,7 @@ class Sharp(Strategy):
             one.
         num_recent: paper's stm_num_tasks; last experiences that are replayed, and whose late units are not frozen.
         stored_rows: activations kept for each class of these experiences, and representations for each class seen.
-        replay_batch_size: rows replayed per step; None takes as many as the stream's batch has.
+        replay_batch_size: rows replayed per step; None takes as many as the step has of the stream.
         num_neighbours: that vote.
 
     Cost: replay_batch_size more rows forward and backward per step, from the second experience on, through the late
@@ -77,6 +78,7 @@ class Sharp(Strategy):
     contract = Contract(
         toy={"phase_epochs": 1, "prune": 0.2},
         why_not_zero="its network is sparse and its classifier another one, whatever the arguments are",
+        why_not_cut="its contrastive loss compares the rows of a micro-batch with each other",
         forgets_less_by=0.1,
     )
 
@@ -96,7 +98,9 @@ class Sharp(Strategy):
         counts = {"phase_epochs": phase_epochs, "max_phases": max_phases, "num_recent": num_recent}
         for name, count in (counts | {"stored_rows": stored_rows, "num_neighbours": num_neighbours}).items():
             require_count(f"sharp.{name}", count)
-        require_count("sharp.replay_batch_size", replay_batch_size, none_means="the batch size of the stream")
+        require_count(
+            "sharp.replay_batch_size", replay_batch_size, none_means="the rows that the step has of the stream"
+        )
         for name, share in (("prune", prune), ("floor", floor)):
             require_number(f"sharp.{name}", share)
             require(share < 1 or (name == "floor" and share == 1), f"sharp.{name}", share, "between 0 and 1")
@@ -113,6 +117,7 @@ class Sharp(Strategy):
         """By class: `vectors` (N, F) and `mask` (F,)."""
         self.phase = [-1, -1]
         """Experience and phase that the network was last rewired for."""
+        self.spread = Spread()
         self._replayed: Batch | None = None
         self._holding: list[tuple[Tensor, Tensor]] | None = None
 
@@ -175,7 +180,11 @@ class Sharp(Strategy):
         if state.micro_step == 0 and self._phase(state) != self.phase:
             self.phase = self._phase(state)
             self._rewire(state)
-        self._replayed = self._drawn(state, self.replay_batch_size or batch.num_current) if self.recent else None
+        self._replayed = None
+        if self.recent:
+            size = self.replay_batch_size or state.step_rows
+            (rows,) = self.spread.shown(state, batch, lambda: (self._drawn(state, size),))
+            self._replayed = rows if len(rows) else None
         first, *others = batch.parts
         return replace(batch, parts=(replace(first, weight=0.0), *others))
 
@@ -188,7 +197,9 @@ class Sharp(Strategy):
             some = drawn(len(codes["codes"]), num, self._draws(state)).to(state.device)
             pieces.append(dequantised(codes | {"codes": codes["codes"][some]}))
             labels += [label] * num
-        return self._as_batch(state, torch.cat(pieces), torch.tensor(labels, device=state.device))
+        # one of each class after the other, so that every part of a step has rows of all
+        turn = torch.cat([torch.arange(len(piece)) for piece in pieces]).argsort(stable=True).to(state.device)
+        return self._as_batch(state, torch.cat(pieces)[turn], torch.tensor(labels, device=state.device)[turn])
 
     def _as_batch(self, state: TrainState, activations: Tensor, labels: Tensor) -> Batch:
         """Activations of known classes as rows that start in the late stages."""

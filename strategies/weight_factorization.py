@@ -128,6 +128,10 @@ class WeightFactorization(Strategy):
             _write(weights, centralised(weights, [own], self.alpha))
         state.note("factors_norm", float(torch.stack([(up @ down).norm() for up, down in own.values()]).norm()))
 
+    @property
+    def seals(self) -> str:
+        return "merged the factors"
+
     def cost(self, state: TrainState, batch_size: int) -> Cost:
         return Cost(buffer_bytes=tensor_bytes(self.state_dict()))
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from rich.console import Console
 
-from cl.branch import as_new_run
+from cl.branch import as_new_run, reopened
 from cl.checkpoint import load_latest, load_start, save
 from cl.cli import build
 from cl.cli.compose import composed, import_from_here, plain
@@ -87,6 +87,22 @@ class Origin:
         if experience == len(steps):
             experience, steps_done = experience - 1, self.steps[-1]
         return schedule(*span.at(experience, steps_done))
+
+    def reopened(self) -> dict[str, Any]:
+        """The checkpoint, inside the experience that it stands in or behind.
+
+        Raises:
+            UserError: no step was taken yet, or a strategy cannot go on with an experience that has ended.
+        """
+        payload = reopened(self.payload, self.steps)
+        for strategy in self.strategies:
+            if payload["position"] != self.payload["position"] and strategy.seals:
+                raise UserError(
+                    f"{strategy.name} {strategy.seals} when experience {payload['position'][0]} ended, at step "
+                    f"{self.step} of {self.run_dir}, and cannot train on it any longer; start a longer run, or go on "
+                    "from one that stands inside an experience"
+                )
+        return payload
 
     def closing(self) -> list[str]:
         """Strategies that act at the end of an experience, where the run stands at one."""

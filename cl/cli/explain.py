@@ -13,7 +13,7 @@ STEPS steps instead; `figure=FILE.png` draws what it finds.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any
 
@@ -75,14 +75,10 @@ class Head(Strategy):
         self.seen, self.strategies = seen, strategies
 
     def on_batch(self, state: TrainState, batch: Batch) -> Batch:
-        if state.step == self.seen.at:
-            if state.micro_step == 0:
-                self._start = Cost(state.spent.forwards, state.spent.backwards)
-            rows = Cost(len(batch), len(batch))
-            now = sum((s.cost(state, len(batch)) for s in self.strategies), start=rows)
-            # what is kept is kept once
-            before = replace(self.seen.declared, buffer_bytes=0)
-            self.seen.declared = before + now
+        if state.step == self.seen.at and state.micro_step == 0:
+            self._start = Cost(state.spent.forwards, state.spent.backwards)
+            rows = Cost(state.step_rows, state.step_rows)
+            self.seen.declared = sum((s.cost(state, state.step_rows) for s in self.strategies), start=rows)
         return batch
 
     def on_gradients(self, state: TrainState) -> None:

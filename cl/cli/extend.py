@@ -9,14 +9,15 @@ The new budget counts for the experience that the run stands in (the last one, w
 what is behind it stays. Data order, optimizer and strategies go on as if nothing had happened. So does the schedule: it
 keeps the length that it was planned for, waits where a longer experience was to end and stays where all of it ends, so
 that no learning rate rises unasked. With stretch=true it is the schedule of the longer run, and the rate may jump; the
-command says from what to what. A new schedule is `cl rewarm`, the same plan `cl resume`.
+command says from what to what. A strategy that had merged what the last experience learnt, or closed it otherwise for
+good, is refused. A new schedule is `cl rewarm`, the same plan `cl resume`.
 """
 
 from __future__ import annotations
 
 from rich.console import Console
 
-from cl.branch import longer, reopened
+from cl.branch import longer
 from cl.cli.branch import BUDGETS, budget_in, options, origin_of, start, tell
 from cl.cli.run import run_with_progress
 from cl.core import UserError
@@ -44,7 +45,7 @@ def main(words: list[str]) -> int:
             "nothing; stretch it with stretch=true, or give a new one with `cl rewarm`"
         )
     console = Console(markup=False)
-    payload = reopened(origin.payload, origin.steps) if origin.is_over else origin.payload
+    payload = origin.reopened() if origin.is_over else origin.payload
     run_dir = start(origin, config, payload, found.get("out"), "extend")
     tell(console, f"{origin.run_dir} goes on from step {origin.step} to {sum(steps)} in {run_dir}")
     how = "is stretched over the longer run" if stretch else f"keeps the {sum(kept)} steps it was planned for"

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from rich.console import Console
 
-from cl.branch import reopened
 from cl.cli.branch import options, origin_of, start, tell
 from cl.cli.run import run_with_progress
 from cl.core import UserError
@@ -32,7 +31,7 @@ def main(words: list[str]) -> int:
     if isinstance(final, bool) or not isinstance(final, int | float) or not 0 < final <= 1:
         raise UserError(f"final is {final!r}; it must be a number above 0, up to 1")
     origin = origin_of(folder)
-    payload = reopened(origin.payload, origin.steps)
+    payload = origin.reopened()
     experience, steps_done = payload["position"]
     steps = steps or max(1, round(SHARE * origin.step))
     rate = origin.factor(origin.config, origin.steps)

@@ -19,7 +19,7 @@ from typing import Any
 
 from rich.console import Console
 
-from cl.branch import longer, reopened
+from cl.branch import longer
 from cl.cli.branch import BUDGETS, SEARCHPATH, Origin, budget_in, changed, options, origin_of, start, tell
 from cl.cli.run import run_with_progress
 from cl.core import UserError
@@ -49,7 +49,7 @@ def main(words: list[str]) -> int:
     if budget_in(found):
         steps = longer(steps, origin.wanted(budget_in(found)), payload["position"])
         config["trainer"] |= {"epochs": None, "max_tokens": None, "max_steps": steps}
-        payload = reopened(payload, origin.steps) if origin.is_over else payload
+        payload = origin.reopened() if origin.is_over else payload
     elif origin.is_over:
         raise UserError(
             f"{origin.run_dir} is done: say what to train on, another stream (stream=NAME) or a larger budget of the "

@@ -112,13 +112,15 @@ class Batch:
         return [part for part in self.parts if part.owner == owner]
 
     def extended(self, rows: Batch, source: Source, owner: str, weight: float = 1.0) -> Batch:
-        """This batch followed by `rows`, tagged with their origin; neither operand changes.
+        """This batch followed by `rows`, tagged with their origin; neither operand changes. No rows make no part.
 
         Example:
             >>> one = Batch(torch.zeros(2, 3), torch.zeros(2), torch.zeros(2), torch.arange(2))
             >>> [len(p) for p in one.extended(one, Source.REPLAY, "replay").parts]
             [2, 2]
         """
+        if len(rows) == 0:
+            return self
         both = Batch.cat((self, rows))
         both.parts = (*self.parts, Part(len(self), len(both), source, owner, weight))
         return both

@@ -163,6 +163,7 @@ class OurPlugin(SupervisedPlugin):
     def before_forward(self, template: Any, **kwargs: Any) -> None:
         batch = _rows(template, self.state)
         self.state.tokens += batch.targets.numel()
+        self.state.step_rows = len(batch)
         for strategy in self.hooked("on_batch"):
             batch = strategy.on_batch(self.state, batch)
         self.batch = batch

@@ -239,10 +239,27 @@ class StrategyContract:
 
     # where it works, and what it is good for
 
-    def test_works_under_gradient_accumulation(self, setting: Setting) -> None:
-        run = self.train(setting, batch_size=BATCH_SIZE // 2, accumulation=2, epochs=1)
-        assert run.result.status == "done"
-        assert all(tensor.isfinite().all() for tensor in run.weights.values())
+    def test_a_step_is_the_same_however_it_is_cut(self, setting: Setting) -> None:
+        """Gradient accumulation saves memory and changes nothing; a replay batch of 10 rows cannot be cut evenly."""
+        is_told = "replay_batch_size" in inspect.signature(self.strategy).parameters
+        given = {"replay_batch_size": 10} if is_told else {}
+        whole, cut = (
+            self.train(
+                setting,
+                [self.make(**given)],
+                batch_size=BATCH_SIZE // pieces,
+                accumulation=pieces,
+                epochs=None,
+                max_steps=4,
+            )
+            for pieces in (1, 4)
+        )
+        assert cut.result.status == "done"
+        assert all(tensor.isfinite().all() for tensor in cut.weights.values())
+        if not self.strategy.contract.why_not_cut:
+            assert cut.losses == pytest.approx(whole.losses, rel=1e-4, abs=0), (
+                "rows are drawn, and means taken, for the whole step; or say contract.why_not_cut"
+            )
 
     def test_works_under_half_precision(self, setting: Setting) -> None:
         for precision in ("bf16", "fp16"):

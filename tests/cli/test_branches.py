@@ -115,6 +115,22 @@ def test_what_a_projection_holds_stays_held_when_the_run_is_extended(strategy: s
         assert whole.abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("strategy", ["rmn", "weight_factorization", "recall_merge"])
+def test_what_was_merged_for_good_is_not_trained_on(strategy: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """rmn took steps that changed nothing, and weight_factorization went on as naive training, without a word."""
+    words = ("tracking=none", "debug=tiny", "limit_experiences=2", f"strategy={strategy}", "trainer.max_steps=2")
+    assert main(("run", *words, "trainer.checkpoint_every=1", "hydra.run.dir=short")) == 0
+    for verb, options in {"extend": ["trainer.max_steps=4"], "fork_anneal": ["steps=2"]}.items():
+        capsys.readouterr()
+        assert main((verb, "short", *options, "out=more")) == 2
+        told = " ".join(capsys.readouterr().err.split())
+        assert f"{strategy} " in told
+        assert "when experience 1 ended, at step 4 of short, and cannot train on it any longer" in told
+        assert not Path("more").exists()
+    stopped("half", "short", 3)
+    assert main(("extend", "half", "trainer.max_steps=4", "out=more")) == 0
+
+
 def test_a_run_that_was_stopped_is_extended_from_where_it_stands(done: Path) -> None:
     stopped("half", str(done), 35)
     assert main(("extend", "half", "trainer.max_steps=25", "out=more")) == 0

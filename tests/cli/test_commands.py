@@ -151,8 +151,8 @@ def test_explain_adds_up_the_micro_batches_of_a_step(capsys: pytest.CaptureFixtu
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]
     (current,) = [row for row in rows if row[:1] == ["current"]]
     (replayed,) = [row for row in rows if row[:2] == ["replay", "replay"] and len(row) == 4]
-    assert [int(current[-2]), int(replayed[-2])] == [4 * 64, 4 * 16] and current[-1] == replayed[-1] == "1"
-    assert ["forwards", "320", "320"] in rows and ["backwards", "320", "320"] in rows
+    assert [int(current[-2]), int(replayed[-2])] == [4 * 64, 16] and current[-1] == replayed[-1] == "1"
+    assert ["forwards", "272", "272"] in rows and ["backwards", "272", "272"] in rows
 
 
 def test_doctor_finds_this_machine_healthy(capsys: pytest.CaptureFixture[str]) -> None:

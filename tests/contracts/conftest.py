@@ -17,7 +17,7 @@ ONCE = (
     "test_same_seed_same_run",
     "test_resumes_exactly",
     "test_penalty_may_be_asked_twice",
-    "test_works_under_gradient_accumulation",
+    "test_a_step_is_the_same_however_it_is_cut",
     "test_leaves_modes_hooks_and_requires_grad_as_found",
     "test_first_step_is_naive",
     "test_runs_under_half_precision",

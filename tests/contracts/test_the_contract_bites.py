@@ -11,6 +11,7 @@ from cl.core import Batch, Setting, Source
 from cl.hooks import Contract, Strategy
 from cl.state import Cost, tensor_bytes
 from cl.testing import StrategyContract
+from strategies._pooled import added
 
 DIL = Setting.DOMAIN_INCREMENTAL
 
@@ -27,9 +28,11 @@ class Good(Strategy):
     def on_batch(self, state, batch):
         if not self._extra():
             return batch
+        return added(state, batch, self.size, lambda: self.drawn(state), Source.REPLAY, self.name, weight=1.0)
+
+    def drawn(self, state):
         generator = state.seeds.named(self.name)
-        rows = self.buffer.rows(self.buffer.draw(self.size, generator))
-        return batch.extended(state.prepare(rows), Source.REPLAY, self.name)
+        return state.prepare(self.buffer.rows(self.buffer.draw(self.size, generator)))
 
     def on_step_end(self, state, batch, output):
         self.buffer.add(batch, state.seeds.named(self.name))
@@ -45,6 +48,13 @@ class Good(Strategy):
 
     def load_state_dict(self, state):
         self.buffer.load_state_dict(state)
+
+
+class DrawsForEveryPiece(Good):
+    """Of a step that is cut into micro-batches, and so replays more rows."""
+
+    def on_batch(self, state, batch):
+        return batch.extended(self.drawn(state), Source.REPLAY, self.name) if self._extra() else batch
 
 
 class DrawsGlobally(Good):
@@ -196,6 +206,7 @@ class SaysNothing(Good):
 
 
 PROMISES = [
+    (DrawsForEveryPiece, "test_a_step_is_the_same_however_it_is_cut"),
     (DrawsGlobally, "test_global_random_state_is_untouched"),
     (DrawsFromPython, "test_same_seed_same_run"),
     (DrawsFromPython, "test_global_random_state_is_untouched"),

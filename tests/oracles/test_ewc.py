@@ -18,6 +18,14 @@ from strategies.ewc import Ewc
 SETTINGS = [Setting.CLASS_INCREMENTAL, Setting.DOMAIN_INCREMENTAL, Setting.TASK_INCREMENTAL]
 
 
+class Looped(ToyNet):
+    """Taken row by row, because `vmap` has no rules for such a layer."""
+
+    def __init__(self, info):
+        super().__init__(info)
+        self.unused = torch.nn.RNN(1, 1)
+
+
 def plain_fisher(lab, model, rows, labels="true", group=1):
     """Mean over rows (or groups of rows) of the squared gradient, by one backward pass each."""
     total = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
@@ -55,6 +63,26 @@ def test_fisher_is_the_row_by_row_one(lab, setting, labels):
     wanted = plain_fisher(lab, recorder.ends[-1], all_rows(trainer, 2), labels)
     lab.close(trainer.strategies[0].importance, wanted, rtol=1e-5, atol=1e-12)
     assert lab.flat(wanted).max() > 1e-4
+
+
+@pytest.mark.parametrize("labels", ["true", "all"])
+@pytest.mark.parametrize("backbone", [ToyNet, Looped])
+def test_fisher_is_that_of_the_masked_likelihood(lab, labels, backbone):
+    """Under `trainer.logit_mask=batch` probabilities are shared out among the classes that the experience has."""
+    strategy = Ewc(labels=labels, mode="online", gamma=0.0, importance_rows=None)
+    recorder, trainer = lab.run([strategy], Setting.CLASS_INCREMENTAL, backbone, logit_mask="batch")
+    rows, model = all_rows(trainer, 1 + 1), recorder.ends[-1]
+    wanted = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+    for k in range(len(rows)):
+        logits = model(rows[[k]]).logits[:, 4:]
+        asked = (0, 1) if labels == "all" else (int(rows.targets[k]) - 4,)
+        for label in asked:
+            share = logits.softmax(1)[0, label].item() if labels == "all" else 1.0
+            loss = F.cross_entropy(model(rows[[k]]).logits[:, 4:], torch.tensor([label]))
+            for name, g in lab.gradient(model, loss).items():
+                wanted[name] += share * g.square() / len(rows)
+    lab.close(strategy.importance, wanted, rtol=1e-5, atol=1e-12)
+    assert not strategy.importance["head.weight"][:4].any() and wanted["head.weight"][4:].all()
 
 
 def test_sampled_labels_are_right_on_average(lab):

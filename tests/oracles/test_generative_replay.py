@@ -134,7 +134,7 @@ def test_the_oracle_needs_the_made_rows_in_the_autoencoder_s_loss(lab, monkeypat
     step_end = GenerativeReplay.on_step_end
 
     def forgets(self, state, batch, output):
-        self._made = {}
+        self._made = None
         step_end(self, state, batch, output)
 
     monkeypatch.setattr(GenerativeReplay, "on_step_end", forgets)

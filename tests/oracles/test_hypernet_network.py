@@ -15,6 +15,7 @@ from cl.backbones.recurrent import Recurrent
 from cl.backbones.resnet18 import Resnet18
 from cl.core import Batch, Setting, StreamInfo, UserError
 from cl.testing import ToyNet, toy_stream
+from cl.testing.probe import train
 from strategies._hypernet import Hypernetwork
 from strategies._hypernet_distances import Distances
 from strategies.center_loss import CenterLoss
@@ -24,6 +25,7 @@ from strategies.lwf import Lwf
 from strategies.prd import Prd
 from strategies.recall_merge import RecallMerge
 from strategies.remind import Remind
+from strategies.replay import Replay
 from strategies.rnn_hypernet import RnnHypernet
 
 TASK, CLASS, DOMAIN = Setting.TASK_INCREMENTAL, Setting.CLASS_INCREMENTAL, Setting.DOMAIN_INCREMENTAL
@@ -114,6 +116,38 @@ def test_every_task_has_its_own_running_statistics():
     rows = image_rows(seed=0)
     convolved = F.conv2d(rows.inputs, weights["conv.weight"], padding=1)
     torch.testing.assert_close(means[0], 0.1 * convolved.mean((0, 2, 3)), rtol=1e-4, atol=1e-6)
+
+
+class Normed(ToyNet):
+    """Batch norm over rows, of which there must be two."""
+
+    def __init__(self, info):
+        super().__init__(info)
+        self.norm = torch.nn.BatchNorm1d(self.num_features)
+
+    def features(self, inputs):
+        return self.norm(self.first(inputs.flatten(1))).relu()
+
+
+def test_replayed_rows_are_normalised_by_running_statistics():
+    """A single row of a task, for which torch has no statistics of a batch; they are those of the task, and stay."""
+    _, _, net = wrapped(Normed)
+    net.train()
+    current, replayed = image_rows(6), image_rows(1, seed=5)
+    current.task_id = torch.full_like(current.targets, 2)
+    getattr(net, net.statistics["norm.running_mean"])[0] = torch.linspace(-1, 1, 12)
+    wanted = [net.materialised(2).train()(current).logits, net.materialised(0).eval()(replayed).logits]
+    net.mark(current.extended(replayed, "replay", "replay"))
+    found = net(Batch.cat((current, replayed))).logits
+    torch.testing.assert_close(found, torch.cat(wanted))
+    assert net.state_dict()[net.statistics["norm.num_batches_tracked"]].tolist() == [0, 0, 1]
+    assert all(module.training for module in net.modules())
+
+
+def test_batch_norm_goes_with_few_replayed_rows():
+    """Three rows of several experiences ended the run: "Expected more than 1 value per channel"."""
+    record = train(DOMAIN, [Hypernet(), Replay(60, 3)], backbone=Normed, epochs=1)
+    assert record.result.status == "done"
 
 
 # sizes and heads

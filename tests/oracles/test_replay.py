@@ -43,6 +43,25 @@ def test_replay_is_the_plain_loop(lab, average):
     assert [len(step.batch.parts) for step in recorder.steps[:3]] == [1, 2, 2]
 
 
+@pytest.mark.parametrize("average", ["source", "row"])
+def test_rows_are_drawn_for_a_whole_step_however_it_is_cut(lab, average):
+    """Four micro-batches show ten stored rows between them, and train on the loss of one batch."""
+    recorder, _ = lab.run([Replay(40, SIZE, WEIGHT, average=average)], batch_size=4, accumulation=4)
+    model = deepcopy(recorder.start)
+    for k in range(4, len(recorder.steps), 4):
+        pieces = recorder.steps[k : k + 4]
+        model.load_state_dict(pieces[0].before)
+        current = Batch.cat([piece.batch.current() for piece in pieces])
+        replayed = Batch.cat([piece.batch[part.rows] for piece in pieces for part in piece.batch.parts[1:]])
+        assert len(current) == 16 and len(set(lab.rows_of(replayed))) == len(replayed) == SIZE
+        shares = (1.0, WEIGHT) if average == "source" else (16 / 26, WEIGHT * SIZE / 26)
+        gradients = lab.gradient(
+            model,
+            sum(share * lab.label_loss(model, rows) for share, rows in zip(shares, (current, replayed), strict=True)),
+        )
+        lab.close(pieces[-1].after, {name: p - lab.lr * gradients[name] for name, p in pieces[0].before.items()})
+
+
 @pytest.mark.parametrize("is_first", [True, False])
 def test_a_mean_over_rows_leaves_out_those_without_a_label_loss(lab, is_first):
     """Rows that `der` adds are told by their logits; labels are one mean over the others, in either order."""

@@ -28,7 +28,7 @@ class MixtureOfMemories(Mixer):
     Queries, output gate and map are shared; each memory has keys, values and gates of its own.
 
     The auxiliary term `balance` is balance * E * sum_e f_e P_e: f_e is the share of the choices that fell on memory e,
-    P_e the mean of p_e over tokens.
+    P_e the mean of p_e over tokens, both over one forward pass: see `moe` for what that means where a batch is cut.
 
     Args:
         width: D.

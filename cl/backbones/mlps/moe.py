@@ -18,6 +18,10 @@ class Moe(nn.Module):
 
     The auxiliary term `balance` is balance * E * sum_e f_e P_e: f_e is the share of the choices that fell on expert e,
     P_e the mean of p_e over tokens; it is `balance` when all experts are used alike, and grows to balance * E / top.
+    Both means are over the tokens of one forward pass: of a micro-batch, and under DDP of one process's share of it, as
+    in Switch Transformer and Mixtral; the terms are then averaged. So with `trainer.accumulation` or in several
+    processes every such piece is to use all experts alike, which is more than the whole batch is asked for; Qiu et al.
+    (2025) share f_e between the pieces instead, which lets experts specialise.
 
     Args:
         width: D.
@@ -32,7 +36,8 @@ class Moe(nn.Module):
 
     Cost: 3 (k + shared) D F + E D multiply-adds a token; 3 (E + shared) D F weights.
     Source: Shazeer et al., 2017; the term as in Switch Transformer (Fedus et al., 2021), over all k choices as in
-        Mixtral; shared experts from DeepSeekMoE (Dai et al., 2024).
+        Mixtral; shared experts from DeepSeekMoE (Dai et al., 2024); pieces and whole batches in Qiu et al., "Demons in
+        the Detail: On Implementing Load Balancing Loss for Training Specialized Mixture-of-Expert Models", ACL 2025.
     Differences: no capacity limit, so no token is dropped.
     """
 
