@@ -4,7 +4,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 THREADS := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
-PYTEST := $(THREADS) $(BIN)/python -m pytest -n 2 --dist worksteal
+# compiled files are kept also where containers say no: each of the many processes would compile everything again
+PYTEST := $(THREADS) PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 2 --dist worksteal
 
 .PHONY: demo test test-slow test-all test-kernels check bench ui docs golden clean
 

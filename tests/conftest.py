@@ -28,6 +28,16 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: next((k for k, name in enumerate(LONGEST) if name in item.nodeid), len(LONGEST)))
 
 
+@pytest.fixture(scope="session")
+def empty_store(tmp_path_factory):
+    """File of an MLflow store with its tables and nothing in them, to be copied; making them takes seconds."""
+    from cl.tracking import prepare_store
+
+    path = tmp_path_factory.mktemp("store") / "mlruns.db"
+    prepare_store(f"sqlite:///{path}")
+    return path
+
+
 @pytest.fixture(autouse=True)
 def without_network(request, monkeypatch):
     """A name that is looked up beyond this machine fails the test: libraries hide that they asked, and wait for it."""

@@ -159,13 +159,16 @@ def test_explain_says_what_it_cannot_do(capsys: pytest.CaptureFixture[str]) -> N
 
 
 def test_every_config_composes() -> None:
-    for group, name in configs():
-        kind = group.split("/")[0]
-        words = [f"strategy=[avalanche/{name}]"] if kind == "strategy" else [f"stream=avalanche/{name}"]
-        node = plain(composed("run", ["data.root=/data", *words]))
-        found = node["strategy"][f"avalanche_{name}"] if kind == "strategy" else node["stream"]
-        assert found["_target_"].startswith("cl.interop.avalanche.")
-        assert kind == "strategy" or (found["root"], found["seed"]) == ("/data", 0)
+    """Strategies all at once, since a composition takes as many as it is given."""
+    named = {kind: [name for group, name in configs() if group.startswith(kind)] for kind in ("strategy", "stream")}
+    words = f"strategy=[{','.join(f'avalanche/{name}' for name in named['strategy'])}]"
+    found = plain(composed("run", [words]))["strategy"]
+    assert list(found) == [f"avalanche_{name}" for name in named["strategy"]]
+    assert all(node["_target_"].startswith("cl.interop.avalanche.") for node in found.values())
+    for name in named["stream"]:
+        node = plain(composed("run", ["data.root=/data", f"stream=avalanche/{name}"]))["stream"]
+        assert node["_target_"].startswith("cl.interop.avalanche.")
+        assert (node["root"], node["seed"]) == ("/data", 0)
 
 
 def test_sweeps_and_words() -> None:

@@ -6,6 +6,7 @@ import errno
 import gzip
 import logging
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -285,16 +286,17 @@ def test_one_sentence_and_exit_code_2(name: str, is_refused: Callable[[tuple[str
     is_refused(*CASES[name])
 
 
-def finished_run(folder: Path) -> Path:
-    run_dir = folder / "run"
-    assert main(("run", "tracking=none", "debug=tiny", "limit_experiences=1", f"hydra.run.dir={run_dir}")) == 0
-    return run_dir
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    assert main((*RUN, "limit_experiences=1", f"out={folder}")) == 0
+    return folder
 
 
 @pytest.fixture
-def run_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def run_dir(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
-    return finished_run(tmp_path)
+    return Path(shutil.copytree(finished, tmp_path / "run"))
 
 
 def test_a_folder_that_holds_a_run_is_not_overwritten(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import shlex
 import subprocess
 import sys
@@ -22,14 +21,6 @@ TINY = ("tracking=none", "debug=tiny")
 @pytest.fixture(autouse=True)
 def _in_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-
-
-def cl(*words: str, **named: object) -> subprocess.CompletedProcess[str]:
-    """Run the command in a process of its own."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [sys.executable, "-m", "cl", *words], capture_output=True, text=True, env=environment, **named
-    )
 
 
 def said_with_imports(word: str) -> str:
@@ -168,7 +159,7 @@ def test_reproduce_lists_the_claims_without_running(capsys: pytest.CaptureFixtur
     assert "| split_mnist_er_200 |" in said and "| holds |" not in said
 
 
-def test_third_party_strategy_by_name_of_its_class(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_third_party_strategy_by_name_of_its_class() -> None:
     Path("my_ideas.py").write_text(
         '"""Mine."""\n'
         "from cl.hooks import Strategy\n\n\n"
@@ -181,11 +172,9 @@ def test_third_party_strategy_by_name_of_its_class(tmp_path: Path, monkeypatch: 
         "            p.data.mul_(1 - self.rate)\n"
     )
     run = (*TINY, "limit_experiences=1")
-    done = cl("run", *run, "strategy=my_ideas.Mine", "strategy.my_ideas.rate=0.5", "hydra.run.dir=a")
-    assert done.returncode == 0, done.stderr
+    assert main(("run", *run, "strategy=my_ideas.Mine", "strategy.my_ideas.rate=0.5", "hydra.run.dir=a")) == 0
     assert Result.load(Path("a/result.json")).strategy == ["my_ideas"]
     assert "rate: 0.5" in Path("a/config.yaml").read_text()
-    monkeypatch.syspath_prepend(str(tmp_path))
     words = ("+strategy.mine._target_=my_ideas.Mine", "+strategy.mine.rate=0.5", "hydra.run.dir=b")
     assert main(("run", *run, *words)) == 0
     first, second = (Result.load(Path(name) / "result.json") for name in "ab")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -132,14 +133,18 @@ def test_a_run_is_evaluated_from_its_folder(
 
 
 def test_scores_go_to_the_folder_and_to_mlflow_once(
-    tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tasks: Path,
+    empty_store: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """The harness is replaced by known numbers, so that this needs no lm-eval; what MLflow holds is read from it."""
     client_of = pytest.importorskip("mlflow").MlflowClient
     monkeypatch.chdir(tmp_path)
     small = ("backbone=gpt", "backbone.width=16", "backbone.num_layers=1", "backbone.num_heads=2", "stream.context=32")
     words = ("run", "debug=tiny", "stream=builtin_text", "trainer.max_steps=2", "trainer.eval_rows=4")
-    uri = f"sqlite:///{tmp_path}/mlruns.db"
+    uri = f"sqlite:///{shutil.copy(empty_store, tmp_path)}"
     assert main((*words, *small, "tracking=mlflow", "hydra.run.dir=runs/one")) == 0
     run_id = json.loads(Path("runs/one/result.json").read_text())["mlflow_run_id"]
     monkeypatch.setattr(harness, "evaluate", lambda *_: {"colours": {"acc": 0.25, "acc_norm": float("nan")}})

@@ -7,10 +7,10 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,57 +24,31 @@ from cl.result import Result
 from cl.tracking import Journal
 from cl.tracking.base import JOURNAL
 
-# a process that sends itself a signal at a given step, through the real entry point
-SUICIDE = """
-import os, sys
-import torch
-torch.set_num_threads(1)
-from cl.cli.main import main
-from cl.ledger import Ledger
-
-def run(number, at, words):
-    watch = Ledger.watch
-
-    def watch_and_die(self, state, terms, lr):
-        watch(self, state, terms, lr)
-        if state.step == at:
-            os.kill(os.getpid(), number)
-
-    Ledger.watch = watch_and_die
-    return main(words)
-
-if __name__ == "__main__":
-    sys.exit(run(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3:]))
-"""
-
 RUN = ("run", "tracking=none", "debug=tiny", "strategy=[derpp,ewc]", "trainer.checkpoint_every=7", "optimizer=adam")
 
 
-def killed_at(step: int, number: int, folder: str) -> subprocess.CompletedProcess[str]:
-    """Ctrl-C in a process as a shell starts it; the other signals in a fork, which has imported everything."""
-    words = (*RUN, f"hydra.run.dir={folder}")
-    if number != signal.SIGINT:
-        return forked(number, step, words)
-    command = [sys.executable, "-c", SUICIDE, str(number), str(step), *words]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, capture_output=True, text=True, env=environment)
-
-
-def forked(number: int, step: int, words: Sequence[str]) -> subprocess.CompletedProcess[str]:
+def killed_at(step: int, number: int, folder: str) -> SimpleNamespace:
+    """A run that sends itself a signal at a step; in a fork, which has imported everything."""
     said = Path("said.txt")
     child = os.fork()
     if child == 0:
         try:
             sys.stdout = sys.stderr = said.open("w")
-            names: dict[str, Any] = {"__name__": "suicide"}
-            exec(SUICIDE, names)
-            code = names["run"](number, step, words)
+            watch = Ledger.watch
+
+            def watch_and_die(self: Ledger, state: Any, *more: Any) -> None:
+                watch(self, state, *more)
+                if state.step == step:
+                    os.kill(os.getpid(), number)
+
+            Ledger.watch = watch_and_die  # type: ignore[method-assign]
+            code = main((*RUN, f"hydra.run.dir={folder}"))
             sys.stdout.flush()
             os._exit(code)
         finally:
             os._exit(99)
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    return subprocess.CompletedProcess(words, code, said.read_text(), "")
+    return SimpleNamespace(returncode=code, said=said.read_text())
 
 
 def final_state(folder: str) -> dict:
@@ -121,8 +95,8 @@ def test_resumes_exactly(
     if number == signal.SIGKILL:
         assert done.returncode == -signal.SIGKILL
     else:
-        assert done.returncode == 1, done.stderr
-        assert "interrupted; go on with `cl resume run`" in done.stdout
+        assert done.returncode == 1, done.said
+        assert "interrupted; go on with `cl resume run`" in done.said
     assert main(("resume", "run")) == 0
     capsys.readouterr()
     whole, resumed = Result.load(uninterrupted / "result.json"), Result.load(Path("run/result.json"))
@@ -203,9 +177,9 @@ def test_a_truncated_checkpoint_falls_back_to_the_one_before(
 
 
 def test_no_run_is_running_for_ever(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    empty_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    client = pytest.importorskip("mlflow").MlflowClient(f"sqlite:///{tmp_path}/mlruns.db")
+    client = pytest.importorskip("mlflow").MlflowClient(f"sqlite:///{shutil.copy(empty_store, tmp_path)}")
     monkeypatch.chdir(tmp_path)
     words = ("run", "debug=tiny", "limit_experiences=1", "out=runs/one", "tracking.uri=sqlite:///mlruns.db")
 

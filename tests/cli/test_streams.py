@@ -95,23 +95,6 @@ def test_long_streams_are_shown_in_part(capsys: pytest.CaptureFixture[str]) -> N
 
 
 BAD = {
-    "a ratio above 1": (
-        ("stream=power_law", "stream.ratio=1.5"),
-        "stream.ratio is 1.5; it must be above 0 and at most",
-    ),
-    "a negative exponent": (("stream=power_law", "stream.exponent=-2"), "stream.exponent is -2; it must be a finite"),
-    "a buffer smaller than a batch": (
-        ("stream=power_law", "stream.buffer_rows=30"),
-        "stream.buffer_rows is 30, less than one batch; it must be at least trainer.batch_size=64",
-    ),
-    "views that do not divide the batch": (
-        ("stream=view_batch", "stream.views=3"),
-        "stream.views is 3, which does not divide trainer.batch_size=64",
-    ),
-    "views that do not divide the rows": (
-        ("stream=view_batch", "stream.remainder=refuse"),
-        "stream.views is 4, which does not divide the 290 rows of experience 0",
-    ),
     "a base with heads": (
         ("stream=blurry", "stream.base.setting=task_incremental"),
         "stream.base is split_digits in the setting task_incremental; blurry takes streams",

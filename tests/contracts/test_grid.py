@@ -48,9 +48,9 @@ class Few:
 
 def made(config):
     make = config.target()
-    few = {"train_tokens": 6400} if config.name == "builtin_text" else {}
-    if config in PROBES and "train_rows" in inspect.signature(make).parameters:
-        few = {"train_rows": 200}
+    few = {"context": 32, "train_tokens": 1600} if config.name == "builtin_text" else {}
+    if "train_rows" in inspect.signature(make).parameters:
+        few = {"train_rows": 200 if config in PROBES else 400}
     return shortened(make(**config.arguments(seed=0) | few))
 
 

@@ -91,12 +91,14 @@ def test_token_by_token_is_the_whole(kind):
 @pytest.mark.parametrize("is_training", [False, True])
 def test_no_token_sees_a_later_one(kind, is_training):
     """With a memory that is not empty: a row has been read before."""
-    net, inputs = model(kind).train(is_training), tokens()
-    state = net.step(batch(tokens(seed=1)[:, :9])).state
-    plain = net.step(batch(inputs), state).logits
-    for t in (1, 6, 7, 8, 15, 23):
-        other = net.step(batch(changed(inputs, (slice(None), t))), state).logits
-        assert torch.equal(other[:, :t], plain[:, :t]), f"token {t} is seen before it is read"
+    net, inputs, places = model(kind).train(is_training), tokens(), (1, 6, 7, 8, 15, 23)
+    # every place in rows of its own of one batch
+    rows = torch.arange(len(inputs)).repeat(len(places))
+    state = rows_of(net.step(batch(tokens(seed=1)[:, :9])).state, rows)
+    others = torch.cat([changed(inputs, (slice(None), t)) for t in places])
+    plain, other = (net.step(batch(each), state).logits.split(len(inputs)) for each in (inputs[rows], others))
+    for t, before, after in zip(places, plain, other, strict=True):
+        assert torch.equal(after[:, :t], before[:, :t]), f"token {t} is seen before it is read"
 
 
 @each

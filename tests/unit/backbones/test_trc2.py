@@ -1,6 +1,7 @@
 """TRC2 against its equations written out token by token, and the invariants of its specification."""
 
 import copy
+from functools import cache
 
 import pytest
 import torch
@@ -48,6 +49,11 @@ def packed(seed=0, num_rows=3):
 
 def trained(steps=12, **options):
     """A model whose gates are open, whose store is filled and whose critic has learnt."""
+    return copy.deepcopy(_trained(steps, **options))
+
+
+@cache
+def _trained(steps, **options):
     model = made(**({"min_surprise": 0.5, "chunk": 8} | options)).train()
     with torch.no_grad():
         for name, p in model.named_parameters():

@@ -1,16 +1,9 @@
-"""A run that uses everything a checkpoint must hold, and dies on command. Run as a script by test_resume.
-
-    python resumable.py FOLDER STEP...
-
-For every STEP a child process trains in FOLDER/STEP and kills itself with SIGKILL: at that step, or, for a STEP like
-"w3", in the middle of writing its third checkpoint.
-"""
+"""A run that uses everything a checkpoint must hold, and dies on command. Loaded by path by test_resume."""
 
 from __future__ import annotations
 
 import os
 import signal
-import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -99,21 +92,22 @@ def kill_while_writing(nth):
     torch.save = half
 
 
-def main(folder, *steps):
-    torch.set_num_threads(1)
+def kill_at(folder, *steps):
+    """For every step a child process trains in a folder of that name and kills itself with SIGKILL.
+
+    At that step, or, for a step like "w3", in the middle of writing its third checkpoint.
+    """
     # the first optimizer imports for a second, which the children need not repeat
     trainer_of(None)
     for step in steps:
         child = os.fork()
         if child == 0:
-            if step.startswith("w"):
-                kill_while_writing(int(step[1:]))
-            trainer_of(Path(folder) / step, [Kill(-1 if step.startswith("w") else int(step))]).run()
-            os._exit(0)
+            try:
+                if step.startswith("w"):
+                    kill_while_writing(int(step[1:]))
+                trainer_of(Path(folder) / step, [Kill(-1 if step.startswith("w") else int(step))]).run()
+            finally:
+                os._exit(0)
         _, status = os.waitpid(child, 0)
         assert os.WIFSIGNALED(status), f"the run was to die at {step}"
         assert os.WTERMSIG(status) == signal.SIGKILL
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

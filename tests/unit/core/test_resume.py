@@ -1,10 +1,7 @@
 """A run that was killed, stopped or damaged goes on as if nothing had happened: losses, R and weights bit for bit."""
 
 import errno
-import os
 import runpy
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,9 +14,8 @@ from cl.result import Result
 from cl.testing import equal
 from cl.testing.probe import train
 
-SCRIPT = Path(__file__).with_name("resumable.py")
-ROOT = Path(__file__).resolve().parents[3]
-trainer_of = runpy.run_path(str(SCRIPT))["trainer_of"]
+RESUMABLE = runpy.run_path(str(Path(__file__).with_name("resumable.py")))
+trainer_of = RESUMABLE["trainer_of"]
 
 KILLED_AT = ("0", "1", "6", "17", "23", "35", "w1", "w2", "w5")
 """Experiences have 12 steps, checkpoints come every 4: before the first, in between, at the ends, while writing."""
@@ -73,10 +69,7 @@ def assert_same_end(resumed, whole):
 def killed(tmp_path_factory):
     """Folders of runs that were killed with SIGKILL in processes of their own."""
     folder = tmp_path_factory.mktemp("killed")
-    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(SCRIPT), str(folder), *KILLED_AT]
-    done = subprocess.run(command, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    RESUMABLE["kill_at"](folder, *KILLED_AT)
     return folder
 
 

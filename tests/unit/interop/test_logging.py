@@ -1,5 +1,7 @@
 """Our metrics and trackers inside Avalanche: the numbers are those of `cl.metrics`, the names those of our runs."""
 
+import shutil
+
 import pytest
 import torch
 from torch import nn
@@ -71,10 +73,10 @@ def test_tracker_gets_the_names_and_steps_of_a_run_of_ours():
     assert strategy.clock.train_iterations == 36
 
 
-def test_mlflow(tmp_path):
+def test_mlflow(empty_store, tmp_path):
     from mlflow import MlflowClient
 
-    uri = f"sqlite:///{tmp_path / 'store.db'}"
+    uri = f"sqlite:///{shutil.copy(empty_store, tmp_path)}"
     with MLflowLogger(uri, experiment="from avalanche", name="naive", stream="toy") as logger:
         trained(evaluator_with(accuracy_metrics(stream=True), loggers=[logger]))
     client = MlflowClient(uri)
