@@ -1,6 +1,6 @@
 """Rewrite the tables in docs/ that are made from the code.
 
-    python docs/make_tables.py          # strategies.md, streams.md, backbones.md, memory.md
+    python docs/make_tables.py          # strategies.md, streams.md, backbones.md, memory.md; that in avalanche.md
 
 A test compares the files with what this would write.
 """
@@ -15,17 +15,16 @@ from cl.interop import catalog
 
 PAGES = {
     "strategies": "What fights forgetting. Compose any of them, in order: `strategy=[derpp,ewc]`. `joint` and "
-    "`cumulative` are references: they may look at old data. Options, equations and sources are in the files' "
-    "docstrings.",
-    "streams": "What is learnt, and in which order. Options are in the files' docstrings; the setting is chosen with "
+    "`cumulative` are references: they may look at old data. `cl list NAME` shows equations, source and options.",
+    "streams": "What is learnt, and in which order. `cl list NAME` shows the options; the setting is chosen with "
     "`stream.setting=...`.",
-    "backbones": "The networks; heads per task where the setting gives task labels.",
+    "backbones": "The networks; heads per task where the setting gives task labels. `cl list NAME` shows the options.",
 }
 
 MEMORY = """# Memory
 
 The blocks of `backbone=gpt`, written in words: `backbone.blocks='3x[linear_memory(rule=gated_delta)] + attention'`.
-Options are in the files' docstrings (`cl/backbones/mixers/`, `cl/backbones/memory_rules/`).
+`cl list NAME` shows the options of a block or a rule.
 
 Made by `make docs` from what the files say of themselves.
 

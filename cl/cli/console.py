@@ -15,8 +15,8 @@ from cl.observe import Observer
 from cl.result import Result
 from cl.state import TrainState
 
-MAX_COLUMNS = 12
-"""Wider tables of R are cut to the first and last domains."""
+MAX_COLUMNS = 10
+"""Wider tables of R are cut to the first and last domains; as many fit into 80 characters."""
 
 MAX_BOXED = 8
 """Domains up to which a table has a box."""
@@ -82,20 +82,26 @@ def progress_bars(console: Console) -> Progress:
     )
 
 
+def matrix_title(result: Result) -> str:
+    """What `matrix_table` shows; a line of its own, since a table wraps its title at its own width."""
+    measure = "loss in nats" if result.measure == "loss" else "accuracy in %"
+    return f"{measure} on each domain after each experience"
+
+
 def matrix_table(result: Result) -> Table:
     """R as a table: a row per experience trained, a column per domain measured."""
     is_loss = result.measure == "loss"
     shown = _shown(len(result.domains), MAX_COLUMNS)
-    title = f"{'loss in nats' if is_loss else 'accuracy in %'} on each domain after each experience"
     if len(shown) > MAX_BOXED:
-        # without a box, so that the numbers of ten domains fit into 80 characters
-        table = Table(title=title, box=None, padding=(0, 1, 0, 0), pad_edge=False)
+        # without a box, so that all numbers fit
+        table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False)
         table.add_column("after", no_wrap=True, max_width=17)
     else:
-        table = Table(title=title)
+        table = Table()
         table.add_column("after", no_wrap=True)
     for j in shown:
-        table.add_column("..." if j is None else str(j), justify="right", no_wrap=True)
+        # names give way to numbers where both do not fit
+        table.add_column("…" if j is None else _heading(result, j), justify="right")
     for i in _shown(len(result.R), MAX_ROWS):
         if i is None:
             table.add_row(f"... {len(result.R) - MAX_ROWS} more")
@@ -111,6 +117,12 @@ def _shown(count: int, most: int) -> list[int | None]:
         return list(range(count))
     half = most // 2
     return [*range(half), None, *range(count - half, count)]
+
+
+def _heading(result: Result, domain: int) -> str:
+    """Number of a domain, or its name where the row of that number does not tell it: text that is only measured."""
+    name = result.domains[domain]
+    return str(domain) if result.experiences[domain : domain + 1] == [name] else name
 
 
 def _cell(value: float | None, is_loss: bool) -> str:

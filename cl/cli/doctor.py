@@ -11,6 +11,7 @@ import os
 import platform
 from collections.abc import Callable, Iterator
 from importlib import import_module, metadata
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -74,16 +75,29 @@ def _devices() -> Iterator[Check]:
 
 
 def _kernels() -> Iterator[Check]:
-    """Whether each op runs, by its own smallest example."""
+    """Which backend of each op `auto` takes here, asked with small inputs."""
     from cl.cli.listing import kernels
 
     for entry in kernels():
-        yield _tried(f"kernel {entry.name}", lambda name=entry.name: _kernel(name))
+        yield _tried(f"kernel {entry.name}", lambda name=entry.name: f"auto takes {_backend(name)}")
 
 
-def _kernel(name: str) -> str:
-    module = import_module(f"kernels.{name}")
-    return f"imports; public op {getattr(module, name).__name__}"
+def _backend(name: str) -> str:
+    import torch
+
+    from kernels.bench.shapes import PROBLEMS
+    from kernels.common import explain
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    plan = getattr(import_module(f"kernels.{name}"), name).plan
+    problem = next(problem for problem in PROBLEMS.values() if _plan_of(problem.op) is plan)
+    return explain(problem.op, **problem.draw((1, 64, 2, 16), torch.float32, device)).backend
+
+
+def _plan_of(op: Any) -> Any:
+    """The function that decides for an op; the benchmark fixes some options of some."""
+    plan = op.plan if hasattr(op, "plan") else op.func.plan
+    return getattr(plan, "func", plan)
 
 
 def _data(root: str) -> Iterator[Check]:

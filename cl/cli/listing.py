@@ -1,9 +1,10 @@
 """List what exists: streams, strategies, backbones, schedules, kernels and ready experiments.
 
 Usage: cl list [streams|strategies|backbones|schedules|kernels|experiments|avalanche] [format=table|markdown]
+       cl list NAME ...      # one of them, a block, a rule, an optimizer, trainer: equations, source, options
 
-Read from the first lines of the files without importing them, so it answers at once. The tables in docs/ are made by
-`make docs` with format=markdown.
+Lists are read from the first lines of the files without importing them, so they come at once. The tables in docs/ are
+made by `make docs` with format=markdown.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 
 from cl.interop import catalog
@@ -65,8 +67,8 @@ def streams() -> Iterator[Entry]:
         dataset = re.search(r"^dataset: *(\S+)", config.read_text(), re.M)
         line = _first_line(tree) + (f" On {dataset[1]}." if dataset else "")
         if shared[_target(config)] > 1 and not dataset:
-            comment = _comment(config)
-            line = f"{comment[0].upper()}{comment[1:]}." if comment else line
+            said = comment(config)
+            line = f"{said[0].upper()}{said[1:]}." if said else line
         name = config.relative_to(ROOT / "configs" / "stream").with_suffix("").as_posix()
         yield Entry(name, line, _relative(path), _settings([tree]))
 
@@ -75,7 +77,7 @@ def backbones() -> Iterator[Entry]:
     """Every config in configs/backbone/, described by its first comment, or else by the file it names."""
     for config in sorted((ROOT / "configs" / "backbone").rglob("*.yaml")):
         path = _target_file(config)
-        line = _comment(config) or _first_line(ast.parse(path.read_text()))
+        line = comment(config) or _first_line(ast.parse(path.read_text()))
         yield Entry(config.stem, line, _relative(path))
 
 
@@ -98,7 +100,7 @@ def kernels() -> Iterator[Entry]:
 def experiments() -> Iterator[Entry]:
     """Every config in configs/experiment/, described by its first comment."""
     for config in sorted((ROOT / "configs" / "experiment").glob("*.yaml")):
-        yield Entry(config.stem, _comment(config), _relative(config))
+        yield Entry(config.stem, comment(config), _relative(config))
 
 
 def avalanche() -> Iterator[Entry]:
@@ -117,22 +119,40 @@ LISTS: dict[str, Callable[[], Iterator[Entry]]] = {
 
 
 def main(words: list[str]) -> int:
-    """Print the lists asked for, all of them when none is."""
+    """Print the lists asked for, all of them when none is, or all there is to know of a name."""
     options = dict(word.split("=", 1) for word in words if "=" in word)
     chosen = [word for word in words if "=" not in word]
-    for word in words:
-        if word not in LISTS and not word.startswith("format="):
-            return _refuse(f"{word!r} is no list; the lists are {', '.join(LISTS)}")
+    if others := options.keys() - {"format"}:
+        return _refuse(f"{others.pop()!r} is no option of `cl list`; there is format")
     style = options.get("format", "table")
     if style not in ("table", "markdown"):
         return _refuse(f"format is {style!r}; it must be table or markdown")
+    told = {word: _details(word) for word in chosen if word not in LISTS}
     for name in chosen or LISTS:
-        entries = list(LISTS[name]())
-        if style == "markdown":
-            print(markdown(entries))
+        if name in told:
+            print(told[name], end="\n\n")
+        elif style == "markdown":
+            print(markdown(list(LISTS[name]())))
         else:
-            _print_table(name, entries)
+            _print_table(name, list(LISTS[name]()))
     return 0
+
+
+def _details(name: str) -> str:
+    """What `cl.cli.details` knows of a name.
+
+    Raises:
+        UserError: nothing has it.
+    """
+    from cl.cli.details import details
+
+    found = "\n\n\n".join(map(str, details(name)))
+    if not found:
+        known = {entry.name.partition("=")[2] or entry.name for list_ in LISTS.values() for entry in list_()}
+        near = get_close_matches(name, sorted(known), n=3)
+        did = f" (did you mean {' or '.join(near)}?)" if near else ""
+        _refuse(f"nothing is called {name!r}{did}; the lists are {', '.join(LISTS)}")
+    return found
 
 
 def markdown(entries: list[Entry]) -> str:
@@ -168,7 +188,7 @@ def _plugins(folder: Path) -> list[Path]:
     return [path for path in sorted(folder.glob("*.py")) if not path.name.startswith("_")]
 
 
-def _comment(config: Path) -> str:
+def comment(config: Path) -> str:
     """First comment of a config that is for people."""
     comments = [line.lstrip("# ") for line in config.read_text().splitlines() if line.startswith("#")]
     return next((comment for comment in comments if not comment.startswith("@package")), "")

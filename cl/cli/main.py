@@ -21,7 +21,7 @@ COMMANDS = {
     "evaluate": "multiple-choice and generation tasks through lm-eval, offline",
     "export": "take the network out of a run: for transformers, or weights and what makes it again",
     "report": "write the HTML report and figures of a folder of runs",
-    "list": "streams, strategies, backbones, schedules and kernels that exist",
+    "list": "what exists: streams, strategies, backbones, ...; `cl list NAME`: one with its options",
     "explain": "look inside one batch: rows, loss terms, gradients, hooks, cost",
     "reproduce": "re-run a published result and say whether it holds",
     "ui": "open MLflow on the embedded store",
@@ -108,8 +108,6 @@ def _require_each_once(words: Sequence[str]) -> None:
         >>> _require_each_once(["seed=0", "+suite=a", "+suite=b"])
         >>> _require_each_once(["-m", "seed=0,1", "seed=2"])
     """
-    from cl.core import UserError
-
     if {"-m", "--multirun"} & set(words):
         return
     given: dict[str, str] = {}
@@ -118,6 +116,8 @@ def _require_each_once(words: Sequence[str]) -> None:
         if not is_setting or name.startswith(("-", "+", "~")):
             continue
         if name in given:
+            from cl.core import UserError
+
             raise UserError(f"{given[name]!r} and {word!r} both set {name}; give one of them")
         given[name] = word
 

@@ -31,7 +31,7 @@ from rich.console import Console
 
 from cl import distributed
 from cl.cli.compose import check_folders, import_from_here, one_sentence, open_signatures, plain
-from cl.cli.console import Pulse, matrix_table, metrics_line, progress_bars, progress_line, ui_command
+from cl.cli.console import Pulse, matrix_table, matrix_title, metrics_line, progress_bars, progress_line, ui_command
 from cl.cli.execute import execute, remove_if_empty
 from cl.core import UserError
 from cl.result import Result
@@ -138,6 +138,7 @@ def run_with_progress(config: dict[str, Any], run_dir: Path, resume: bool = Fals
 def show_result(console: Console, result: Result, run_dir: Path, uri: str | None = None) -> None:
     """R, its summary, and where everything is; `uri` of the store where the config names one."""
     if result.R:
+        console.print(matrix_title(result), highlight=False, soft_wrap=True)
         console.print(matrix_table(result))
         console.print(metrics_line(result), highlight=False)
     console.print(f"run folder: {run_dir}", highlight=False, soft_wrap=True)

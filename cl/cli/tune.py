@@ -25,6 +25,7 @@ from cl.cli.compare import Plan, check_words, make_plan, run_all, seeds_of, word
 from cl.cli.compose import node_name
 from cl.cli.execute import CONFIG, RESULT
 from cl.core import UserError
+from cl.report.style import UNITS, Unit
 from cl.result import Result, write_text
 
 NOTES = "tuning.json"
@@ -88,7 +89,7 @@ def tuned(request: Mapping[str, Any], words: Sequence[str], console: Console) ->
         first, *others = [trial for trial in trials if trial.label == label]
         chosen[label] = best([first, *others], plan.measure) if others else first
     _write(plan.out / NOTES, trials, chosen, request)
-    console.print(_table(trials, chosen))
+    console.print(_table(trials, chosen, UNITS[plan.measure]))
     return make_plan(request | {"out": str(plan.out)}, words, {label: trial.words for label, trial in chosen.items()})
 
 
@@ -183,13 +184,13 @@ def _write(path: Path, trials: Sequence[Trial], chosen: Mapping[str, Trial], req
     write_text(path, json.dumps(known, indent=1) + "\n")
 
 
-def _table(trials: Sequence[Trial], chosen: Mapping[str, Trial]) -> Table:
-    table = Table(title="final measure of the trials", title_justify="left", box=None, pad_edge=False)
+def _table(trials: Sequence[Trial], chosen: Mapping[str, Trial], unit: Unit) -> Table:
+    table = Table(title="the trials", title_justify="left", box=None, pad_edge=False)
     table.add_column("strategy", no_wrap=True)
     table.add_column("setting", overflow="fold")
-    table.add_column("final", no_wrap=True, justify="right")
+    table.add_column(f"final, {unit.symbol}", no_wrap=True, justify="right")
     table.add_column("", no_wrap=True)
     for trial in trials:
-        final = f"{trial.final:.4f}" if math.isfinite(trial.final) else "failed" if trial.plan.runs else ""
+        final = unit.text(trial.final) if math.isfinite(trial.final) else "failed" if trial.plan.runs else ""
         table.add_row(trial.label, " ".join(trial.words), final, "chosen" if trial is chosen[trial.label] else "")
     return table

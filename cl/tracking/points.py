@@ -5,7 +5,7 @@
 | `accuracy/`, `loss/`, `perplexity/`, `bpb/` | experiences seen, from 1 | `task_00`: the measure on column 0 of R |
 | `format_valid/`, ... | experiences seen | what a stream measures beside R: well-formed answers |
 | `forgetting/` | experiences seen | `task_00`: `max` definition, from the experience after the first visit |
-| `summary/` | experiences seen | `accuracy_avg` (domains visited so far), `forgetting_avg`, `bwt` |
+| `summary/` | experiences seen | `accuracy_avg`, `perplexity_avg` (domains visited so far), `forgetting_avg`, `bwt` |
 | `final/`, `cost/` | experiences seen | one point each, when the run is done |
 | `lm_eval/` | experiences finished | `TASK/METRIC` of `cl evaluate` |
 | `train/` | optimizer steps taken | `loss`, its terms, `lr`, traces; `within/task_00`: measured inside experiences |

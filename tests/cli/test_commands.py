@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from cl.cli import run as run_command
+from cl.cli.listing import kernels
 from cl.cli.main import COMMANDS, main
+from cl.cli.run import show_result
 from cl.result import Result
 
 TINY = ("tracking=none", "debug=tiny")
@@ -126,6 +130,7 @@ def test_explain_counts_what_it_declares(capsys: pytest.CaptureFixture[str]) -> 
     assert ["replay", "replay", "16", "1"] in rows
     assert ["forwards", "80", "80"] in rows
     assert ["backwards", "80", "80"] in rows
+    assert ["cosine", "between", "the", "two", "1.000000"] in rows
     assert not list(Path().iterdir())
 
 
@@ -146,10 +151,29 @@ def test_explain_adds_up_the_micro_batches_of_a_step(capsys: pytest.CaptureFixtu
     assert ["forwards", "272", "272"] in rows and ["backwards", "272", "272"] in rows
 
 
-def test_doctor_finds_this_machine_healthy(capsys: pytest.CaptureFixture[str]) -> None:
+def test_doctor_finds_this_machine_healthy(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KERNELS_BACKEND", "reference")
     assert main(("doctor",)) == 0
     said = capsys.readouterr().out
     assert "torch" in said and "data digits" in said and "mlflow store" in said
+    assert said.count("auto takes reference") == len(list(kernels()))
+
+
+def test_table_of_r_is_headed_by_one_line_and_names_what_no_row_names(capsys: pytest.CaptureFixture[str]) -> None:
+    def shown(experiences: list[str], domains: list[str]) -> list[str]:
+        rows: list[list[float | None]] = [[1.0] * len(domains)] * len(experiences)
+        result = Result("s", ["naive"], "b", "s", 0, experiences, domains, [0, 1], "loss", R=rows)
+        show_result(Console(width=80), result, Path("out"))
+        return capsys.readouterr().out.splitlines()
+
+    said = shown(["docs", "code"], ["docs", "code", "general"])
+    assert said[0] == "loss in nats on each domain after each experience"
+    assert re.findall(r"\w+", said[2]) == ["after", "0", "1", "general"]
+    said = shown(["3 and 7", "0 and 1"], [f"the digit {digit}" for digit in range(10)])
+    assert sorted(" ".join(said[1:4]).split()) == sorted(["after", *["the", "digit"] * 10, *"0123456789"])
+    assert said[4].split() == ["0", "3", "and", "7", *["1.000"] * 10]
+    many = [f"permutation {k:02d}" for k in range(12)]
+    assert shown(many, many)[12].split() == ["10", "permutation", "10", *["1.000"] * 10], "a number was cut"
 
 
 def test_reproduce_lists_the_claims_without_running(capsys: pytest.CaptureFixture[str]) -> None:

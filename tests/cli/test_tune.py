@@ -53,6 +53,7 @@ def test_each_composition_gets_its_best_setting(capsys: pytest.CaptureFixture[st
         }
         assert {name: tried[name] for name in by_hand} == pytest.approx(by_hand)
         assert note["chosen"] == [max(by_hand, key=lambda name: by_hand[name])]
+        assert f"{100 * max(by_hand.values()):.1f}  chosen" in said
         assert note["seeds"] == [7, 8]
         final = Path(f"out/{label}/seed-3/config.yaml").read_text()
         assert f"lr: {note['chosen'][0].partition('=')[2]}\n" in final
