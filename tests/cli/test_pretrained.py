@@ -196,7 +196,7 @@ def test_an_export_is_the_rounded_base_with_whole_adapters(dtype: str) -> None:
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        ((HALF, "backbone.lora=null"), "backbone.dtype is 'bfloat16' and every weight is trained"),
+        ((HALF, "++backbone.lora=null"), "backbone.dtype is 'bfloat16' and every weight is trained"),
         (("backbone.dtype=bf16",), "backbone.dtype is 'bf16'; it must be one of float32, bfloat16, float16"),
         ((HALF, "strategy=o_lora"), "o_lora adds adapters to the weights that they adapt, and backbone.dtype is"),
         ((HALF, "strategy=reg_lora"), "reg_lora adds adapters to the weights"),

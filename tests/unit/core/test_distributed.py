@@ -49,7 +49,7 @@ def folder(tmp_path_factory):
         subprocess.Popen(command, env=env | {"RANK": str(k), "LOCAL_RANK": str(k)}, stderr=subprocess.PIPE, text=True)
         for k in range(2)
     ]
-    errors = [process.communicate(timeout=300)[1] for process in both]
+    errors = [process.communicate(timeout=900)[1] for process in both]
     assert [process.returncode for process in both] == [0, 0], "\n".join(errors)
     return folder
 
