@@ -12,6 +12,7 @@ import pytest
 
 from cl.cli import build, compare, listing, run
 from cl.cli.compose import composed, plain, seeded
+from cl.cli.details import details
 from cl.cli.main import COMMANDS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -109,8 +110,11 @@ def check(line):
         request = plain(composed("compare", own)) | {"seeds": 1}
         tried = [f"{name}={values[0]}" for name, values in (request["tune"] or {}).items()]
         compare.make_plan(request, [*others, *tried])
-    elif command in ("list", "reproduce"):
-        known = {*listing.LISTS, "all", *(entry.name for entry in listing.experiments()), *settings}
+    elif command == "list":
+        lost = [word for word in words if word not in (*listing.LISTS, *settings) and not details(word)]
+        assert not lost, f"there is no {lost}"
+    elif command == "reproduce":
+        known = {"all", *(entry.name for entry in listing.experiments()), *settings}
         assert set(words) <= known, f"there is no {set(words) - known}"
 
 
