@@ -1,4 +1,4 @@
-"""Where text comes from: local txt, jsonl or parquet, or a hub id, all through one path of `datasets`."""
+"""Where text comes from: local txt, line by line; local jsonl or parquet, or a hub id, through `datasets`."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
+from glob import escape
+from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -17,9 +19,7 @@ from cl.core import UserError
 from cl.hub import hub_address, hub_answers, offline
 from streams._settings import is_positive, require_integer
 from streams._shards import Piece
-
-FORMATS = {".txt": "text", ".text": "text", ".md": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
-PACKED = (".gz", ".zst", ".xz", ".bz2")
+from streams._text_files import FORMATS, PACKED, digest, is_hidden, kind_of, lines
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,8 @@ class Domain:
 
     Args:
         name: what tables and figures show; a column of R.
-        path: a file (txt, jsonl, parquet; also gzipped), a folder of such files, or a list; relative to data.root.
+        path: a file (txt, jsonl, parquet; also packed, as .gz, .xz, .bz2, or .zst where the package zstandard is
+            there), a folder of such files, without hidden ones, or a list; relative to data.root. Text is UTF-8.
         hub, config, split, revision: a data set on the hub.
         field: column with the text; a list of columns is joined by line ends.
         starts: regular expression of the rows (lines of a txt) with which a document begins; the others go on with the
@@ -130,7 +131,7 @@ class Source:
         """Digest of everything that the documents depend on: local files by their bytes, the hub by its names."""
         domain = self.domain
         where = (
-            [(_digest(file), _format(file)) for file in self.files]
+            [(digest(file), kind_of(file)) for file in self.files]
             if self.files
             else [domain.hub, domain.config, self.split, domain.revision]
         )
@@ -176,7 +177,7 @@ class Source:
         if not self.files:
             yield self._column(self._hub_rows()), False
         for file in self.files:
-            kind = _format(file)
+            kind = kind_of(file)
             yield self._column(self._file_rows(file, kind)), kind == "text"
 
     def _column(self, rows: Iterable[Mapping[str, Any]]) -> Iterator[str]:
@@ -215,27 +216,35 @@ class Source:
         if not path.is_absolute() and self.root is not None:
             path = Path(self.root).expanduser() / path
         if path.is_dir():
-            files = sorted(file for file in path.rglob("*") if file.is_file() and _format(file))
+            every = (file for file in path.rglob("*") if kind_of(file) and not is_hidden(file, path))
+            files = sorted(file for file in every if file.is_file())
         else:
             files = [path] if path.is_file() else []
         if not files:
             beside = "" if self.root else "; data.root is not set, so it is looked for from the working directory"
             raise UserError(f"domain {self.domain.name!r}: no txt, jsonl or parquet at {path}{beside}")
         for file in files:
-            if _format(file) is None:
+            if kind_of(file) is None:
                 raise UserError(
                     f"domain {self.domain.name!r}: {file} is of no known kind; it must end in "
                     f"{', '.join(FORMATS)}, or one of these and {', '.join(PACKED)}"
                 )
+            if file.suffix == ".zst" and find_spec("zstandard") is None:
+                raise UserError(
+                    f"domain {self.domain.name!r}: {file} is read by the package zstandard; `pip install zstandard`"
+                )
         return files
 
     def _file_rows(self, file: Path, kind: str | None) -> Iterator[Mapping[str, Any]]:
-        options = {"keep_linebreaks": True} if kind == "text" else {}
-        library = _library()  # before `offline`, which changes what is there
         try:
-            # the library counts its readers on a server, which a machine without a network waits for
+            if kind == "text":
+                yield from lines(file)
+                return
+            library = _library()  # before `offline`, which changes what is there
+            # the library takes a path for a pattern, and counts its readers on a server, which a machine without a
+            # network waits for
             with offline():
-                rows = library.load_dataset(kind, data_files=[str(file)], split="train", streaming=True, **options)
+                rows = library.load_dataset(kind, data_files=[escape(str(file))], split="train", streaming=True)
             yield from rows
         except UserError:
             raise
@@ -332,16 +341,3 @@ def _load(domain: Domain, split: str, streaming: bool) -> Any:
     return _library().load_dataset(
         domain.hub, domain.config, split=split, revision=domain.revision, streaming=streaming
     )
-
-
-def _format(file: Path) -> str | None:
-    suffix = file.with_suffix("").suffix if file.suffix in PACKED else file.suffix
-    return FORMATS.get(suffix)
-
-
-def _digest(file: Path) -> str:
-    try:
-        with open(file, "rb") as opened:
-            return hashlib.file_digest(opened, "sha256").hexdigest()
-    except OSError as error:
-        raise UserError(f"{file} cannot be read: {error.strerror}") from None

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeGuard
 
 from torch import Tensor
@@ -91,3 +92,11 @@ def assemble(family: str, images: Images, setting: Setting, num_outputs: int, pi
         f"{family}_{images.name}", setting, images.shape, num_outputs, len(experiences), num_heads=num_heads
     )
     return Stream(info, experiences, eval_sets, images.transform, images.augment)
+
+
+def unwritable(folder: Path, error: OSError) -> UserError:
+    """What to raise where a folder of the cache cannot be written."""
+    return UserError(
+        f"{folder} cannot be written ({error.strerror}); name another folder for tokenised text with stream.cache or "
+        "the variable CL_CACHE"
+    )

@@ -21,9 +21,10 @@ import numpy as np
 
 from cl.core import UserError
 from cl.result import write_text
+from streams._settings import unwritable
 from streams._tokenizers import Tokenizer
 
-FORMAT = 2
+FORMAT = 3
 SHARD_TOKENS = 1 << 26
 BATCH_CHARS = 1 << 20
 """Text is tokenised so many characters at a time."""
@@ -105,10 +106,7 @@ def corpus_of(
         folder.parent.mkdir(parents=True, exist_ok=True)
         unfinished = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".unfinished-"))
     except OSError as error:
-        raise UserError(
-            f"{folder.parent} cannot be written ({error.strerror}); name another folder for tokenised text with "
-            "stream.cache or the variable CL_CACHE"
-        ) from None
+        raise unwritable(folder.parent, error) from None
     try:
         _Writer(name, unfinished, tokenizer, limit, shard_tokens).write(pieces)
         if _opened(folder) is None:  # absent or damaged; where another process was faster, its own stays

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from cl.core import UserError
+from streams._settings import unwritable
 
 if TYPE_CHECKING:
     import tokenizers
@@ -85,7 +86,8 @@ class Subwords:
         self._library.no_padding()
         # text that spells a special token is text
         self._library.encode_special_tokens = True
-        size = self._library.get_vocab_size()
+        # some vocabularies leave numbers out, and are as long as their last one says
+        size = max(self._library.get_vocab().values(), default=-1) + 1
         self.separator = size if separator is None else separator
         self.vocabulary = size + (separator is None)
         self.digest = hashlib.sha256(f"{self.separator}\n{content}".encode()).hexdigest()[:16]
@@ -98,9 +100,9 @@ class Subwords:
         # a byte-level token is written with one letter per byte
         sizes = np.zeros(self.vocabulary, np.int64)
         added = self._library.get_added_tokens_decoder()
-        for token in range(self._library.get_vocab_size()):
+        for letters, token in self._library.get_vocab().items():
             if token not in added:
-                sizes[token] = len(self._library.id_to_token(token))
+                sizes[token] = len(letters)
             elif not added[token].special:
                 # written as the text that it is, such as the runs of spaces of GPT-NeoX
                 sizes[token] = len(added[token].content.encode())
@@ -146,7 +148,10 @@ def trained_bpe(texts: Iterable[str], vocabulary: int, cache: Path, key: str) ->
             show_progress=False,
         )
         library.train_from_iterator(texts, trainer)
-        write_text(path, library.to_str())
+        try:
+            write_text(path, library.to_str())
+        except OSError as error:
+            raise unwritable(path.parent, error) from None
     return Subwords(path.read_text())
 
 

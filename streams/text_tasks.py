@@ -193,7 +193,7 @@ def _names(order: str | Sequence[str], place: Path, root: str | None) -> list[st
 
 def _read(place: Path, name: str, limits: tuple[int | None, int | None], is_validated: bool) -> Task:
     try:
-        labels = json.loads((place / name / "labels.json").read_text())
+        labels = json.loads((place / name / "labels.json").read_text("utf-8-sig"))
     except (OSError, ValueError) as error:
         raise UserError(f"{place / name / 'labels.json'} cannot be read: {error}") from None
     is_named = isinstance(labels, list) and all(isinstance(each, str) and each for each in labels)

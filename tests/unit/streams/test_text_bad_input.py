@@ -59,6 +59,11 @@ BAD = [
     ({"domains": [NEWS_DOMAIN, NEWS_DOMAIN]}, "names 'news' twice"),
     ({"domains": [NEWS_DOMAIN | {"path": "empty.jsonl"}]}, "is empty"),
     ({"domains": [NEWS_DOMAIN | {"path": "broken.jsonl"}]}, "cannot be read as json"),
+    (
+        {"domains": [NEWS_DOMAIN | {"path": "latin.txt"}]},
+        "cannot be read as text: 'utf-8' codec can't decode byte 0xe9",
+    ),
+    ({"domains": [NEWS_DOMAIN | {"path": "plain.txt.gz"}]}, "cannot be read as text: Not a gzipped file"),
     ({"order": []}, "stream.order"),
     ({"order": "news"}, "stream.order is 'news'"),
     ({"order": ["sports"]}, "stream.order names 'sports'"),
@@ -78,6 +83,8 @@ BAD = [
 def test_bad_requests_are_one_sentence(text_root, options, words):
     (text_root / "empty.jsonl").write_text('{"text": ""}\n')
     (text_root / "broken.jsonl").write_text('{"text": "a"\nnot json\n')
+    (text_root / "latin.txt").write_bytes("caf\u00e9".encode("latin1"))
+    (text_root / "plain.txt.gz").write_text("text")
     (text_root / "nothing.jsonl").write_text("")
     arguments = {"domains": [NEWS_DOMAIN, CODE_DOMAIN], "root": str(text_root), "context": CONTEXT} | options
     if arguments["context"] > 1000:
@@ -153,6 +160,13 @@ def test_the_library_writes_no_line_of_its_own(text_root, caplog):
     with pytest.raises(UserError, match="cannot be read as json"):
         built(text_root, [NEWS_DOMAIN | {"path": "scalars.jsonl"}])
     assert not caplog.records
+
+
+def test_what_a_packed_file_needs_is_said(text_root, monkeypatch):
+    monkeypatch.setattr(_documents, "find_spec", lambda name: None)
+    (text_root / "news.jsonl.zst").write_bytes(b"")
+    with pytest.raises(UserError, match=r"news\.jsonl\.zst is read by the package zstandard; `pip install"):
+        built(text_root, [NEWS_DOMAIN | {"path": "news.jsonl.zst"}])
 
 
 HUB = {"name": "math", "hub": "nobody/nothing", "eval_split": "test"}

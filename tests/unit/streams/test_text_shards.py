@@ -14,6 +14,7 @@ from tokenizers import Tokenizer as Library
 from cl.core import UserError
 from streams._packing import Mixed, Packed, num_windows, pass_by_pass, text_bytes
 from streams._shards import corpus_of
+from streams._tokenizer_folder import _single_bytes
 from streams._tokenizers import Bytes, Subwords, read_tokenizer, trained_bpe
 
 TEXTS = ["the cat sat", "on the mat", "naïve café 漢字", "x" * 50, "the end"]
@@ -68,6 +69,26 @@ def test_added_tokens_that_are_text_have_bytes(bpe, tmp_path):
     text = "def f():\n    return 'caf\u00e9\u00e9'"
     assert tokenizer.token_bytes[tokenizer.encode([text])[0]].sum() == len(text.encode())
     assert tokenizer.token_bytes[library.token_to_id("<end>")] == 0
+
+
+@pytest.mark.parametrize("has_end", [True, False])
+def test_a_vocabulary_that_leaves_numbers_out(tmp_path, has_end):
+    """As that of GPT-4 does; its bytes could not be counted, and the separator took the number of a token."""
+    content = json.loads(_single_bytes())
+    content["model"] |= {"vocab": content["model"]["vocab"] | {"ab": 259}, "merges": [["a", "b"], ["ab", "c"]]}
+    content["model"]["vocab"]["abc"] = 257
+    if has_end:
+        content["model"]["vocab"]["<|endoftext|>"] = 300
+        content["added_tokens"] = [
+            {"id": 300, "content": "<|endoftext|>", "special": True, "normalized": False}
+            | dict.fromkeys(("single_word", "lstrip", "rstrip"), False)
+        ]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    own = read_tokenizer(str(tmp_path), download=False)
+    assert (own.separator, own.vocabulary) == ((300, 301) if has_end else (260, 261))
+    tokens = own.encode(["abcabd"])[0]
+    assert tokens.tolist() == [257, 259, ord("d")]
+    assert own.token_bytes[tokens].tolist() == [3, 2, 1] and own.token_bytes[own.separator] == 0
 
 
 def test_bpe_is_trained_once_and_the_same_every_time(tmp_path):
@@ -232,6 +253,8 @@ def test_a_cache_that_cannot_be_written_is_one_sentence(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"stream\.cache"):
         written(tmp_path / "file", TEXTS)
+    with pytest.raises(UserError, match=r"stream\.cache"):
+        trained_bpe(TEXTS, 300, tmp_path / "file", "key")
 
 
 def test_memory_is_flat_over_a_text_of_any_length(tmp_path):

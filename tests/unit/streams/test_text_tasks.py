@@ -338,6 +338,8 @@ def test_a_byte_order_mark_and_a_line_of_blanks_are_no_rows(root):
     path = root / "text" / "tasks" / "sst2" / "train.jsonl"
     wanted = built(root).experiences[0].num_samples
     path.write_text("\ufeff" + path.read_text() + "  \n", encoding="utf-8")
+    labels = path.with_name("labels.json")
+    labels.write_text("\ufeff" + labels.read_text(), encoding="utf-8")
     assert built(root).experiences[0].num_samples == wanted
 
 
