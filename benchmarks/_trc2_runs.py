@@ -14,9 +14,10 @@ from statistics import median
 from _fit import active_weights, fitted, network
 from _study import Comparisons, finished
 
-from cl.cli.compare import Plan, is_done, make_plan, split_words
+from cl.cli.compare import Plan, make_plan, split_words
 from cl.cli.compose import composed, plain
 from cl.cli.execute import execute
+from cl.cli.folder import is_done
 from cl.core import Setting, StreamInfo
 from cl.result import Result
 from streams._tokenizers import trained_bpe

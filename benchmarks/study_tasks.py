@@ -114,7 +114,7 @@ class Tasks(Comparisons):
 def export(run: Path, folder: Path) -> None:
     """The model of a run with `backbone=hf`, as transformers writes models."""
     from cl.cli import build
-    from cl.cli.resume import saved_config
+    from cl.cli.folder import saved_config
 
     trainer = build.make_trainer(saved_config(run), {}, run, ())
     trainer.keeper.restore()

@@ -16,8 +16,7 @@ from cl.branch import as_new_run, reopened
 from cl.checkpoint import load_latest, load_start, save
 from cl.cli import build
 from cl.cli.compose import composed, import_from_here, plain
-from cl.cli.execute import CONFIG, RESULT, require_own
-from cl.cli.resume import saved_config
+from cl.cli.folder import CONFIG, RESULT, require_own, saved_config
 from cl.config import TrainerConfig
 from cl.core import Stream, UserError
 from cl.frozen import require_unchanged

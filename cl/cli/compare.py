@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,12 +28,13 @@ from rich.text import Text
 from cl.cli import build
 from cl.cli.compose import composed, import_from_here, node_name, plain, seeded
 from cl.cli.console import Pulse, progress_bars, progress_line
-from cl.cli.execute import CONFIG, RESULT, execute
+from cl.cli.execute import execute
+from cl.cli.folder import RESULT, check_writable, is_begun, is_done
 from cl.cli.pool import Job, run_jobs
 from cl.core import StreamInfo, UserError
-from cl.result import Result
 
 OWN = ("strategies", "seeds", "reference", "jobs", "out", "launcher", "tune", "tune_seeds", "tune_on")
+OF_RUNS = ("seed", "strategy", "suite", "hydra.run.dir", "hydra.sweep.dir", "hydra.sweep.subdir")
 MOST_SEEDS = 10_000
 
 
@@ -65,6 +65,10 @@ def main(words: list[str]) -> int:
     own, others = split_words(words)
     request = plain(composed("compare", [*own, *(word for word in others if not _strategy_of(word))]))
     console = Console(markup=False)
+    if request["launcher"] != "local":
+        from cl.cli.launch import require_launcher
+
+        require_launcher(request["launcher"])
     if request["tune"] is not None:
         from cl.cli.tune import tuned
 
@@ -170,8 +174,8 @@ def _dropped(config: Any, names: Sequence[str]) -> list[str]:
 def check_words(words: Sequence[str], known: set[str]) -> None:
     """Refuse settings of a single run, and options of strategies that are not compared."""
     for word in words:
-        if word.partition("=")[0].lstrip("+") in ("seed", "strategy"):
-            raise UserError(f"{word!r} is for `cl run`; `cl compare` takes strategies=... and seeds=...")
+        if word.partition("=")[0].lstrip("+") in OF_RUNS:
+            raise UserError(f"{word!r} is for `cl run`; `cl compare` takes strategies=..., seeds=... and out=...")
         name = _strategy_of(word)
         if name and name not in known:
             raise UserError(f"{word!r} is for {name}, which is not compared; strategies are {', '.join(sorted(known))}")
@@ -238,41 +242,11 @@ def run_one(send: Callable[[Mapping[str, Any]], None], config: dict[str, Any], f
     """The job of one run: start it, or go on from its checkpoint."""
     run_dir = Path(folder)
     import_from_here()
-    can_resume = any((run_dir / "checkpoints").glob("step-*.pt"))
-    if not can_resume:
-        (run_dir / RESULT).unlink(missing_ok=True)
     result = execute(
-        config, run_dir, resume=can_resume, observers=[Pulse(send)], suite=suite, say=lambda sentence: None
+        config, run_dir, resume=is_begun(run_dir), observers=[Pulse(send)], suite=suite, say=lambda sentence: None
     )
     if result.status != "done":
         send({"error": f"{result.status}; the same command goes on with it"})
-
-
-def is_done(folder: Path, config: Mapping[str, Any]) -> bool:
-    """Whether a folder holds this very run, finished.
-
-    Raises:
-        UserError: it holds a run with other settings, or a result that cannot be read.
-    """
-    from cl.cli.resume import is_over, saved_config
-
-    if not (folder / CONFIG).is_file():
-        return False
-    if build.fingerprint(saved_config(folder)) != build.fingerprint(config):
-        raise UserError(f"{folder} holds a run with other settings; choose another folder with out=FOLDER")
-    try:
-        return (folder / RESULT).is_file() and is_over(folder, Result.load(folder / RESULT))
-    except ValueError as error:
-        raise UserError(f"{error}; delete it, and the same command goes on with that run from its checkpoint") from None
-
-
-def check_writable(folder: Path) -> None:
-    """Refuse a folder in which nothing could be written, before anything runs for it; makes none."""
-    try:
-        with tempfile.TemporaryFile(dir=next(each for each in (folder, *folder.parents) if each.exists())):
-            pass
-    except OSError as error:
-        raise UserError(f"the folder {folder} cannot be written: {error.strerror or error}") from None
 
 
 def prepare_tracking(plan: Plan) -> None:

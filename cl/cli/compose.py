@@ -35,6 +35,7 @@ FOLDERS = ("out", "data.root", "hydra.run.dir", "hydra.sweep.dir")
 GROUPS = ("stream", "strategy", "backbone", "optimizer", "schedule", "trainer", "tracking", "experiment", "debug")
 NO_NAME = re.compile(r"null|true|false|[-+.\d]+", re.IGNORECASE)
 """What Hydra reads as something else than a name."""
+SEVERAL = re.compile(r"Ambiguous value for argument '(.*?)'\n")
 UNREADABLE = "{!r} is no setting; settings are written name=value, such as seed=1"
 
 
@@ -130,6 +131,9 @@ def _sentence(error: Exception) -> str:
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, name = error.missing_cfg_file.rpartition("/")
         return f"there is no {group or 'config'} {name!r}{_beside(name, _names(group))}"
+    if several := SEVERAL.search(str(error)):
+        word = several[1].lstrip("+")
+        return f"{word!r} gives several values; write a list in brackets, or sweep over them with `cl run -m {word}`"
     if isinstance(error, OverrideParseException):
         return UNREADABLE.format(error.override)
     cause = error.__cause__
@@ -159,14 +163,18 @@ def _beside(name: str, names: Sequence[str]) -> str:
     return f"{nearest}; there are {', '.join(names)}" if names else ""
 
 
-def composed(name: str, overrides: Sequence[str]) -> DictConfig:
-    """The config `name` with overrides applied, defaults of the signatures not yet filled in."""
+def composed(name: str, overrides: Sequence[str], is_whole: bool = False) -> DictConfig:
+    """The config `name` with overrides applied, defaults of the signatures not yet filled in.
+
+    Args:
+        is_whole: with Hydra's own node.
+    """
     for word in overrides:
         if "=" not in word and not word.startswith("~"):
             raise UserError(UNREADABLE.format(word))
     GlobalHydra.instance().clear()
     with one_sentence(), initialize_config_module("configs", version_base="1.3"):
-        return compose(name, open_signatures(overrides))
+        return compose(name, open_signatures(overrides), return_hydra_config=is_whole)
 
 
 def check_folders(folders: Sequence[str]) -> None:

@@ -24,7 +24,8 @@ from rich.console import Console
 from rich.table import Table
 
 from cl.cli.branch import options
-from cl.cli.resume import saved_config, trained
+from cl.cli.folder import saved_config
+from cl.cli.resume import trained
 from cl.core import Batch, UserError
 from cl.evaluation import evaluating, predict
 from cl.result import write_text

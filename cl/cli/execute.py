@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shutil
 import signal
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,14 +13,11 @@ from typing import Any
 from cl.checkpoint import load_start
 from cl.cli import build, lock
 from cl.cli.allocation import keep_freed_memory
+from cl.cli.folder import CONFIG, LOG, RESULT, START, require_own
 from cl.core import UserError
 from cl.distributed import rank
 from cl.observe import Observer
 from cl.result import Result, write_text
-
-CONFIG, RESULT, LOG = "config.yaml", "result.json", "run.log"
-START = "start.pt"
-"""Weights and optimizer state that a run begins with, where `cl rewarm` took them from another run."""
 
 
 def choices(config: Mapping[str, Any], backbone: str) -> dict[str, Any]:
@@ -60,7 +56,7 @@ def execute(
     names = choices(config, _backbone_name(config))
     with warnings.catch_warnings(record=True) as early:
         trainer = build.make_trainer(config, names, run_dir, [*observers, *recorders])
-    with _writing(run_dir):
+    with _writing(run_dir, "made"):
         run_dir.mkdir(parents=True, exist_ok=True)
     with lock.alone(run_dir) if is_first else nullcontext():
         if not resume and is_first:
@@ -79,27 +75,6 @@ def execute(
     if result.status == "interrupted":
         say(f"interrupted; go on with `cl resume {run_dir}`")
     return result
-
-
-def require_own(run_dir: Path) -> None:
-    """Refuse a folder with files of somebody else's; what a run leaves that was killed at its start may be there."""
-    from cl.tracking.base import JOURNAL
-
-    ours = {LOG, START, *((CONFIG, JOURNAL, "checkpoints") if _holds_config(run_dir) else ())}
-    found = [path.name for path in run_dir.iterdir()] if run_dir.is_dir() else []
-    others = sorted(name for name in found if name not in ours and not name.endswith(".tmp"))
-    if others:
-        shown = ", ".join(others[:3]) + (", ..." if len(others) > 3 else "")
-        raise UserError(f"{run_dir} holds other files ({shown}); a run takes a folder of its own, out=FOLDER")
-
-
-def _holds_config(run_dir: Path) -> bool:
-    from cl.cli.resume import saved_config
-
-    try:
-        return bool(saved_config(run_dir))
-    except UserError:
-        return False
 
 
 def _backbone_name(config: Mapping[str, Any]) -> str:
@@ -133,11 +108,11 @@ def _send_figures(run_dir: Path, recorders: Sequence[Any]) -> None:
 
 
 @contextmanager
-def _writing(run_dir: Path) -> Iterator[None]:
+def _writing(run_dir: Path, done: str = "written") -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(f"the run folder {run_dir} cannot be written: {error.strerror or error}") from None
+        raise UserError(f"the run folder {run_dir} cannot be {done}: {error.strerror or error}") from None
 
 
 @contextmanager
@@ -147,13 +122,16 @@ def _logging_to(path: Path, say: Callable[[str], None]) -> Iterator[None]:
     # a full disk stops the run with a sentence; logging would print a traceback for every line besides
     handler.handleError = lambda record: None  # type: ignore[method-assign]
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    aloud = logging.Handler(logging.WARNING)
+    aloud.emit = lambda record: say(f"note: {record.getMessage()}")  # type: ignore[method-assign]
     root = logging.getLogger()
     level = root.level
     root.addHandler(handler)
+    root.addHandler(aloud)
     root.setLevel(logging.INFO)
 
     def show(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
-        # to the file alone: Hydra's handlers of the root would write it there once more, and print it
+        # to the file alone: a person is told below
         what = {"name": __name__, "levelno": logging.WARNING, "levelname": "WARNING"}
         handler.handle(logging.makeLogRecord(what | {"msg": f"{category.__name__}: {message}"}))
         if issubclass(category, UserWarning):
@@ -169,6 +147,7 @@ def _logging_to(path: Path, say: Callable[[str], None]) -> Iterator[None]:
         handler.handle(logging.makeLogRecord(how | {"exc_info": (type(error), error, error.__traceback__)}))
         raise
     finally:
+        root.removeHandler(aloud)
         root.removeHandler(handler)
         root.setLevel(level)
         handler.close()
@@ -190,19 +169,3 @@ def _stopping(trainer: Any, say: Callable[[str], None]) -> Iterator[None]:
     finally:
         for number, old in before.items():
             signal.signal(number, old)
-
-
-def remove_if_empty(folder: Path, was_there: bool = False) -> None:
-    """Take back what was made for a run which never started: its folder, or the log in one that was there before."""
-    if (folder / CONFIG).exists() or lock.is_going_on(folder):  # a run did start there, or another process just does
-        return
-    # Hydra opens a log before anybody writes one
-    log = folder / LOG
-    if was_there and log.is_file() and not log.stat().st_size:
-        log.unlink()
-    elif (
-        not was_there
-        and folder.is_dir()
-        and not any(path.name != LOG or path.stat().st_size for path in folder.iterdir())
-    ):
-        shutil.rmtree(folder)

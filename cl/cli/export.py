@@ -29,8 +29,8 @@ from cl.backbones._lora import merge_adapters
 from cl.backbones.hf import Hf
 from cl.cli import build
 from cl.cli.branch import options
-from cl.cli.compare import check_writable
-from cl.cli.resume import saved_config, trained
+from cl.cli.folder import check_writable, saved_config
+from cl.cli.resume import trained
 from cl.core import Batch, UserError
 from cl.evaluation import MAX_LOGITS, evaluating, predict
 from cl.hooks import overrides

@@ -5,15 +5,17 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from typing import Any
 
 from rich.console import Console
 
-from cl.cli.compare import Plan, is_done
+from cl.cli.compare import Plan
+from cl.cli.folder import is_done
 from cl.core import UserError
 
 LAUNCHERS = {"joblib": "joblib", "submitit_local": "submitit", "submitit_slurm": "submitit"}
-"""Launcher -> the plugin's package is `hydra-<plugin>-launcher`."""
+"""Launcher -> plugin: the package `hydra-<plugin>-launcher` with the module `hydra_<plugin>_launcher`."""
 
 
 def launch(plan: Plan, launcher: str, console: Console) -> dict[str, str]:
@@ -22,8 +24,6 @@ def launch(plan: Plan, launcher: str, console: Console) -> dict[str, str]:
     A cluster's launcher gets all compositions at once; a local one gets them one after another, because each sweep
     already fills the machine.
     """
-    if launcher not in list(LAUNCHERS):
-        raise UserError(f"launcher is {launcher!r}; it must be local, {', '.join(LAUNCHERS)}")
     todo: dict[str, list[int]] = {}
     for folder, config in plan.runs.items():
         if not is_done(folder, config):
@@ -38,6 +38,18 @@ def launch(plan: Plan, launcher: str, console: Console) -> dict[str, str]:
     for process in processes.values():
         process.wait()
     return {str(folder): "did not finish" for folder, config in plan.runs.items() if not is_done(folder, config)}
+
+
+def require_launcher(launcher: Any) -> None:
+    """Raise `UserError` where there is no such launcher, or its plugin is not installed."""
+    if launcher not in list(LAUNCHERS):
+        raise UserError(f"launcher is {launcher!r}; it must be local, {', '.join(LAUNCHERS)}")
+    plugin = LAUNCHERS[launcher]
+    if find_spec(f"hydra_plugins.hydra_{plugin}_launcher") is None:
+        raise UserError(
+            f"launcher is {launcher!r}, which needs the package hydra-{plugin}-launcher; install it, or take another: "
+            f"local, {', '.join(LAUNCHERS)}"
+        )
 
 
 def sweep(plan: Plan, label: str, seeds: Sequence[int], launcher: str) -> list[str]:

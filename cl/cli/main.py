@@ -50,6 +50,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     is_debug = "--debug" in words
     words = [word for word in words if word != "--debug"]
+    if words[:1] == ["help"] and words[1:]:
+        words = [*words[1:], "--help"]
     if not words or words[0] in ("--help", "-h", "help"):
         print(usage())
         return 0
@@ -60,7 +62,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     command, *rest = words
     if command not in COMMANDS:
-        return _complain(f"{command!r} is no command; the commands are {', '.join(COMMANDS)}")
+        from difflib import get_close_matches
+
+        near = "".join(f" (did you mean {name}?)" for name in get_close_matches(command.lower(), COMMANDS, 1))
+        return _complain(f"{command!r} is no command{near}; the commands are {', '.join(COMMANDS)}")
     try:
         try:
             return _call(command, rest)

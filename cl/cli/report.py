@@ -29,7 +29,7 @@ from cl.result import Result
 
 def main(words: list[str]) -> int:
     """Report on one folder."""
-    from cl.cli.compare import check_writable
+    from cl.cli.folder import check_writable
 
     options = {"out": "", "reference": "", "sync": ""}
     folders = [word for word in words if "=" not in word]
@@ -145,7 +145,7 @@ def _readable(folder: Path) -> Iterator[tuple[Path, Result]]:
 
 def _named_store(run_dir: Path) -> str | None:
     """Address of the store that a run was told to use."""
-    from cl.cli.resume import saved_config
+    from cl.cli.folder import saved_config
 
     with suppress(UserError):
         return (saved_config(run_dir).get("tracking") or {}).get("uri")

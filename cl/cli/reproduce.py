@@ -18,6 +18,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,9 @@ from rich.console import Console
 from rich.table import Table
 
 from cl.cli import listing
-from cl.cli.compare import MOST_SEEDS, Plan, check, check_writable, is_done, run_all
+from cl.cli.compare import MOST_SEEDS, Plan, check, run_all
 from cl.cli.compose import composed, seeded
-from cl.cli.execute import RESULT
+from cl.cli.folder import RESULT, check_writable, is_done
 from cl.core import UserError
 from cl.result import Result, environment, write_text
 
@@ -118,7 +119,8 @@ def main(words: list[str]) -> int:
     known = {name: claims for name, claims in known.items() if claims}
     for name in names:
         if name not in (*known, "all"):
-            raise UserError(f"{name!r} is no claim; the claims are all, {', '.join(known)}")
+            near = "".join(f" (did you mean {each}?)" for each in get_close_matches(name, known, 1))
+            raise UserError(f"{name!r} is no claim{near}; the claims are all, {', '.join(known)}")
     if "all" in names:
         affordable = [name for name, claims in known.items() if not claims[0].is_expensive]
         names = [*affordable, *(name for name in names if name not in ("all", *affordable))]

@@ -18,14 +18,11 @@ from rich.console import Console
 
 from cl.cli import build
 from cl.cli.compose import import_from_here
-from cl.cli.execute import CONFIG, RESULT
+from cl.cli.folder import RESULT, is_over, saved_config
 from cl.cli.run import run_with_progress, show_result
+from cl.config import TrainerConfig
 from cl.core import UserError
 from cl.result import Result
-from cl.tracking import has_ended
-
-PARTS = ("seed", "stream", "strategy", "backbone", "optimizer", "schedule", "trainer")
-"""Of every config."""
 
 
 def main(words: list[str]) -> int:
@@ -38,7 +35,7 @@ def main(words: list[str]) -> int:
     run_dir = Path(folders[0])
     config = saved_config(run_dir)
     if chosen:
-        config["trainer"]["parallel"] = chosen[-1]
+        config["trainer"]["parallel"] = TrainerConfig(parallel=chosen[-1]).parallel
     if (run_dir / RESULT).exists():
         try:
             result = Result.load(run_dir / RESULT)
@@ -50,12 +47,6 @@ def main(words: list[str]) -> int:
             show_result(console, result, run_dir, (config.get("tracking") or {}).get("uri"))
             return 0
     return int(run_with_progress(config, run_dir, resume=True).status != "done")
-
-
-def is_over(run_dir: Path, result: Result) -> bool:
-    """Whether nothing is left to do; a run that was killed after its last result has yet to tell its trackers."""
-    can_resume = any((run_dir / "checkpoints").glob("step-*.pt"))
-    return result.status == "done" and (has_ended(run_dir) or not can_resume)
 
 
 def trained(run_dir: Path) -> tuple[Any, int, int]:
@@ -70,27 +61,3 @@ def trained(run_dir: Path) -> tuple[Any, int, int]:
     config["trainer"] = {**config["trainer"], "parallel": "none", "compile": False}
     trainer = build.make_trainer(config, {}, run_dir, ())
     return trainer, *trainer.keeper.restore()
-
-
-def saved_config(run_dir: Path) -> dict:
-    """The config that a run was started with.
-
-    Raises:
-        UserError: the folder holds no run, or its config cannot be read.
-    """
-    import yaml
-
-    path = run_dir / CONFIG
-    if not path.is_file():
-        raise UserError(f"{run_dir} is not a run folder: it has no {CONFIG}")
-    try:
-        config = yaml.safe_load(path.read_text("utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read: {str(error).splitlines()[0]}") from None
-    missing = [name for name in PARTS if name not in config] if isinstance(config, dict) else PARTS
-    if missing:
-        raise UserError(f"{path} is not the whole config of a run: it lacks {', '.join(missing)}")
-    for name in (*PARTS[1:], "data", "tracking"):
-        if not isinstance(config.get(name) or {}, dict):
-            raise UserError(f"{path} cannot be read: {name} is {config[name]!r}; it must be settings with their values")
-    return config

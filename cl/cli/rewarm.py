@@ -64,7 +64,7 @@ def main(words: list[str]) -> int:
 
 def _on_another_stream(origin: Origin, config: dict[str, Any], found: dict[str, Any], rate: float) -> int:
     """A run of its own whose first weights and optimizer state are the other's."""
-    from cl.cli.execute import START
+    from cl.cli.folder import START
 
     config["trainer"]["schedule_start"] = 0
     run_dir = start(origin, config, origin.payload, found.get("out"), "rewarm", rate, is_anew=True)

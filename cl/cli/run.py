@@ -18,6 +18,7 @@ class can be set, whether its config file mentions it or not: strategy.replay.ca
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,53 +26,55 @@ from typing import Any, NoReturn
 
 import hydra
 from hydra._internal.utils import get_args_parser
+from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig
+from omegaconf import DictConfig, open_dict, read_write
 from rich.console import Console
 
 from cl import distributed
-from cl.cli.compose import check_folders, import_from_here, one_sentence, open_signatures, plain
+from cl.cli.compose import check_folders, composed, import_from_here, one_sentence, open_signatures, plain
 from cl.cli.console import Pulse, matrix_table, matrix_title, metrics_line, progress_bars, progress_line, ui_command
-from cl.cli.execute import execute, remove_if_empty
+from cl.cli.execute import execute
+from cl.cli.folder import is_begun, is_done, remove_if_empty
 from cl.core import UserError
 from cl.result import Result
 
-_outcomes: list[Result | Exception] = []
-_there_before: set[Path] = set()
+DIRS = ("hydra.run.dir=", "hydra.sweep.dir=")
+NEEDS_HYDRA = re.compile(r"-|[+~]*hydra[./](?!(run|sweep)\.dir=|searchpath=)")
+"""Words that ask for more of Hydra than a config: its flags, and settings of its own."""
+
+# the log of a run is kept by `cl.cli.execute`: Hydra's would be there for a refused one too, and print what it holds
+LOGGING = {"version": 1, "root": {"level": "INFO", "handlers": []}, "disable_existing_loggers": False}
+ConfigStore.instance().store(group="hydra/job_logging", name="own", node=LOGGING, provider="cl")
 
 
 @hydra.main(config_path="pkg://configs", config_name="run", version_base="1.3")
 def _app(config: DictConfig) -> None:
-    distributed.start()
-    # each process has read the clock for itself
-    run_dir = Path(distributed.agreed(HydraConfig.get().runtime.output_dir))
-    if run_dir.is_relative_to(Path.cwd()):
-        run_dir = run_dir.relative_to(Path.cwd())
+    """A job of Hydra's, perhaps in a process of a launcher, where what it returns is lost and what it raises is not."""
+    made = Path(HydraConfig.get().runtime.output_dir)
     try:
-        _outcomes.append(run_with_progress(plain(config), run_dir))
-    except Exception as error:
-        # Hydra would print a paragraph of its own; `main` raises it again
-        _outcomes.append(error)
+        result = _run(plain(config), made)
     finally:
-        remove_if_empty(run_dir, run_dir.resolve() in _there_before)
-        if distributed.rank():
-            remove_if_empty(Path(HydraConfig.get().runtime.output_dir))
+        remove_if_empty(made)
+    if result.status != "done":
+        # Hydra would go on with the next run of the sweep
+        raise KeyboardInterrupt
 
 
 def main(words: list[str]) -> int:
-    """Run Hydra's application; 0 when every run of it is done."""
+    """Run what was asked for; 0 when every run of it is done."""
     import_from_here()
+    check_folders(_config_dirs(words))
+    words = _in_hydras_words(words)
+    if not any(map(NEEDS_HYDRA.match, words)):
+        return int(_run_alone(words).status != "done")
     # without this, Hydra reports errors of the request in paragraphs and exits with 1
     os.environ["HYDRA_FULL_ERROR"] = "1"
     # argparse wants flags and overrides unmixed
     settings = [word for word in words if "=" in word and not word.startswith("-")]
-    check_folders(_config_dirs(words))
-    named = [text for word in settings for text in _in_hydras_words(word)]
-    sys.argv = ["cl run", *(word for word in words if word not in settings), *open_signatures(named)]
-    if distributed.rank():
-        sys.argv.append("hydra/job_logging=disabled")
+    logs = [] if any("hydra/job_logging=" in word for word in settings) else ["hydra/job_logging=own"]
+    sys.argv = ["cl run", *(word for word in words if word not in settings), *open_signatures(settings), *logs]
     _check_flags(sys.argv[1:])
-    _outcomes.clear()
     try:
         with one_sentence():
             _app()
@@ -79,10 +82,32 @@ def main(words: list[str]) -> int:
         if error.filename is None:  # no folder is in the way: nobody reads what Hydra prints
             raise
         raise UserError(f"the run folder {error.filename} cannot be made: {error.strerror}") from None
-    for outcome in _outcomes:
-        if isinstance(outcome, Exception):
-            raise outcome
-    return int(any(outcome.status != "done" for outcome in _outcomes if isinstance(outcome, Result)))
+    return 0
+
+
+def _run_alone(settings: Sequence[str]) -> Result:
+    """One run without Hydra's application, which composes twice and makes the folder before anything is checked."""
+    config = composed("run", settings, is_whole=True)
+    with one_sentence(), read_write(config.hydra), open_dict(config.hydra):
+        run_dir = Path(config.hydra.run.dir)
+        config.hydra.runtime.output_dir = str(run_dir.absolute())
+    # configs of one's own may ask for ${hydra:...}
+    HydraConfig.instance().set_config(config)
+    with open_dict(config):
+        del config["hydra"]
+    return _run(plain(config), run_dir)
+
+
+def _run(config: dict[str, Any], run_dir: Path) -> Result:
+    """A new run; of a comparison, it may be one that was stopped."""
+    distributed.start()
+    # each process has read the clock for itself
+    run_dir = Path(distributed.agreed(str(run_dir)))
+    if run_dir.is_relative_to(Path.cwd()):
+        run_dir = run_dir.relative_to(Path.cwd())
+    is_first, is_compared = distributed.rank() == 0, bool(config.get("suite"))
+    goes_on = is_first and is_compared and not is_done(run_dir, config) and is_begun(run_dir)
+    return run_with_progress(config, run_dir, resume=distributed.agreed(goes_on))
 
 
 def _check_flags(words: Sequence[str]) -> None:
@@ -111,12 +136,20 @@ def _config_dirs(words: Sequence[str]) -> list[str]:
     return [folder or after for flag, _, folder, after in flags if flag in ("--config-dir", "-cd")]
 
 
-def _in_hydras_words(word: str) -> list[str]:
-    """A run's folder is called `out` as everywhere else, and by Hydra by two names."""
-    name, _, folder = word.partition("=")
-    if name == "out" and Path(folder).expanduser().is_dir():
-        _there_before.add(Path(folder).expanduser().resolve())
-    return [f"hydra.run.dir={folder}", f"hydra.sweep.dir={folder}"] if name == "out" else [word]
+def _in_hydras_words(words: Sequence[str]) -> list[str]:
+    """A run's folder is called `out` as everywhere else, and by Hydra by two names; left empty, it gets its own name.
+
+    Example:
+        >>> _in_hydras_words(["seed=1", "out=x"]), _in_hydras_words(["out=null"])
+        (['seed=1', 'hydra.run.dir=x', 'hydra.sweep.dir=x'], [])
+    """
+    out = [word for word in words if word.startswith("out=")]
+    others = [word for word in words if word not in out]
+    if not out or out[0] in ("out=", "out=null"):
+        return others
+    if again := [word for word in others if word.lstrip("+").startswith(DIRS)]:
+        raise UserError(f"{out[0]!r} and {again[0]!r} both name the folder; give one of them")
+    return [*others, *(f"{name}{out[0].removeprefix('out=')}" for name in DIRS)]
 
 
 def run_with_progress(config: dict[str, Any], run_dir: Path, resume: bool = False) -> Result:

@@ -16,8 +16,8 @@ from rich.table import Table
 from torch import Tensor
 
 from cl.cli import build
-from cl.cli.compare import check_writable
 from cl.cli.compose import composed, import_from_here, plain
+from cl.cli.folder import check_writable
 from cl.core import Batch, Output, Setting, UserError
 from cl.hooks import Strategy
 from cl.metrics.sensitivity import Change, mean_change, module_of, ranked, sensitivity

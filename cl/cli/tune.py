@@ -23,7 +23,7 @@ from rich.table import Table
 
 from cl.cli.compare import Plan, check_words, make_plan, run_all, seeds_of, words_for
 from cl.cli.compose import node_name
-from cl.cli.execute import CONFIG, RESULT
+from cl.cli.folder import CONFIG, RESULT
 from cl.core import UserError
 from cl.report.style import UNITS, Unit
 from cl.result import Result, write_text

@@ -16,10 +16,10 @@ from rich.console import Console
 from cl.cli.compare import make_plan, split_words
 from cl.cli.compose import composed, plain
 from cl.cli.execute import _recorders
+from cl.cli.folder import PARTS
 from cl.cli.launch import sweep
 from cl.cli.main import main
 from cl.cli.report import comparison_table
-from cl.cli.resume import PARTS
 from cl.report.comparison import Estimate, StrategyRow
 from cl.result import Result
 

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from cl.backbones import load_backbone
 from cl.cli import build
+from cl.cli.folder import saved_config
 from cl.cli.main import main
-from cl.cli.resume import saved_config
 from cl.core import Batch, UserError
 from cl.result import Result
 from streams._tokenizer_folder import write_tokenizer

@@ -12,8 +12,9 @@ from safetensors.torch import load_file, save_file
 
 from cl.backbones.hf import Hf
 from cl.cli import build
+from cl.cli.folder import saved_config
 from cl.cli.main import main
-from cl.cli.resume import saved_config, trained
+from cl.cli.resume import trained
 from cl.core import Setting, StreamInfo
 from cl.result import Result
 from streams._tokenizer_folder import write_tokenizer

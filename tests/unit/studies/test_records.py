@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from cl.cli.compare import is_done
-from cl.cli.resume import saved_config
+from cl.cli.folder import is_done, saved_config
 from cl.result import Result
 
 ROOT = Path(__file__).resolve().parents[3]
