@@ -7,12 +7,14 @@ Shape legend: K maps.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from cl.backbones import MultiHead
 from cl.core import Batch, Output
 from strategies._layer_inputs import find_layers
 
@@ -50,6 +52,12 @@ class RelevanceNet(nn.Module):
     def frozen(self) -> list[Tensor]:
         """Of each weight, where a finished map needs it."""
         return [self.maps(number).any(0) for number in range(len(self.names))]
+
+    def heads(self) -> Iterator[tuple[int, nn.Parameter]]:
+        """Weights of the heads of single tasks, each with the number of the task."""
+        for module in self.backbone.modules():
+            if isinstance(module, MultiHead):
+                yield from ((task, p) for task, head in enumerate(module.heads) for p in head.parameters())
 
     def redraw(self, density: float, generator: torch.Generator) -> None:
         """Begin a map: a random share of the weights is relevant, each by an even chance of little or much."""

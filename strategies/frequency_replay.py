@@ -112,22 +112,25 @@ class FrequencyReplay(Strategy):
     def _rare(self, current: Sequence[int]) -> list[int]:
         """Up to as many classes as there are current ones, the least frequent first."""
         chosen: list[int] = []
-        for c in sorted(self.weights, key=lambda c: (self.weights[c], c)):
+        for c in sorted(self._stored_besides(current), key=lambda c: (self.weights[c], c)):
+            if self.occurrences[c] < self.min_occurrences:
+                continue
             frequency = self.weights[c] / self.num_experiences
-            # the next ones are more frequent still; a class too new or too rare is passed over
-            if len(chosen) == len(current) or (self._is_eligible(c, current) and frequency > self.high_frequency):
+            # the next ones are more frequent still
+            if len(chosen) == len(current) or frequency > self.high_frequency:
                 break
-            if self._is_eligible(c, current) and frequency > self.low_frequency:
+            if frequency > self.low_frequency:
                 chosen.append(c)
         return chosen
 
-    def _is_eligible(self, c: int, current: Sequence[int]) -> bool:
-        return c not in current and self.occurrences[c] >= self.min_occurrences
+    def _stored_besides(self, current: Sequence[int]) -> list[int]:
+        """Classes that are not in the experience; one that an experience names need not have had rows in it."""
+        return [c for c in self.occurrences if c not in current and c in self.store]
 
     def _any(self, current: Sequence[int], generator: torch.Generator) -> list[int]:
         """A binomial number of classes seen before, each as likely as any other."""
         count = int((torch.rand(len(current), generator=generator) < self.budget).sum())
-        seen = [c for c in self.occurrences if c not in current]
+        seen = self._stored_besides(current)
         return [seen[i] for i in torch.randperm(len(seen), generator=generator)[:count].tolist()]
 
     # which rows

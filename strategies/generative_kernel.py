@@ -10,8 +10,8 @@ of the last experience:
 
     bound(current) / k + (1 - 1 / k) bound(made) + contrast * SupCon(latent means of both, by class)
 
-At evaluation it makes the coreset of each past task anew, so that no row is stored; the running experience is judged by
-its own rows.
+k counts the running experience and the finished tasks. At evaluation the VAE makes the coreset of each past task anew,
+so that no row is stored; the running experience is judged by its own rows.
 
 Source: Derakhshani et al., "Generative Kernel Continual Learning", arXiv 2112.13410; the classifier is that of the same
 authors' "Kernel Continual Learning", ICML 2021. No official code was found: shares, the prior of the VAE by class, unit
@@ -43,7 +43,7 @@ class GenerativeKernel(Strategy):
     """Classify by kernel ridge regression on a coreset that a conditional VAE makes.
 
     Args:
-        coreset_size: rows for each class.
+        coreset_size: rows for each class; of the running experience as many in all, whatever their classes.
         ridge: paper's lambda.
         kernel: "linear" or "fourier".
         num_fourier, length: number of random Fourier features, and length scale of their kernel.

@@ -25,12 +25,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from cl.core import Batch, Output, Setting, Stream, UserError
+from cl.core import Batch, Output, Setting, Stream, StreamInfo, UserError
 from cl.hooks import Contract
 from cl.state import Cost, TrainState
-from strategies._backbone import Teacher, in_float
+from strategies._backbone import Teacher, in_float, require_backbone
 from strategies._checks import require_choice, require_number
 from strategies._pooled import lighter
 from strategies.replay import Replay
@@ -77,18 +77,25 @@ class ReplayDistillation(Replay):
             raise UserError(f"replay_distillation.strength is {strength!r}; it must be between 0 and 1")
         self.features = features if strength else "none"
         self.predictions = predictions if strength else "none"
+        self.is_all = "all" in (self.features, self.predictions)
         self.temperature, self.strength = temperature, strength
         self.teacher = Teacher()
         self.old_outputs: list[int] = []
 
     def check(self, stream: Stream) -> None:
         super().check(stream)
-        for experience in list(stream.experiences)[:-1]:
-            if not experience.classes and self.predictions != "none":
+        # old classes, and where these are compared with all of them those of the last experience too
+        for experience in list(stream.experiences)[: None if self.is_all else -1]:
+            if not experience.classes and (self.is_all or self.predictions != "none"):
                 raise UserError(
-                    f"replay_distillation distils the outputs of old classes, and experience {experience.id} "
-                    f"({experience.name!r}) of stream {stream.info.name} does not say which classes it brings"
+                    f"replay_distillation distils the outputs of old classes and counts them, and experience "
+                    f"{experience.id} ({experience.name!r}) of stream {stream.info.name} does not say which classes it "
+                    "brings"
                 )
+
+    def check_model(self, model: nn.Module, info: StreamInfo) -> None:
+        if self.features != "none":
+            require_backbone(model, self.name, "features")
 
     def on_batch(self, state: TrainState, batch: Batch) -> Batch:
         return lighter(super().on_batch(state, batch), self._taken_from_labels(state))
@@ -117,8 +124,7 @@ class ReplayDistillation(Replay):
     def _rows(self, batch: Batch) -> Tensor:
         """Numbers of the rows that the teacher sees, the stored ones last."""
         pieces = [torch.arange(part.start, part.stop) for part in batch.parts_of(self.name)]
-        is_all = "all" in (self.features, self.predictions)
-        return torch.cat([torch.arange(batch.num_current if is_all else 0), *pieces]).to(batch.inputs.device)
+        return torch.cat([torch.arange(batch.num_current if self.is_all else 0), *pieces]).to(batch.inputs.device)
 
     def _feature_distance(self, new: Output, old: Output, rows: Tensor, some: slice) -> Tensor:
         return F.mse_loss(in_float(new.hidden[rows][some]), in_float(old.hidden[some]))
@@ -155,8 +161,7 @@ class ReplayDistillation(Replay):
     def cost(self, state: TrainState, batch_size: int) -> Cost:
         if not self.teacher:
             return super().cost(state, batch_size)
-        is_all = "all" in (self.features, self.predictions)
-        distilled = self.num_drawn(batch_size) + (batch_size if is_all else 0)
+        distilled = self.num_drawn(batch_size) + (batch_size if self.is_all else 0)
         return super().cost(state, batch_size) + Cost(distilled, 0, self.teacher.num_bytes)
 
     def state_dict(self) -> dict[str, Any]:

@@ -3,10 +3,11 @@
     W_k = W * M_k;   loss = CE + sparsity * mean(sigmoid(sharpness * A))       A: scores of the map that is learnt
     at the end of a task:  M_k = 1 where A > 0;  weights that any finished map needs do not move again
 
-so that what a finished task answers under its map never changes. Without task labels, a row is answered by the map that
-is most confident (least entropy). With `boundaries=detected` nobody is told when a task begins: a batch whose mean
-differs from that of the running task by more than `jump` times what chance explains belongs to another task, to an
-earlier one whose mean fits, or to a new one.
+so that what a finished task answers under its map never changes; its head, where it has one, is trained under that map
+only, also when another strategy replays its rows. Without task labels, a row is answered by the map that is most
+confident (least entropy). With `boundaries=detected` nobody is told when a task begins: a batch whose mean differs from
+that of the running task by more than `jump` times what chance explains belongs to another task, to an earlier one whose
+mean fits, or to a new one. Of a step in several micro-batches the first one decides.
 
     jump = |mean of batch - mean of task|^2 / (total variance * (1 / rows of batch + 1 / rows of task))
 
@@ -30,6 +31,7 @@ from torch.optim import Optimizer
 from cl.core import Batch, Output, StreamInfo, UserError
 from cl.hooks import Contract, Strategy, overrides
 from cl.state import Cost, TrainState, tensor_bytes
+from strategies._at_rest import AtRest, clear_gradients, step_beside
 from strategies._checks import require, require_at_rest, require_choice, require_count, require_number
 from strategies._relevance import RelevanceNet
 
@@ -153,18 +155,22 @@ class Rmn(Strategy):
         self.is_open = net.is_open
 
     def on_batch(self, state: TrainState, batch: Batch) -> Batch:
-        if self.boundaries == "detected" and state.micro_step == 0:
+        if self.boundaries == "detected":
             self._look(state, batch.current())
         return batch
 
     def _look(self, state: TrainState, rows: Batch) -> None:
         """Whose inputs these are."""
         inputs = rows.inputs.flatten(1).double()
-        if self.moments[self.active] and _jump(inputs, self.moments[self.active]) > self.jump:
-            fits = [_jump(inputs, kept) if kept else float("inf") for kept in self.moments]
-            best = min(range(len(fits)), key=fits.__getitem__)
-            self._enter(state, best if fits[best] <= self.jump else None)
-            state.note("rmn_map", self.active)
+        if state.micro_step == 0 and _jump(inputs, self.moments[self.active]) > self.jump:
+            fits = [_jump(inputs, kept) for kept in self.moments]
+            best, before = min(range(len(fits)), key=fits.__getitem__), self.active
+            # a map of one row waits for more before another one begins
+            if fits[best] <= self.jump or self.moments[before].get("count", 0) > 1:
+                self._enter(state, best if fits[best] <= self.jump else None)
+            # with no map left it may be the same one
+            if self.active != before:
+                state.note("rmn_map", self.active)
         if rows.task_id is not None:
             self.tasks.update({f"head {head}": self.active for head in rows.task_id.unique().tolist()})
         _add(self.moments[self.active], inputs)
@@ -177,13 +183,21 @@ class Rmn(Strategy):
         scores = torch.cat([score.flatten() for score in _net(state.model).scores])
         return self.sparsity * torch.sigmoid(self.sharpness * scores).mean()
 
+    def on_gradients(self, state: TrainState) -> None:
+        clear_gradients(self._held(state))
+
     def step(self, state: TrainState, batch: Batch, update: Callable[[], None]) -> None:
+        step_beside(self._held(state), update)
+
+    def _held(self, state: TrainState) -> AtRest:
+        """Weights that a finished map needs, and heads of tasks that another map answers."""
         net = _net(state.model)
-        before = [weight.detach().clone() for weight in net.weights()]
-        update()
-        with torch.no_grad():
-            for weight, old, frozen in zip(net.weights(), before, net.frozen(), strict=True):
-                weight.copy_(torch.where(frozen, old, weight))
+        heads = [
+            (p, torch.ones((), dtype=torch.bool, device=p.device))
+            for task, p in net.heads()
+            if self.tasks.get(f"head {task}", self.active) != self.active
+        ]
+        return [*zip(net.weights(), net.frozen(), strict=True), *heads]
 
     def on_experience_end(self, state: TrainState) -> None:
         net = _net(state.model)
@@ -251,11 +265,16 @@ def _net(model: nn.Module) -> RelevanceNet:
 
 
 def _jump(inputs: Tensor, kept: dict[str, Tensor]) -> float:
-    """How far the mean of some rows is from that of others, in units of what chance explains; about 1 if they agree."""
-    count = kept["count"]
+    """How far the mean of some rows is from that of others, in units of what chance explains; about 1 if they agree.
+
+    Infinity beside less than two rows, which say nothing of chance.
+    """
+    count = kept.get("count", 0)
+    if count < 2:
+        return float("inf")
     mean = kept["sum"] / count
     # summed over inputs before the ratio is taken: pixels that are hardly ever lit say nothing of a batch
-    variance = (kept["squares"] / count - mean.square()).sum()
+    variance = (kept["squares"] / count - mean.square()).sum() * count / (count - 1)
     return float((inputs.mean(0) - mean).square().sum() / (variance * (1 / len(inputs) + 1 / count)))
 
 

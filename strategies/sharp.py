@@ -42,6 +42,7 @@ from cl.core import Batch, Output, Setting, StreamInfo, UserError
 from cl.hooks import Contract, Strategy
 from cl.state import Cost, TrainState, tensor_bytes
 from strategies._activation_store import dequantised, drawn, quantised, votes
+from strategies._at_rest import AtRest, clear_gradients, step_beside
 from strategies._backbone import in_float, require_backbone
 from strategies._checks import require, require_count, require_number
 from strategies._contrastive import global_labels, supervised_contrastive
@@ -119,7 +120,7 @@ class Sharp(Strategy):
         """Experience and phase that the network was last rewired for."""
         self.spread = Spread()
         self._replayed: Batch | None = None
-        self._holding: list[tuple[Tensor, Tensor]] | None = None
+        self._holding: list[tuple[nn.Parameter, Tensor]] | None = None
 
     def check_model(self, model: nn.Module, info: StreamInfo) -> None:
         num_stages = len(layers_of(require_backbone(model, "sharp", NEEDS), "sharp"))
@@ -219,34 +220,24 @@ class Sharp(Strategy):
         return supervised_contrastive(self._silenced(torch.cat(hidden)), torch.cat(labels), self.temperature)
 
     def on_gradients(self, state: TrainState) -> None:
-        """Also a norm that gradients are clipped by should know of no weight that cannot move."""
-        for layer, held in zip(self._layers(state), self._held(state), strict=True):
-            for p, is_held in zip((layer.weight, layer.bias), held, strict=True):
-                if p is not None and p.grad is not None:
-                    p.grad.masked_fill_(is_held, 0.0)
+        clear_gradients(self._held(state))
 
     def step(self, state: TrainState, batch: Batch, update: Callable[[], None]) -> None:
-        layers = self._layers(state)
-        before = [[p if p is None else p.detach().clone() for p in (layer.weight, layer.bias)] for layer in layers]
-        update()
-        with torch.no_grad():
-            # momentum, weight decay and the pull of other strategies do not move them either
-            for layer, old, held in zip(layers, before, self._held(state), strict=True):
-                for p, value, is_held in zip((layer.weight, layer.bias), old, held, strict=True):
-                    if p is not None:
-                        p.copy_(torch.where(is_held, value, p))
+        step_beside(self._held(state), update)
 
-    def _held(self, state: TrainState) -> list[tuple[Tensor, Tensor]]:
-        """Of each layer, the weights and biases that must stay: into frozen units, and of absent connections.
+    def _held(self, state: TrainState) -> AtRest:
+        """The weights and biases, and where they must stay: into frozen units, and of absent connections.
 
         Made once a phase: units and connections stay as they are between two rewirings.
         """
         if self._holding is None:
             frozen = self.units.frozen(self._cut(state), self.num_recent)
-            self._holding = [
-                (as_weights(~mask | is_frozen_O[:, None], layer.weight), is_frozen_O)
-                for layer, mask, is_frozen_O in zip(self._layers(state), self.units.masks, frozen, strict=True)
+            layers = list(zip(self._layers(state), self.units.masks, frozen, strict=True))
+            weights = [
+                (each.weight, as_weights(~mask | rests_O[:, None], each.weight)) for each, mask, rests_O in layers
             ]
+            biases = [(each.bias, rests_O) for each, _, rests_O in layers if each.bias is not None]
+            self._holding = weights + biases
         return self._holding
 
     # end of an experience, and prediction

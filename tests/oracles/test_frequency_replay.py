@@ -133,6 +133,27 @@ def test_stores_are_renewed_by_the_published_numbers(lab):
     assert all(PER_CLASS * 1 <= i < PER_CLASS * 2 for k, i in third[3])
 
 
+@pytest.mark.parametrize(
+    ("rows_per_class", "before", "num"),
+    [(200, 0, 200), (200, 1, 100), (200, 2, 66), (200, 18, 10), (200, 19, 10), (200, 60, 10), (10, 30, 1)],
+)
+def test_a_twentieth_is_renewed_however_often_a_class_came(rows_per_class, before, num):
+    strategy = FrequencyReplay(rows_per_class)
+    strategy.occurrences = {3: before}
+    assert strategy.num_renewed(3) == num
+
+
+@pytest.mark.parametrize("select", ["random", "frequency"])
+def test_a_class_that_an_experience_only_names_is_not_replayed(lab, select):
+    """Class 7 has no rows where it is named, so that nothing of it is stored."""
+    stream = stream_of([(0, 1), (0, 1, 2)])
+    first, second = stream.experiences
+    named = replace(stream, experiences=[replace(first, classes=(0, 1, 7)), second])
+    strategy = Spy(rows_per_class=10, select=select, low_frequency=0.0, high_frequency=2.0, min_occurrences=1)
+    lab.run([strategy], named, evaluate="seen", eval_rows=1)
+    assert strategy.chosen == [[], []]
+
+
 def test_an_epoch_replays_every_stored_row_once_in_one_mean(lab):
     strategy = Spy(rows_per_class=25, select="random")
     stream = stream_of([(0, 1), (2, 3), (4, 5)])
@@ -191,6 +212,26 @@ def test_freq_acc_counts_an_occurrence_by_its_accuracy(lab):
             right[c] += int(hits[step.batch.targets == c].sum())
     assert strategy.weights == pytest.approx({c: right[c] / PER_CLASS for c in (0, 1)})
     assert strategy.occurrences == {0: 2, 1: 2}
+    resumed = FrequencyReplay(select="freq_acc")
+    resumed.load_state_dict(strategy.state_dict())
+    assert resumed.hits == strategy.hits and sorted(resumed.hits) == [0, 1]
+
+
+def test_freq_acc_knows_no_accuracy_of_what_is_replayed(lab):
+    """An occurrence that counts nothing, as in the published code."""
+    kept = []
+
+    class Counting(Spy):
+        def on_experience_end(self, state):
+            super().on_experience_end(state)
+            kept.append((dict(self.weights), dict(self.occurrences)))
+
+    strategy = Counting(select="freq_acc", rows_per_class=10, low_frequency=0.0, high_frequency=2.0, min_occurrences=1)
+    lab.run([strategy], stream_of([(0, 1), (2, 3)]), evaluate="seen", eval_rows=1)
+    (first, _), (second, occurrences) = kept
+    replayed = strategy.chosen[1]
+    assert replayed and set(replayed) <= {0, 1}
+    assert all(second[c] == first[c] > 0 and occurrences[c] == 2 for c in replayed)
 
 
 def test_bytes_are_those_of_the_stored_rows(lab):

@@ -34,10 +34,14 @@ def ridge(features, core, targets):
 
 def check(lab):
     recorder, _ = lab.run([GenerativeKernel(**SMALL)], TASK)
-    model = deepcopy(recorder.start)
+    model, last = deepcopy(recorder.start), None
     for step in recorder.steps:
         current, core = (step.batch[part.rows] for part in step.batch.parts)
-        assert len(core) == SIZE * NUM_CLASSES and set(core.experience_id.tolist()) == {step.experience}
+        assert lab.rows_of(core) != last, "drawn anew in every step"
+        last = lab.rows_of(core)
+        assert len(set(last)) == len(core) == SIZE * NUM_CLASSES and set(core.experience_id.tolist()) == {
+            step.experience
+        }
         scores = SCALE * ridge(model(current).hidden, model(core).hidden, core.targets)
         loss = -scores.log_softmax(1)[range(len(current)), current.targets].mean()
         lab.close(step.terms["generative_kernel"], loss.detach(), rtol=1e-5)
@@ -51,6 +55,27 @@ def check(lab):
 
 def test_the_network_s_steps_are_ridge_regression(lab):
     check(lab)
+
+
+def test_a_coreset_is_no_larger_than_the_experience(lab):
+    """Which is what a step costs beside every micro-batch: 60 for each of 4 classes would be 240 rows of 192."""
+    recorder, trainer = lab.run(
+        [strategy := GenerativeKernel(**SMALL | {"coreset_size": 60})], TASK, batch_size=8, accumulation=2
+    )
+    assert {len(step.batch.parts_of(strategy.name)[0]) for step in recorder.steps} == {192}
+    assert strategy.cost(trainer.state, 16).forwards == 2 * 192
+    # three experiences, made rows aside
+    assert trainer.state.spent.forwards == trainer.state.spent.backwards == 3 * (192 + 24 * 192)
+
+
+def test_a_task_that_comes_back_keeps_its_classes(lab):
+    """Half of the classes of the first task again: all of them are still remembered."""
+    stream = toy_stream(TASK)
+    again = replace(stream.experiences[0], id=3, name="again", classes=(0, 1))
+    info = replace(stream.info, num_experiences=4)
+    stream = replace(stream, experiences=[*stream.experiences, again], info=info)
+    lab.run([strategy := GenerativeKernel(**SMALL)], stream)
+    assert strategy.learnt == {task: list(range(NUM_CLASSES)) for task in range(3)}
 
 
 def test_the_oracle_needs_the_ridge(lab, monkeypatch):

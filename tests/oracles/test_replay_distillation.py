@@ -9,8 +9,9 @@ from itertools import product
 
 import pytest
 import torch
+from torch import nn
 
-from cl.core import Setting, UserError
+from cl.core import Output, Setting, UserError
 from cl.testing import toy_stream
 from strategies.replay import Replay
 from strategies.replay_distillation import ReplayDistillation
@@ -76,6 +77,18 @@ def test_distillation_is_the_plain_loop(lab, features, predictions):
     check(lab, features, predictions)
 
 
+@pytest.mark.parametrize(("features", "predictions"), [("all", "all"), ("replayed", "replayed")])
+def test_a_step_in_micro_batches_is_the_same(lab, features, predictions):
+    """Ten stored rows beside micro-batches of four, which they cannot be shared among evenly."""
+    whole, cut = (
+        lab.run(
+            [ReplayDistillation(40, SIZE, features, predictions)], CLASS, batch_size=16 // pieces, accumulation=pieces
+        )[1].state.model
+        for pieces in (1, 4)
+    )
+    lab.close(lab.weights(cut), lab.weights(whole), rtol=1e-5, atol=1e-6)
+
+
 def test_domains_share_their_outputs(lab):
     check(lab, setting=DOMAIN)
 
@@ -116,5 +129,40 @@ def test_bad_arguments_are_refused():
         ReplayDistillation(strength=2.0)
     stream = toy_stream(CLASS)
     nameless = replace(stream, experiences=[replace(e, classes=()) for e in stream.experiences])
-    with pytest.raises(UserError, match="distils the outputs of old classes, and experience 0"):
+    with pytest.raises(UserError, match="distils the outputs of old classes and counts them, and experience 0"):
         ReplayDistillation().check(nameless)
+
+
+def test_classes_that_are_counted_must_be_named():
+    """Of the last experience too where they are part of C_seen."""
+    stream = toy_stream(CLASS)
+    *earlier, last = stream.experiences
+    stream = replace(stream, experiences=[*earlier, replace(last, classes=())])
+    for options in (("all", "none"), ("none", "all"), ("replayed", "all")):
+        with pytest.raises(UserError, match="and experience 2"):
+            ReplayDistillation(40, SIZE, *options).check(stream)
+    ReplayDistillation(40, SIZE, "replayed", "replayed").check(stream)
+
+
+def test_features_that_need_no_classes_go_without_names(lab):
+    stream = toy_stream(DOMAIN)
+    nameless = replace(stream, experiences=[replace(e, classes=()) for e in stream.experiences])
+    recorder, _ = lab.run([ReplayDistillation(40, SIZE, "replayed", "none")], nameless)
+    assert recorder.steps[-1].terms["replay_distillation"] > 0
+
+
+class Bare(nn.Sequential):
+    """A network that is no backbone: it gives logits and nothing else."""
+
+    def __init__(self, info):
+        super().__init__(nn.Linear(64, 12), nn.ReLU(), nn.Linear(12, info.num_outputs))
+
+    def forward(self, batch):
+        return Output(super().forward(batch.inputs.flatten(1)))
+
+
+def test_features_need_a_backbone_that_gives_them(lab):
+    with pytest.raises(UserError, match="replay_distillation needs a backbone with features"):
+        lab.run([ReplayDistillation(40, SIZE)], CLASS, backbone=Bare)
+    recorder, _ = lab.run([ReplayDistillation(40, SIZE, "none", "all")], CLASS, backbone=Bare)
+    assert recorder.steps[-1].terms["replay_distillation"] > 0

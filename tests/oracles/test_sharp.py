@@ -9,6 +9,7 @@ import math
 from copy import deepcopy
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from cl.backbones.convnet import Convnet
 from cl.backbones.mlp import Mlp
 from cl.backbones.resnet18 import Resnet18
 from cl.core import Setting, UserError
+from cl.seeding import Seeds
 from cl.testing import ToyNet, toy_stream
 from strategies._activation_store import dequantised
 from strategies._sparse_units import SparseUnits, as_weights, layers_of
@@ -74,6 +76,37 @@ def test_phases_and_their_share(lab, monkeypatch):
     ] * 3
     assert all(torch.equal(rows[k], rows[3 * (k // 3)]) for k in range(9))
     assert trainer.strategies[0].phase == [2, 3]
+
+
+def test_the_optimizer_starts_anew_in_every_phase(lab):
+    """Adadelta has no memory in the first step of a phase, and one in all others."""
+    known = []
+
+    class Keeper(lab.Recorder):
+        def on_batch(self, state, batch):
+            known.append((state.experience.id, state.epoch, bool(state.optimizer.state)))
+            return batch
+
+    lab.run([Sharp(**OPTIONS), Keeper()], CLASS, backbone=Deep, epochs=3, optimizer=torch.optim.Adadelta)
+    # two phases, of which the second lasts for two epochs
+    phases = [(k, min(epoch, 1)) for k, epoch, _ in known]
+    for number, (*_, has_memory) in enumerate(known):
+        assert has_memory == (number > 0 and phases[number] == phases[number - 1])
+
+
+def test_units_are_selected_on_a_thousand_rows_at_most():
+    experience = SimpleNamespace(id=4)
+    for num_rows, wanted in ((200, 200), (5000, 1024)):
+        state = SimpleNamespace(seeds=Seeds(0), experience=experience, data=range(num_rows))
+        rows = Sharp()._selection(state).tolist()
+        assert len(set(rows)) == wanted and max(rows) < num_rows
+
+
+@pytest.mark.parametrize(("num_stages", "wanted"), [(1, 0), (2, 1), (3, 2), (4, 2), (5, 3)])
+def test_half_of_the_stages_are_early_and_one_is_late(num_stages, wanted, monkeypatch):
+    monkeypatch.setattr(Sharp, "_backbone", lambda *_: SimpleNamespace(stages=lambda: [None] * num_stages))
+    assert Sharp()._cut(None) == wanted
+    assert Sharp(cut=0)._cut(None) == 0
 
 
 # 5: training
@@ -137,6 +170,8 @@ def check(lab, strategy=Spy):
                     gradients[f"{layer}.weight"][unit], gradients[f"{layer}.bias"][unit] = 0.0, 0.0
                     num_frozen += 1
             gradients[f"{layer}.weight"] *= mask
+            for name in (f"{layer}.weight", f"{layer}.bias"):
+                lab.close(step.gradients[name], gradients[name], rtol=1e-5, atol=1e-6)
             assert (before[f"{layer}.weight"][~mask] == 0).all()
         is_last = number + 1 == len(recorder.steps) or recorder.steps[number + 1].experience != step.experience
         is_rewired = not is_last and number + 1 < len(spy.notes) and number % 12 == 11
@@ -144,6 +179,19 @@ def check(lab, strategy=Spy):
             wanted = {name: p - lab.lr * gradients[name] for name, p in before.items()}
             lab.close(ends[number], wanted, rtol=1e-5, atol=1e-6)
     assert num_replayed == 2 * 24 and num_frozen > 0
+
+
+def test_classes_take_turns_in_what_is_replayed(lab):
+    """Seven rows of two classes, then of four: one of each after the other, and again from the first."""
+    spy = Spy(**OPTIONS, replay_batch_size=7, num_recent=2)
+    stream = split(dataset="digits", num_experiences=5, setting="class_incremental", train_rows=200, eval_rows=50)
+    lab.run([spy], stream.first(3), backbone=partial(Mlp, hidden=[12, 12]), epochs=1)
+    shown = [replayed.targets.tolist() for _, replayed, _ in spy.notes if replayed is not None]
+    first, last = shown[0], shown[-1]
+    kept = [list(each) for each in spy.recent]
+    assert len(first) == 7 and first == [first[0], first[1]] * 3 + [first[0]]
+    assert sorted({*last}) != sorted({*first}) and len({*last}) == 4
+    assert last[:4] == [*first[:2], *kept[0]] and last[4:] == last[:3]
 
 
 def test_sharp_is_the_plain_loop(lab):
@@ -162,7 +210,7 @@ def test_the_oracle_needs_the_replayed_activations(lab):
 def test_the_oracle_needs_the_frozen_weights(lab):
     class Loose(Spy):
         def _held(self, state):
-            return [(torch.zeros_like(w), torch.zeros_like(b)) for w, b in super()._held(state)]
+            return [(p, torch.zeros_like(is_held)) for p, is_held in super()._held(state)]
 
     lab.dies(lambda: check(lab, Loose))
 
@@ -204,7 +252,8 @@ def test_frozen_units_keep_what_they_say(lab):
 # 6: the end of an experience
 
 
-def test_what_is_stored_at_the_end(lab):
+@pytest.mark.parametrize("num_recent", [1, 2])
+def test_what_is_stored_at_the_end(lab, num_recent):
     """Representations of the last classes by their rows, of replayed ones by activations, of older ones untouched."""
     kept = []
 
@@ -213,31 +262,50 @@ def test_what_is_stored_at_the_end(lab):
             super().on_experience_end(state)
             kept.append(deepcopy((self.state_dict(), state.model)))
 
-    lab.run([Watched(**OPTIONS)], CLASS, backbone=Deep, epochs=2)
+    lab.run([Watched(**OPTIONS, num_recent=num_recent)], CLASS, backbone=Deep, epochs=2)
     for k, (state, model) in enumerate(kept):
         ages = state["units"]["ages"][-1]
-        assert len(state["recent"]) == 1 and set(state["recent"][0]) == {2 * k, 2 * k + 1}
-        assert all(codes["codes"].shape == (6, 12) for codes in state["recent"][0].values())
+        newest = state["recent"][-1]
+        assert [set(each) for each in state["recent"]] == [{2 * j, 2 * j + 1} for j in range(k + 1)][-num_recent:]
+        assert all(codes["codes"].shape == (6, 12) for codes in newest.values())
         assert set(state["classes"]) == set(range(2 * k + 2))
         for label in (2 * k, 2 * k + 1):
             now = state["classes"][label]
             assert torch.equal(now["mask"], ages >= 2) and now["vectors"].shape == (6, 12)
-            early = dequantised(state["recent"][0][label])
+            early = dequantised(newest[label])
             # the activations are those of the same rows, before the plastic units were drawn anew
             used = model._second(early) * (ages != 0)
-            step = state["recent"][0][label]["step"]
+            step = newest[label]["step"]
             reach = model.second.weight.abs().sum(1).max() * step
             assert (used - now["vectors"])[:, ages >= 2].abs().max() <= reach
-        if k > 0:
-            before = kept[k - 1][0]
-            for label in (2 * k - 2, 2 * k - 1):
+        for age in range(min(k, num_recent)):
+            for label in (2 * (k - age) - 2, 2 * (k - age) - 1):
                 now = state["classes"][label]
-                again = model._second(dequantised(before["recent"][0][label])) * (ages != 0)
+                again = model._second(dequantised(kept[k - 1][0]["recent"][-1 - age][label])) * (ages != 0)
                 lab.close(now["vectors"], again.detach())
-                wanted = ages >= 3
+                wanted = ages >= 3 + age
                 assert torch.equal(now["mask"], wanted if wanted.any() else torch.ones_like(wanted))
-        if k > 1:
+        if k > num_recent:
             lab.close(state["classes"][0]["vectors"], kept[k - 1][0]["classes"][0]["vectors"])
+
+
+def test_plastic_units_begin_anew_and_others_stay(lab):
+    """At the end of an experience; of absent connections nothing is drawn."""
+    num_new = 0
+
+    class Watched(Sharp):
+        def on_experience_end(self, state):
+            nonlocal num_new
+            before = weights_now(state)
+            super().on_experience_end(state)
+            for layer, ages, mask in zip(("first", "second"), self.units.ages[1:], self.units.masks, strict=True):
+                old, new = before[f"{layer}.weight"], weights_now(state)[f"{layer}.weight"]
+                is_drawn = (ages == 0)[:, None] & mask
+                assert torch.equal(old != new, is_drawn)
+                num_new += int(is_drawn.sum())
+
+    lab.run([Watched(**OPTIONS | {"floor": 0.5, "max_phases": 20})], CLASS, backbone=Deep, epochs=16)
+    assert num_new > 0
 
 
 @pytest.mark.parametrize("num_recent", [1, 2])

@@ -151,6 +151,15 @@ def test_plastic_units_are_drawn_anew():
     assert layers[0].bias[:100].eq(1).all() and layers[0].bias[100:].eq(0).all()
 
 
+def test_a_plastic_map_is_drawn_at_the_scale_of_all_that_leaves_a_unit():
+    """He's normal: 2 / (50 maps of 3x3 places), with no bias to draw."""
+    layers = [nn.Conv2d(30, 50, 3, bias=False)]
+    units, generator = SparseUnits(), torch.Generator().manual_seed(0)
+    units.pruned(layers, 0.5, generator)
+    units.reinitialise(layers, generator)
+    assert layers[0].weight.std().item() == pytest.approx((2 / 450) ** 0.5, rel=0.03)
+
+
 def test_frozen_by_age():
     _, units, _ = small_units()
     units.ages[1:] = [torch.tensor([0, 1, 2, 3, 4]), torch.tensor([1, 2, 3, 4]), torch.tensor([0, 1, 2, 3, 4, 5])]
