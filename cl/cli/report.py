@@ -90,7 +90,9 @@ def report_on(
 def comparison_table(title: str, rows: list[StrategyRow]) -> Table:
     """A strategy per line, narrow enough for a terminal; the report has every column with its interval."""
     unit = UNITS[rows[0].measure]
-    reference = next((row.strategy for row in rows if row.is_reference), "reference")
+    reference = next((row.strategy for row in rows if row.is_reference), "")
+    # a comparison with nothing, as in a sweep of one strategy, has no columns
+    is_compared = any(row.difference.is_defined for row in rows)
     notes = dict.fromkeys(row.test for row in rows if row.test and not row.test.startswith("p "))
     table = Table(
         title=f"{title}, {unit.symbol}, mean over seeds [95 % interval]",
@@ -102,17 +104,14 @@ def comparison_table(title: str, rows: list[StrategyRow]) -> Table:
     )
     # where the terminal is narrow, names give way and no number is cut
     table.add_column("strategy", overflow="fold")
-    for name in ("seeds", "final", "forgetting", f"final - {reference}", "Holm p"):
+    for name in ("seeds", "final", "forgetting", *([f"final - {reference}", "Holm p"] if is_compared else [])):
         table.add_column(name, justify="right", no_wrap=True)
     for row in rows:
-        table.add_row(
-            row.strategy,
-            str(len(row.seeds)),
-            row.final.text(unit),
-            unit.text(row.metrics["forgetting_max"].mean),
-            row.difference.text(unit, signed=True) if row.difference.is_defined else "",
-            "" if math.isnan(row.p_holm) else f"{row.p_holm:.3f}",
-        )
+        forgetting = unit.text(row.metrics["forgetting_max"].mean)
+        cells = [row.strategy, str(len(row.seeds)), row.final.text(unit), forgetting]
+        difference = row.difference.text(unit, signed=True) if row.difference.is_defined else ""
+        p_value = "" if math.isnan(row.p_holm) else f"{row.p_holm:.3f}"
+        table.add_row(*cells, *([difference, p_value] if is_compared else []))
     return table
 
 

@@ -34,6 +34,10 @@ FILES = ".report.json"
 """Figures and tables of the last report in a folder, each with the hash of its bytes."""
 
 
+MAX_TITLE = 80
+"""Characters of all names up to which the title lists them."""
+
+
 @dataclass(frozen=True)
 class ReportPaths:
     """The files of a report, and one sentence per thing that is wrong with its results."""
@@ -133,5 +137,7 @@ def _digest(path: Path) -> str:
 def _title(results: Sequence[Result]) -> str:
     streams = sorted({result.stream for result in results})
     labels = sorted({result.label for result in results})
-    names = ", ".join(labels) if len(labels) <= 6 else f"{len(labels)} strategies"
+    names = ", ".join(labels)
+    if len(labels) > 6 or len(names) > MAX_TITLE:
+        names = f"{len(labels)} strategies" if len(labels) > 1 else names
     return f"{names} on {', '.join(streams)}"

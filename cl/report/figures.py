@@ -16,7 +16,7 @@ from cl.report.curves import COSTS, Cost, SectionView, StrategyView
 from cl.report.matrix_figures import forgetting_curves, heatmap
 from cl.report.rank_figure import average_ranks
 from cl.report.revisit_figure import LINE_STYLES, revisits
-from cl.report.style import beside, scale_of, short
+from cl.report.style import beside, scale_of, shorts
 from cl.report.tokens_figure import over_tokens
 from cl.report.within_figure import inside_experiences
 
@@ -105,7 +105,8 @@ def _draw_course(axes: Axes, view: SectionView) -> None:
     dress(axes, f"{unit.name} over the domains seen so far", "experiences seen", f"{unit.axis}, {unit.direction}")
     last = view.num_experiences
     ends = []
-    for strategy in view.strategies:
+    names = shorts([strategy.label for strategy in view.strategies])
+    for strategy, name in zip(view.strategies, names, strict=True):
         band, look = strategy.average, strategy.look
         mean, low, high = (np.array(values) * unit.factor for values in (band.mean, band.low, band.high))
         x = np.array(band.x)
@@ -117,7 +118,7 @@ def _draw_course(axes: Axes, view: SectionView) -> None:
         axes.plot(x, mean, zorder=2 if look.is_neutral else 3, **style, **marker)
         if not np.isnan(low).all():
             axes.fill_between(x, low, high, color=look.colour, alpha=0.15, lw=0, zorder=1)
-        name = short(strategy.label) + ("" if strategy.row.seeds else " (unfinished)")
+        name += "" if strategy.row.seeds else " (unfinished)"
         ends.append((float(x[-1]), float(mean[-1]), name, look.colour))
     experience_ticks(axes, 1, last)
     label_ends(axes, ends)
@@ -141,7 +142,7 @@ def _draw_dots(axes: Axes, view: SectionView, key: str, is_first: bool) -> None:
         axes.scatter([found.mean * unit.factor], [y], s=34, color=colour, edgecolor="white", lw=0.8, zorder=3)
     axes.set_ylim(len(finished) - 0.4, -0.6)
     axes.spines["left"].set_visible(False)
-    names = [short(strategy.label) if is_first else "" for strategy in finished]
+    names = shorts([strategy.label for strategy in finished]) if is_first else [""] * len(finished)
     axes.set_yticks(range(len(names)), names, parse_math=False)
     axes.tick_params(axis="y", length=0, labelcolor=INK)
     axes.margins(x=0.08)
@@ -201,7 +202,7 @@ def _label_points(
     figure.draw_without_rendering()
     per_pixel = 72 / figure.dpi
     spots = axes.transData.transform([(x, y) for x, y, _ in points]) * per_pixel
-    names = [short(strategy.label) for _, _, strategy in points]
+    names = shorts([strategy.label for _, _, strategy in points])
     box = axes.get_window_extent()
     limits = (box.x0 * per_pixel, box.y0 * per_pixel, box.x1 * per_pixel, box.y1 * per_pixel)
     steps = []
@@ -213,4 +214,9 @@ def _label_points(
     widths = [4.9 * len(name) for name in names]
     places = beside([(x, y) for x, y in spots], widths, limits, height=9, gap=5.5, obstacles=steps)
     for (x, y, strategy), name, spot, (left, middle) in zip(points, names, spots, places, strict=True):
-        write(axes, name, (x, y), (left - spot[0], middle - spot[1]), strategy.look.colour)
+        right = left + 4.9 * len(name)
+        # texts far from their points are those of a column, which line up towards it
+        leads, is_left = max(left - spot[0], spot[0] - right) > 10, right < spot[0]
+        aligned = {"has_leader": leads, "align": "right" if leads and is_left else "left"}
+        start = right if leads and is_left else left
+        write(axes, name, (x, y), (start - spot[0], middle - spot[1]), strategy.look.colour, **aligned)

@@ -45,14 +45,16 @@ def _section(index: int, view: SectionView, num_sections: int) -> str:
     heading = f"<h2>{escape(section.title)}</h2>" if num_sections > 1 else ""
     summary = headline(view)
     details = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in facts(section))
+    # no level of headings is left out where the only section has none of its own
+    level = 3 if heading else 2
     reasons = (f"<strong>{escape(run)}</strong> {escape(why)}" for run, why in unfinished(section))
     return f"""<section class="report" id="section-{index}" data-section="{index}">
 {heading}
 <dl class="facts">{details}</dl>
 {f'<p class="headline">{escape(summary)}</p>' if summary else ""}
 {_table(view)}
-{_list("unfinished", "Not in the table", reasons)}
-{_charts(view, is_thinned(view, num_sections))}
+{_list("unfinished", "Not in the table", reasons, level)}
+{_charts(view, is_thinned(view, num_sections), level)}
 {_more(view)}
 {_runs(view)}
 {_glossary(view)}
@@ -107,7 +109,7 @@ def _table(view: SectionView) -> str:
         out.append(_cell(row.buffer_bytes, escape(bytes_text(row.buffer_bytes))))
         body.append(f"<tr>{''.join(out)}</tr>")
     return f"""<div class="scroll"><table class="main sortable">
-<caption>{escape(_caption(view, rows))}</caption>
+<caption><span>{escape(_caption(view, rows))}</span></caption>
 <thead><tr>{"".join(cells)}</tr></thead>
 <tbody>{"".join(body)}</tbody>
 </table></div>"""
@@ -145,7 +147,7 @@ def _cell(value: float, content: str, style: str = "") -> str:
     return f"<td{order}{f' class={chr(34)}{style}{chr(34)}' if style else ''}>{content}</td>"
 
 
-def _charts(view: SectionView, thinned: bool) -> str:
+def _charts(view: SectionView, thinned: bool, level: int) -> str:
     if not view.strategies:
         return ""
     name = view.unit.name.lower()
@@ -170,10 +172,11 @@ def _charts(view: SectionView, thinned: bool) -> str:
     if view.ranks:
         means = ", ".join(f"{label} {mean:.2f}" for label, mean in view.ranks.average.items())
         title = f"Average rank by final {name}"
-        # beside a chart that would stand alone; the course fills a line of its own
-        is_alone = (len(figures) - (view.num_experiences > 1)) % 2 == 0
-        width = "wide" if is_alone else ""
-        figures.append(_figure("ranks", title, f"{title}: {means}.", width, note=view.ranks.sentence))
+        figures.append(_figure("ranks", title, f"{title}: {means}.", note=view.ranks.sentence))
+    # the last of an odd number would stand beside nothing
+    narrow = [index for index, figure in enumerate(figures) if 'class="chart "' in figure]
+    if len(narrow) % 2:
+        figures[narrow[-1]] = figures[narrow[-1]].replace('class="chart "', 'class="chart wide"', 1)
     inside = [("heatmap", f"{view.unit.name} after each experience", f"{view.unit.name} on each domain, as a heatmap.")]
     if view.num_experiences > 1:
         inside.append(("curves", "How each domain is remembered", f"{view.unit.name} on each domain over the stream."))
@@ -187,7 +190,7 @@ def _charts(view: SectionView, thinned: bool) -> str:
     return f"""<div class="legend" role="group" aria-label="Strategies shown"></div>
 <div class="grid">{"".join(figures)}</div>
 <div class="inside">
-<h3>Inside one strategy</h3>
+<h{level} class="part">Inside one strategy</h{level}>
 <div class="choices"><label>Strategy <select class="strategy"></select></label>
 <label>Runs <select class="matrix"></select></label></div>
 {thin if thinned else ""}
@@ -273,9 +276,11 @@ def _breakable(name: str) -> str:
     return re.sub(r"([_+(,])", r"\1<wbr>", escape(name))
 
 
-def _list(style: str, title: str, items: Iterable[str]) -> str:
+def _list(style: str, title: str, items: Iterable[str], level: int = 2) -> str:
     lines = "".join(f"<li>{item}</li>" for item in items)
-    return f'<div class="notice {style}"><h3>{title}</h3><ul>{lines}</ul></div>' if lines else ""
+    return (
+        f'<div class="notice {style}"><h{level} class="part">{title}</h{level}><ul>{lines}</ul></div>' if lines else ""
+    )
 
 
 def _title(text: str | None) -> str:

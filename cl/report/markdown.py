@@ -130,13 +130,13 @@ def _seed_rows(view: SectionView) -> Iterable[tuple[Any, ...]]:
 
 
 def _within_rows(view: SectionView) -> Iterable[tuple[Any, ...]]:
-    """`experience` is the one going on, counted from 1 as `after` counts those that ended."""
+    """`experience` is the number of the one going on, from 0; `after` of the other table counts those that ended."""
     for strategy in view.strategies:
         for run in strategy.runs:
             table = table_of(run)
             for point in table.within:
                 domain = table.domains[point.domain]
-                yield strategy.label, run.seed, point.experience + 1, point.step, domain, point.value
+                yield strategy.label, run.seed, point.experience, point.step, domain, point.value
 
 
 def _revisit_rows(view: SectionView) -> Iterable[tuple[Any, ...]]:

@@ -21,7 +21,7 @@ from cl.report.axes import (
     whole_ticks,
 )
 from cl.report.curves import Band, Matrix, SectionView, StrategyView
-from cl.report.style import short
+from cl.report.style import short, shorts
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -118,7 +118,7 @@ def forgetting_curves(view: SectionView) -> Figure:
             since = [int(np.argmax(strategy.matrices[0].seen[:, j])) - len(strategy.matrices[0].seen) for j in taught]
             means = [np.array(c.mean)[k:] for k, (_, c) in zip(since, curves, strict=True)]
             last = [running_mean(mean, view.smoothing)[-1] * view.unit.factor for mean in means]
-            ends = [(c.x[-1], y, str(j + 1), colours[j]) for (j, c), y in zip(curves, last, strict=True)]
+            ends = [(c.x[-1], y, str(j), colours[j]) for (j, c), y in zip(curves, last, strict=True)]
             label_ends(axes, ends, size=7, offset=4)
     for index, axes in enumerate(grid.flat):
         axes.set_visible(index < len(panels))
@@ -225,11 +225,10 @@ def _draw_stair(axes: Axes, seen: Any) -> None:
 def _name_ticks(axis: Any, names: Sequence[str], label: str, rotate: bool = False) -> None:
     axis.set_label_text(label)
     if len(names) > MAX_NAMED:
-        numbers = whole_ticks(1, len(names))
-        axis.set_ticks([number - 1 for number in numbers], [str(number) for number in numbers])
+        axis.set_ticks(whole_ticks(0, len(names) - 1))
         axis.set_label_text(f"{label} (number)")
         return
-    texts = [short(name, 20) for name in names]
+    texts = shorts(names, 20)
     turned = rotate and max(map(len, texts)) * len(texts) > 60
     style = {"rotation": 35, "ha": "right", "rotation_mode": "anchor"} if turned else {}
     axis.set_ticks(range(len(names)), texts, parse_math=False, fontsize=8 if len(names) <= 20 else 6, **style)
@@ -240,10 +239,10 @@ def _order_bar(figure: Figure, grid: Any, num_domains: int) -> None:
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import ListedColormap, Normalize
 
-    scale = ScalarMappable(Normalize(1, num_domains), ListedColormap(order_colours(num_domains)))
+    scale = ScalarMappable(Normalize(0, num_domains - 1), ListedColormap(order_colours(num_domains)))
     bar = figure.colorbar(scale, ax=grid.ravel().tolist(), shrink=0.8, pad=0.01, aspect=30)
     bar.set_label("domain, in the order of the stream", fontsize=8, color=MUTED)
-    bar.set_ticks(whole_ticks(1, num_domains))
+    bar.set_ticks(whole_ticks(0, num_domains - 1))
     bar.ax.tick_params(labelsize=7, colors=MUTED)
     bar.outline.set_visible(False)
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from cl.report.axes import INK, MUTED, new_figure, readable
 from cl.report.curves import SectionView
-from cl.report.style import short
+from cl.report.style import shorts
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -24,7 +24,7 @@ def average_ranks(view: SectionView) -> Figure:
     assert ranks is not None
     k = len(ranks.average)
     half = (k + 1) // 2
-    names = {label: short(label) for label in ranks.average}
+    names = dict(zip(ranks.average, shorts(list(ranks.average)), strict=True))
     # all lengths are in points, so that text has its room whatever the number of strategies
     sides = list(names.values())[:half], list(names.values())[half:]
     left, right = (5.2 * max(map(len, side)) + 51 for side in sides)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise, takewhile
+from typing import TypeAlias
 
-# Okabe & Ito (2008), without black; yellow last, since it is faint on white
-OKABE_ITO = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#F0E442")
+# Okabe & Ito (2008), without black and yellow, of which each vanishes on a page of one of the two themes
+OKABE_ITO = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 
 # bounds rather than competitors, so they step back: what happens without a remedy, and with all data at once
 NEUTRAL = {"naive": "#8C8C8C", "joint": "#4D4D4D"}
@@ -31,6 +33,12 @@ ORDER = (
 )
 
 PREFIXES = {1000: ("", " k", " M", " G", " T", " P"), 1024: (" B", " KiB", " MiB", " GiB", " TiB", " PiB")}
+
+# left, bottom, right, top
+Frame: TypeAlias = tuple[float, float, float, float]
+
+STACK_GAP = 2.6
+"""Between a column of points and its texts, in gaps between a point and a text; lines lead from one to the other."""
 
 DASHES = ("solid", "dashed", "dotted", "dashdot")
 
@@ -194,12 +202,14 @@ def spread(positions: Sequence[float], gap: float, low: float = -math.inf, high:
 def beside(
     points: Sequence[tuple[float, float]],
     widths: Sequence[float],
-    box: tuple[float, float, float, float],
+    box: Frame,
     height: float,
     gap: float,
     obstacles: Iterable[tuple[float, float, float, float]] = (),
 ) -> list[tuple[float, float]]:
     """Places for texts beside points: of eight, each takes the first that covers least, in the order of the points.
+
+    Points of one cost stand in a column. Where its texts would touch, they take a column of their own beside it.
 
     Args:
         points: (x, y), y upwards; with the rest in one unit.
@@ -212,20 +222,73 @@ def beside(
     Returns: left end and middle height of each text.
     """
     taken = [*((x - gap, y - gap, x + gap, y + gap) for x, y in points), *obstacles]
+    stacked: dict[int, tuple[float, float]] = {}
+    for members in _crowded_columns(points, height, gap):
+        found_at = _stack([points[i] for i in members], [widths[i] for i in members], box, height, gap, taken)
+        stacked |= dict(zip(members, found_at, strict=True))
+        taken += [_frame(stacked[i], widths[i], height) for i in members]
     places = []
-    for (x, y), width in zip(points, widths, strict=True):
+    for index, ((x, y), width) in enumerate(zip(points, widths, strict=True)):
+        if index in stacked:
+            places.append(stacked[index])
+            continue
         found = []
         for dx, dy in ((-1, 1), (1, -1), (1, 0), (-1, 0), (1, 1), (-1, -1), (0, 1.6), (0, -1.6)):
             left = x + dx * gap - (width if dx < 0 else 0 if dx else width / 2)
             middle = y + dy * (gap + height * 0.25)
-            frame = (left, middle - height / 2, left + width, middle + height / 2)
-            outside = width * height - _overlap(frame, box)
-            found.append((4 * outside + sum(_overlap(frame, other) for other in taken), left, middle, frame))
+            frame = _frame((left, middle), width, height)
+            found.append((_covered(frame, box, taken), left, middle, frame))
         # min takes the first of equals
         _, left, middle, frame = min(found, key=lambda place: round(place[0], 6))
         taken.append(frame)
         places.append((left, middle))
     return places
+
+
+def _crowded_columns(points: Sequence[tuple[float, float]], height: float, gap: float) -> list[list[int]]:
+    """Indices of points at one x, of which two are nearer to each other than lines of text are."""
+    columns: list[list[int]] = []
+    for index in sorted(range(len(points)), key=lambda i: points[i]):
+        if columns and points[index][0] - points[columns[-1][0]][0] <= gap:
+            columns[-1].append(index)
+        else:
+            columns.append([index])
+    crowded = []
+    for members in columns:
+        heights = sorted(points[i][1] for i in members)
+        if len(members) > 2 and min(b - a for a, b in pairwise(heights)) < 1.5 * height:
+            crowded.append(members)
+    return crowded
+
+
+def _stack(
+    points: Sequence[tuple[float, float]],
+    widths: Sequence[float],
+    box: Frame,
+    height: float,
+    gap: float,
+    taken: Sequence[Sequence[float]],
+) -> list[tuple[float, float]]:
+    """One text over the other, all on the side where they cover less."""
+    middles = spread([y for _, y in points], height * 1.1, box[1] + height / 2, box[3] - height / 2)
+    x = math.fsum(x for x, _ in points) / len(points)
+    sides = []
+    for side in (1, -1):
+        lefts = [x + STACK_GAP * gap if side > 0 else x - STACK_GAP * gap - width for width in widths]
+        places = list(zip(lefts, middles, strict=True))
+        frames = [_frame(place, width, height) for place, width in zip(places, widths, strict=True)]
+        sides.append((math.fsum(_covered(frame, box, taken) for frame in frames), places))
+    return min(sides, key=lambda side: round(side[0], 6))[1]
+
+
+def _frame(place: tuple[float, float], width: float, height: float) -> Frame:
+    left, middle = place
+    return left, middle - height / 2, left + width, middle + height / 2
+
+
+def _covered(frame: Frame, box: Frame, taken: Iterable[Sequence[float]]) -> float:
+    outside = _overlap(frame, frame) - _overlap(frame, box)
+    return 4 * outside + sum(_overlap(frame, other) for other in taken)
 
 
 def _overlap(a: Sequence[float], b: Sequence[float]) -> float:
@@ -238,6 +301,25 @@ def short(name: str, length: int = 24) -> str:
         return name
     head = (length - 1) * 2 // 3
     return f"{name[:head]}…{name[-(length - 1 - head) :]}"
+
+
+def shorts(names: Sequence[str], length: int = 24) -> list[str]:
+    """Names cut as by `short`; those that would read the same are cut around the place from which they differ.
+
+    Example:
+        >>> shorts(["replay(capacity=20, lr=0.1)", "replay(capacity=50, lr=0.1)"], 12)
+        ['…ity=20, lr…', '…ity=50, lr…']
+    """
+    found = [short(name, length) for name in names]
+    for text in {text for text in found if found.count(text) > 1}:
+        same = [i for i, other in enumerate(found) if other == text]
+        columns = zip(*(names[i] for i in same), strict=False)
+        common = sum(1 for _ in takewhile(lambda letters: len(set(letters)) == 1, columns))
+        start = max(0, common - length // 3)
+        for i in same if len({names[i] for i in same}) > 1 else ():
+            rest = names[i][start:]
+            found[i] = f"…{rest if len(rest) < length else rest[: length - 2] + '…'}"
+    return found
 
 
 def _prefixed(value: float | None, base: int) -> str:

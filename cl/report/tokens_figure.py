@@ -8,7 +8,7 @@ import numpy as np
 
 from cl.report.axes import INK, MUTED, dress, label_ends, new_figure, order_colours
 from cl.report.curves import SectionView
-from cl.report.style import scale_of, short
+from cl.report.style import scale_of, short, shorts
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -29,12 +29,13 @@ def over_tokens(view: SectionView) -> Figure:
             for axes in (above, below):
                 axes.axvline(end / size, color="#c9ced4", lw=0.8, zorder=1)
         ends = []
+        names = shorts(view.section.domains, 14)
         for j, (values, colour) in enumerate(zip(found.values, colours, strict=True)):
             known = ~np.isnan(values)
             if not known.any():
                 continue
             above.plot(x[known], values[known], color=colour, lw=1.3, marker="o", markersize=2.5, zorder=3)
-            ends.append((x[known][-1], values[known][-1], f"{j + 1} {short(view.section.domains[j], 14)}", colour))
+            ends.append((x[known][-1], values[known][-1], f"{j} {names[j]}", colour))
         below.plot(np.array(found.rate_at) / size, found.rate, color=MUTED, lw=1.2)
         below.set_ylim(bottom=0)
         above.margins(x=0.01)

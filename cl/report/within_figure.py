@@ -38,7 +38,7 @@ def inside_experiences(view: SectionView) -> Figure:
         axes.tick_params(labelbottom=index + num_columns >= len(panels))
     for axes, (_, found) in zip(grid.flat, panels, strict=False):
         ends = zip(found.values[:, -1] * view.unit.factor, view.domains_within, colours, strict=True)
-        label_ends(axes, [(found.steps[-1], y, str(j + 1), colour) for y, j, colour in ends], size=7, offset=4)
+        label_ends(axes, [(found.steps[-1], y, str(j), colour) for y, j, colour in ends], size=7, offset=4)
     figure.supxlabel("optimizer steps", fontsize=9, color=MUTED)
     figure.supylabel(f"{view.unit.axis}, {view.unit.direction}", fontsize=9, color=MUTED)
     is_mean = any(found.num_seeds > 1 for _, found in panels)

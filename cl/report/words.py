@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 
 from cl.report.comparison import NOT_CONTINUAL, Estimate, StrategyRow, estimate, metrics_of
@@ -22,7 +23,7 @@ def headline(view: SectionView) -> str:
     amount = f"{_with_unit(best.final.mean, unit)} final {unit.name.lower()}{_interval(best.final, unit)}"
     if len(rows) == 1:
         return f"{best.strategy} reaches {amount}."
-    sentences = [f"{best.strategy} ends best with {amount}"]
+    sentences = [f"{best.strategy} {'ends best with' if len(rivals) > 1 else 'reaches'} {amount}"]
     if best.difference.is_defined:
         sentences[0] += f", {_apart(best.difference, unit)} {view.reference}"
     closed = _gap_closed(best, rows, view.reference)
@@ -103,7 +104,8 @@ def glossary(view: SectionView) -> list[tuple[str, str]]:
     entries += [
         (
             "Work",
-            "samples sent forward plus samples sent backward through the network in training, mean over seeds",
+            "samples sent forward plus samples sent backward through the network in training, mean over seeds; × is "
+            f"times that of {view.reference}",
         ),
         ("Kept", "bytes kept for past experiences: stored samples, importances, earlier models; the most at any time"),
         (
@@ -135,7 +137,9 @@ def _runner_up(best: StrategyRow, second: StrategyRow, unit: Unit) -> str:
     ahead = estimate({seed: best.final.values[seed] - second.final.values[seed] for seed in sorted(shared)})
     if not ahead.has_interval:
         return f"Next is {second.strategy} with {_with_unit(second.final.mean, unit)}"
-    ends = f"{unit.text(ahead.low, True)} to {unit.text(ahead.high, True)}"
+    # of the amount by which one is ahead, as the margin is, whatever the direction of the measure
+    lead = sorted(math.copysign(1, ahead.mean) * end for end in (ahead.low, ahead.high))
+    ends = " to ".join(unit.text(end, True) for end in lead)
     margin = f"{_difference(abs(ahead.mean), unit)}, interval {ends}"
     if (ahead.mean < 0) is unit.higher_is_better and ahead.mean:
         # a seed that only one of them has made the difference

@@ -29,6 +29,9 @@ from cl.result import Result
 TRAIN, TOKENS = "train/", "tokens/"
 LAST_VALUES = ("final/", "cost/")
 
+MAX_NAMED = 40
+"""Domains that a description names; a store takes no text of any length."""
+
 # metrics whose field name differs from the key that the naming scheme gives to their last value
 _FINAL_NAMES = {"final": "{measure}_avg", "forgetting_max": "forgetting_avg"}
 
@@ -136,7 +139,7 @@ def task_name(section: str, domain: int, num_domains: int) -> str:
         >>> task_name("accuracy", 3, 10), task_name("accuracy", 3, 1000)
         ('accuracy/task_03', 'accuracy/task_003')
     """
-    return f"{section}/task_{domain:0{max(2, len(str(num_domains - 1)))}d}"
+    return f"{section}/task_{_number(domain, num_domains)}"
 
 
 def legal_name(name: str) -> str:
@@ -148,6 +151,23 @@ def legal_name(name: str) -> str:
     """
     parts = re.sub(r"[^\w\-.:/ ]", "_", name).split("/")
     return "/".join(part for part in parts if part not in ("", ".", ".."))[:250].rstrip("/")
+
+
+def description(result: Result) -> str:
+    """Which domain each number in the names of curves is, as Markdown for the page of a run.
+
+    Example:
+        >>> print(description(Result("s", ["ewc"], "mlp", "domain_incremental", 0, ["a"], ["a"], [0], "accuracy")))
+        ewc on s, domain incremental, mlp, seed 0
+        <BLANKLINE>
+        - `task_00`: a
+    """
+    width = len(result.domains)
+    head = f"{result.label} on {result.stream}, {result.setting.replace('_', ' ')}, {result.backbone}, "
+    head += f"seed {result.seed}"
+    names = [f"- `task_{_number(j, width)}`: {name[:60]}" for j, name in enumerate(result.domains[:MAX_NAMED])]
+    rest = [f"- and {width - MAX_NAMED} more, in `result.json`"] if width > MAX_NAMED else []
+    return "\n".join([head, "", *names, *rest])
 
 
 def matrix_table(result: Result) -> dict[str, Any]:
@@ -170,6 +190,10 @@ def config_hash(settings: Mapping[str, Any]) -> str:
     """
     kept = {str(key): value for key, value in settings.items() if key != "seed"}
     return hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode()).hexdigest()[:12]
+
+
+def _number(domain: int, num_domains: int) -> str:
+    return f"{domain:0{max(2, len(str(num_domains - 1)))}d}"
 
 
 def _within_name(domain: int, num_domains: int) -> str:

@@ -180,12 +180,12 @@ def view_tag(suite: str = "") -> str:
     return _VIEW_TAG + _view_key(suite)
 
 
-def grouped_view(suite: str = "") -> str:
+def grouped_view(suite: str = "", measure: str = "accuracy") -> str:
     """Content of `view_tag`: grouped by `cl.strategy`, twenty strategies visible instead of ten, last values listed.
 
     Source: what "Save view" of MLflow 3.17.2 writes; an MLflow that does not know it shows the charts ungrouped.
     """
-    columns = ("final/accuracy_avg", "final/forgetting_avg", "final/bwt", "cost/seconds")
+    columns = (f"final/{measure}_avg", "final/forgetting_avg", "final/bwt", "cost/seconds")
     state: dict[str, Any] = {
         "groupBy": {"aggregateFunction": "average", "groupByKeys": [{"mode": "tag", "groupByData": "cl.strategy"}]},
         "useGroupedValuesInCharts": True,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from cl import __version__
 from cl.result import Result
 from cl.tracking.base import Stamped
-from cl.tracking.points import config_hash, legal_name, matrix_table
+from cl.tracking.points import config_hash, description, legal_name, matrix_table
 from cl.tracking.store import artifact_location, grouped_view, patient_uri, quiet, view_tag
 
 if TYPE_CHECKING:
@@ -25,6 +25,8 @@ VALUE_LENGTH = 500
 ARTIFACTS = ("config.yaml", "result.json", "tasks.json", "report.md", "figures", "tables")
 STATUS = {"done": "FINISHED", "interrupted": "KILLED", "failed": "FAILED"}
 JOURNAL_TAG = "cl.journal"
+NOTE_TAG = "mlflow.note.content"
+"""The description on the run's page."""
 
 T = TypeVar("T")
 
@@ -61,7 +63,8 @@ class StoredRun:
         from mlflow import MlflowClient
 
         client = MlflowClient(tracking_uri=patient_uri(uri))
-        experiment_id = _experiment_id(client, experiment or result.stream, artifact_location(uri), suite)
+        name = experiment or result.stream
+        experiment_id = _experiment_id(client, name, artifact_location(uri), suite, result.measure)
         found = _find(client, experiment_id, result.mlflow_run_id, journal)
         if found is not None:
             client.update_run(found.info.run_id, status="RUNNING")
@@ -77,6 +80,7 @@ class StoredRun:
             "cl.version": __version__,
             "cl.status": "running",
             JOURNAL_TAG: journal,
+            NOTE_TAG: description(result),
         }
         name = f"{result.label}-s{result.seed}"
         created = client.create_run(experiment_id, run_name=name, tags={key: tag for key, tag in tags.items() if tag})
@@ -103,14 +107,11 @@ class StoredRun:
 
         tags = {
             "cl.status": result.status,
-            # the description on the run's page
-            "mlflow.note.content": result.error[:VALUE_LENGTH],
+            NOTE_TAG: "\n\n".join(filter(None, [result.error[:VALUE_LENGTH], description(result)])),
             # what log_table sets besides, so that the viewer shows a table; log_table itself appends at a second call
             "mlflow.loggedArtifacts": json.dumps([{"path": _table_path(result), "type": "table"}]),
         }
-        # an empty text takes back what an earlier attempt said
-        kept = [RunTag(name, text) for name, text in tags.items() if text or not self.is_new]
-        self.client.log_batch(self.id, tags=kept)
+        self.client.log_batch(self.id, tags=[RunTag(name, text) for name, text in tags.items()])
         self.client.set_terminated(self.id, STATUS.get(result.status, "FAILED"))
 
     def upload(self, folder: Path | None, result: Result | None = None) -> None:
@@ -147,7 +148,7 @@ def end_killed(uri: str, run_id: str) -> None:
         client.set_terminated(run_id, STATUS["interrupted"])
 
 
-def _experiment_id(client: MlflowClient, name: str, location: str | None, suite: str) -> str:
+def _experiment_id(client: MlflowClient, name: str, location: str | None, suite: str, measure: str) -> str:
     from mlflow.exceptions import MlflowException
 
     experiment = client.get_experiment_by_name(name)
@@ -161,7 +162,8 @@ def _experiment_id(client: MlflowClient, name: str, location: str | None, suite:
                 raise
     for view in dict.fromkeys(("", suite)):
         if view_tag(view) not in experiment.tags:
-            _beside_others(client.set_experiment_tag, experiment.experiment_id, view_tag(view), grouped_view(view))
+            content = grouped_view(view, measure)
+            _beside_others(client.set_experiment_tag, experiment.experiment_id, view_tag(view), content)
     return experiment.experiment_id
 
 

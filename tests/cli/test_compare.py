@@ -210,6 +210,9 @@ def test_branches_beside_the_runs_are_no_part_of_the_comparison(capsys: pytest.C
     assert main(("report", "out", "reference=nonsense")) == 2
     assert "reference is 'nonsense'; it must be one of naive, replay" in capsys.readouterr().err
     assert main(("report", str(branch))) == 0
+    # one strategy is compared with nothing, and has no empty columns for it
+    said = capsys.readouterr().out
+    assert "forgetting" in said and "reference" not in said and "Holm p" not in said
     assert "left out" not in capsys.readouterr().out
 
 

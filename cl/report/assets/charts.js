@@ -26,12 +26,18 @@ function plain(value) {
 }
 
 function nameEnds(box, ends) {
-  const columns = new Map();
-  for (const end of ends) columns.set(end.x, [...(columns.get(end.x) || []), end]);
-  for (const column of columns.values()) {
+  // names that reach as far as others begin move with them
+  const columns = [];
+  let reach = -Infinity;
+  for (const end of [...ends].sort((a, b) => a.x - b.x)) {
+    if (columns.length && end.x < reach) columns[columns.length - 1].push(end);
+    else columns.push([end]);
+    reach = Math.max(reach, end.x + end.text.length * 7);
+  }
+  for (const column of columns) {
     const placed = spread(column.map((end) => end.y), 14, box.top + 4, box.bottom);
+    const moved = placed.some((y, i) => Math.abs(y - column[i].y) > 5);
     column.forEach((end, i) => {
-      const moved = Math.abs(placed[i] - end.y) > 5;
       if (moved) {
         const points = `M${end.x + 4} ${end.y}L${end.x + 12} ${placed[i]}`;
         box.root.append(svg("path", { d: points, style: `stroke:${end.colour}`, "stroke-width": 0.7, fill: "none" }));
@@ -44,7 +50,8 @@ function nameEnds(box, ends) {
 
 function drawCourse(place, section, shown, label) {
   const unit = section.unit;
-  const longest = Math.max(4, ...shown.map((s) => cut(s.label, 24).length + (s.finished ? 0 : 13)));
+  const names = cutAll(shown.map((s) => s.label), 24).map((name, i) => name + (shown[i].finished ? "" : " (unfinished)"));
+  const longest = Math.max(4, ...names.map((name) => name.length));
   const box = canvas(place, 360, { left: 46, right: Math.min(20 + longest * 7.2, 230), top: 26, bottom: 40 }, label);
   const values = shown.flatMap((s) => [...s.average.mean, ...s.average.low, ...s.average.high]).map((v) => v && v * unit.factor);
   const [low, high] = extent(values);
@@ -55,7 +62,7 @@ function drawCourse(place, section, shown, label) {
   axisY(box, y, ticks(low, high, 8), plain, axisTitle(unit));
   axisX(box, x, ticks(1, last, Math.min(12, last), true), plain, "experiences seen");
   const ends = [];
-  for (const s of shown) {
+  for (const [k, s] of shown.entries()) {
     const band = s.average;
     // one row stands for the whole stream, so it is a level and not a point at the first experience
     const wide = s.bound ? (a) => [a[0], a[0]] : (a) => a;
@@ -71,8 +78,7 @@ function drawCourse(place, section, shown, label) {
       });
     }
     const final = mean[mean.length - 1];
-    const text = cut(s.label, 24) + (s.finished ? "" : " (unfinished)");
-    if (final !== null) ends.push({ x: x(xs[xs.length - 1]), y: at(final), text, colour: s.colour });
+    if (final !== null) ends.push({ x: x(xs[xs.length - 1]), y: at(final), text: names[k], colour: s.colour });
   }
   nameEnds(box, ends);
   const cross = svg("line", { class: "axis", y1: box.top, y2: box.bottom, visibility: "hidden" });
@@ -98,7 +104,8 @@ function drawDots(place, section, shown, label, key) {
   const unit = section.unit;
   // the same rows in every such chart, so that they can be read across
   const known = shown.filter((s) => s.final);
-  const longest = Math.max(4, ...known.map((s) => cut(s.label, 22).length));
+  const names = cutAll(known.map((s) => s.label), 22);
+  const longest = Math.max(4, ...names.map((name) => name.length));
   const step = 40;
   const box = canvas(place, Math.max(1, known.length) * step + 62, { left: longest * 7.2 + 12, right: 16, top: 10, bottom: 44 }, label);
   const values = known.filter((s) => s[key]).flatMap((s) => [...s[key].seeds.map((pair) => pair[1]), s[key].low, s[key].high, s[key].mean]);
@@ -114,7 +121,7 @@ function drawDots(place, section, shown, label, key) {
     const y = box.top + step * (i + 0.5);
     const group = svg("g", {});
     group.append(svg("rect", { x: 0, y: y - step / 2, width: box.width, height: step, fill: "transparent" }));
-    group.append(svg("text", { class: "name", x: box.left - 12, y: y + 4, "text-anchor": "end", style: `--c:${s.colour}` }, cut(s.label, 22)));
+    group.append(svg("text", { class: "name", x: box.left - 12, y: y + 4, "text-anchor": "end", style: `--c:${s.colour}` }, names[i]));
     if (!found) {
       group.append(svg("text", { x: box.left + 4, y: y + 4 }, "not defined"));
       return box.root.append(group);
@@ -172,7 +179,7 @@ function drawCost(place, section, shown, label, key) {
   const steps = front.map((s, i) => (i ? `H${x(s)}V${at(s.final.mean)}` : `M${x(s)} ${at(s.final.mean)}`)).join("");
   const hasFront = front.length > 1 && front.every((s) => known.includes(s));
   if (hasFront) box.root.append(svg("path", { class: "faint", d: steps }));
-  const texts = known.map((s) => cut(s.label, 22));
+  const texts = cutAll(known.map((s) => s.label), 22);
   const lines = [];
   front.slice(1).forEach((s, i) => {
     const [left, right, from, to] = [x(front[i]), x(s), at(front[i].final.mean), at(s.final.mean)];
@@ -184,8 +191,16 @@ function drawCost(place, section, shown, label, key) {
     const group = svg("g", {});
     if (found.low !== null) group.append(svg("line", { x1: x(s), x2: x(s), y1: at(found.low), y2: at(found.high), style: `stroke:${s.colour};opacity:0.8`, "stroke-width": 2 }));
     const look = s.label === "joint" ? `fill:var(--panel);stroke:${s.colour};stroke-width:2` : `fill:${s.colour}`;
+    // the texts of a column line up towards it
+    const { left, middle, leads } = placed[i];
+    const toLeft = leads && left < x(s);
+    const start = toLeft ? left + texts[i].length * 6.7 : left;
+    if (leads) {
+      const end = start + (toLeft ? 3 : -3);
+      group.append(svg("path", { d: `M${x(s)} ${at(found.mean)}L${end} ${middle}`, style: `stroke:${s.colour};fill:none`, "stroke-width": 0.7 }));
+    }
     group.append(svg("circle", { cx: x(s), cy: at(found.mean), r: 6, style: look }));
-    group.append(svg("text", { class: "name", x: placed[i].left, y: placed[i].middle + 4, style: `--c:${s.colour}` }, texts[i]));
+    group.append(svg("text", { class: "name", x: start, y: middle + 4, "text-anchor": toLeft ? "end" : "start", style: `--c:${s.colour}` }, texts[i]));
     const amount = `${Number((s.cost[key] / size).toPrecision(3))} ${names[power]}`;
     const notes = [[s.colour, `final ${unit.name.toLowerCase()}`, withInterval(unit, found.mean, found.low, found.high)], [null, cost.label, amount]];
     if (s.fronts.includes(key)) notes.push([null, "on the front", ""]);

@@ -98,12 +98,18 @@ function canvas(place, height, margin, label) {
   return { root, width, height, left: margin.left, right: width - margin.right, top: margin.top, bottom: height - margin.bottom };
 }
 
+// a title stays inside the drawing, however narrow the box is
+function middleOf(box, title) {
+  const half = title.length * 3.1;
+  return Math.max(half, Math.min((box.left + box.right) / 2, box.width - half));
+}
+
 function axisX(box, scale, values, write, title) {
   box.root.append(svg("line", { class: "axis", x1: box.left, x2: box.right, y1: box.bottom, y2: box.bottom }));
   for (const value of values) {
     box.root.append(svg("text", { x: scale(value), y: box.bottom + 17, "text-anchor": "middle" }, write(value)));
   }
-  box.root.append(svg("text", { x: (box.left + box.right) / 2, y: box.height - 3, "text-anchor": "middle" }, title));
+  box.root.append(svg("text", { x: middleOf(box, title), y: box.height - 3, "text-anchor": "middle" }, title));
 }
 
 function axisY(box, scale, values, write, title) {
@@ -132,22 +138,52 @@ function clip(box) {
 }
 
 // Texts beside points: of eight places each takes the first that covers least, in the order of the points.
+// Where those of points in one column would touch, they take a column of their own beside it.
 // The same rule as `cl.report.style.beside`. points: {x, y, width}; returns the left end and middle height of each text.
 function beside(points, box, height, gap, obstacles) {
   const taken = [...points.map((p) => [p.x - gap, p.y - gap, p.x + gap, p.y + gap]), ...obstacles];
   const overlap = (a, b) => Math.max(0, Math.min(a[2], b[2]) - Math.max(a[0], b[0])) * Math.max(0, Math.min(a[3], b[3]) - Math.max(a[1], b[1]));
+  const framed = (left, middle, width) => {
+    const frame = [left, middle - height / 2, left + width, middle + height / 2];
+    const outside = overlap(frame, frame) - overlap(frame, [box.left, box.top - height, box.right, box.bottom]);
+    return { left, middle, frame, cost: outside * 4 + taken.reduce((sum, other) => sum + overlap(frame, other), 0) };
+  };
+  const stacked = new Map();
+  for (const column of crowdedColumns(points, height, gap)) {
+    const middles = spread(column.map((p) => p.y), height * 1.1, box.top, box.bottom - height / 2);
+    const x = column.reduce((sum, p) => sum + p.x, 0) / column.length;
+    const side = (sign) => column.map((p, i) => framed(x + sign * 2.6 * gap - (sign < 0 ? p.width : 0), middles[i], p.width));
+    const cost = (places) => places.reduce((sum, place) => sum + place.cost, 0);
+    const [right, left] = [side(1), side(-1)];
+    (cost(left) < cost(right) - 1e-9 ? left : right).forEach((place, i) => {
+      stacked.set(column[i], { ...place, leads: true });
+      taken.push(place.frame);
+    });
+  }
   return points.map((p) => {
+    if (stacked.has(p)) return stacked.get(p);
     let best = null;
     for (const [dx, dy] of [[-1, -1], [1, 1], [1, 0], [-1, 0], [1, -1], [-1, 1], [0, -1.6], [0, 1.6]]) {
       const left = p.x + dx * gap - (dx < 0 ? p.width : dx ? 0 : p.width / 2);
-      const middle = p.y + dy * (gap + height * 0.25);
-      const frame = [left, middle - height / 2, left + p.width, middle + height / 2];
-      const outside = overlap(frame, frame) - overlap(frame, [box.left, box.top - height, box.right, box.bottom]);
-      const cost = outside * 4 + taken.reduce((sum, other) => sum + overlap(frame, other), 0);
-      if (!best || cost < best.cost - 1e-9) best = { left, middle, frame, cost };
+      const place = framed(left, p.y + dy * (gap + height * 0.25), p.width);
+      if (!best || place.cost < best.cost - 1e-9) best = place;
     }
     taken.push(best.frame);
     return best;
+  });
+}
+
+// points at one x, of which two are nearer to each other than lines of text are
+function crowdedColumns(points, height, gap) {
+  const columns = [];
+  for (const point of [...points].sort((a, b) => a.x - b.x || a.y - b.y)) {
+    const last = columns[columns.length - 1];
+    if (last && point.x - last[0].x <= gap) last.push(point);
+    else columns.push([point]);
+  }
+  return columns.filter((column) => {
+    const heights = column.map((p) => p.y).sort((a, b) => a - b);
+    return heights.length > 2 && heights.some((y, i) => i && y - heights[i - 1] < 1.5 * height);
   });
 }
 
@@ -189,6 +225,25 @@ function cut(name, length) {
   if (name.length <= length) return name;
   const head = Math.floor(((length - 1) * 2) / 3);
   return `${name.slice(0, head)}…${name.slice(name.length - (length - 1 - head))}`;
+}
+
+// names cut; those that would read the same are cut around the place from which they differ, as `cl.report.style.shorts`
+function cutAll(names, length) {
+  const groups = new Map();
+  names.forEach((name, i) => groups.set(cut(name, length), [...(groups.get(cut(name, length)) || []), i]));
+  const found = names.map((name) => cut(name, length));
+  for (const same of groups.values()) {
+    const first = names[same[0]];
+    if (same.every((i) => names[i] === first)) continue;
+    let common = 0;
+    while (same.every((i) => common < names[i].length && names[i][common] === first[common])) common++;
+    const start = Math.max(0, common - Math.floor(length / 3));
+    for (const i of same) {
+      const rest = names[i].slice(start);
+      found[i] = `…${rest.length < length ? rest : `${rest.slice(0, length - 2)}…`}`;
+    }
+  }
+  return found;
 }
 
 // lines: [colour or null, name, value]

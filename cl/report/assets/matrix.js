@@ -12,7 +12,8 @@ function unpack(section, matrix) {
     values.unshift(matrix.init.map(number));
     names.unshift("before training");
   }
-  const row = (i) => i * section.step - (hasStart ? 1 : 0);
+  // the number of the experience, from 0; of the row before training, -1
+  const row = (i) => x(i) - 1;
   const seen = (i, j) => matrix.taught[j] >= 0 && (hasStart ? (i - 1) * section.step : i * section.step) >= matrix.taught[j];
   const x = (i) => (hasStart ? (i ? (i - 1) * section.step + 1 : 0) : i * section.step + 1);
   return { values, names, domains, seen, x, row };
@@ -44,11 +45,14 @@ function drawHeatmap(place, section, strategy, matrix, label, hover) {
   const [numRows, numColumns] = [table.values.length, table.domains.length];
   const range = colourRange(section);
   const named = Math.max(numRows, numColumns) <= 40;
+  const rowNames = numRows <= 40 ? cutAll(table.names, 18) : table.names.map((_, i) => String(table.row(i)));
+  const columnNames = numColumns <= 40 ? cutAll(table.domains, 16) : table.domains.map((_, j) => String(j * section.step));
   const printed = Math.max(numRows - 1, numColumns) <= 12;
-  const nameWidth = named ? Math.max(...table.names.map((name) => cut(name, 18).length)) * 6.6 + 14 : 40;
+  const longest = (names) => names.reduce((most, name) => Math.max(most, name.length), 0);
+  const nameWidth = Math.max(longest(rowNames) * 6.6 + 14, 40);
   const width = widthOf(place) - nameWidth - 8;
-  const columnName = Math.max(...table.domains.map((name) => cut(name, 16).length)) * 6.4;
-  const turned = named && columnName > width / numColumns;
+  const columnName = longest(columnNames) * 6.4;
+  const turned = numColumns <= 40 && columnName > width / numColumns;
   const margin = { left: nameWidth, right: 8, top: 22, bottom: turned ? columnName * 0.7 + 34 : 42 };
   const cellHeight = Math.min(Math.max((printed ? 0.62 : 1) * (width / numColumns), printed ? 30 : 0.5), 54);
   const box = canvas(place, Math.min(Math.max(cellHeight * numRows, 54), 430) + margin.top + margin.bottom, margin, label);
@@ -69,7 +73,7 @@ function drawHeatmap(place, section, strategy, matrix, label, hover) {
     );
   } else box.root.append(picture(section, table, range, box));
   box.root.append(svg("path", { d: stair(table, box, w, h), style: "stroke:var(--ink);fill:none", "stroke-width": 1.3 }));
-  nameHeatmap(box, table, section, named, turned);
+  nameHeatmap(box, rowNames, columnNames, section.step, turned);
   scaleBar(box, section, range);
   const frame = svg("rect", { width: w, height: h, style: "stroke:var(--ink);fill:none", "stroke-width": 2, visibility: "hidden" });
   box.root.append(frame);
@@ -120,25 +124,24 @@ function stair(table, box, w, h) {
   return out;
 }
 
-function nameHeatmap(box, table, section, named, turned) {
-  const [w, h] = [(box.right - box.left) / table.domains.length, (box.bottom - box.top) / table.names.length];
+function nameHeatmap(box, rowNames, columnNames, step, turned) {
+  const [w, h] = [(box.right - box.left) / columnNames.length, (box.bottom - box.top) / rowNames.length];
   const small = "font-size:11px";
-  const marks = (count) => new Set(ticks(1, (count - 1) * section.step + 1, 8, true).map((k) => Math.round((k - 1) / section.step)));
-  const [rows, columns] = [marks(table.names.length), marks(table.domains.length)];
-  table.names.forEach((name, i) => {
-    if (!named && !rows.has(i)) return;
-    const text = named ? cut(name, 18) : String(table.x(i));
+  // where there are too many for names they are numbers, of which round ones are written
+  const marks = (names) => new Set(names.length <= 40 ? names : ticks(0, (names.length - 1) * step, 8, true).map((k) => String(Math.round(k / step) * step)));
+  const [rows, columns] = [marks(rowNames), marks(columnNames)];
+  rowNames.forEach((text, i) => {
+    if (!rows.has(text)) return;
     box.root.append(svg("text", { x: box.left - 7, y: box.top + (i + 0.5) * h + 4, "text-anchor": "end", style: small }, text));
   });
-  table.domains.forEach((name, j) => {
-    if (!named && !columns.has(j)) return;
+  columnNames.forEach((text, j) => {
+    if (!columns.has(text)) return;
     const [x, y] = [box.left + (j + 0.5) * w, box.bottom + 14];
-    const text = named ? cut(name, 16) : String(j * section.step + 1);
     const place = turned ? { "text-anchor": "end", transform: `rotate(-38 ${x + 4} ${y})`, x: x + 4, y } : { "text-anchor": "middle", x, y };
     box.root.append(svg("text", { ...place, style: small }, text));
   });
-  box.root.append(svg("text", { x: (box.left + box.right) / 2, y: box.height - 2, "text-anchor": "middle" }, named ? "evaluated on" : "evaluated on (number)"));
-  box.root.append(svg("text", { x: 0, y: 11 }, named ? "after training on" : "after training on (number)"));
+  box.root.append(svg("text", { x: (box.left + box.right) / 2, y: box.height - 2, "text-anchor": "middle" }, columnNames.length <= 40 ? "evaluated on" : "evaluated on (number)"));
+  box.root.append(svg("text", { x: 0, y: 11 }, rowNames.length <= 40 ? "after training on" : "after training on (number)"));
 }
 
 function scaleBar(box, section, range) {
@@ -161,15 +164,23 @@ function runningMean(line, window) {
   });
 }
 
+// one row stands for the whole stream, so each of its domains is a level and not a point at the first experience
+function leveled(section, table) {
+  const row = table.values[table.values.length - 1];
+  return { ...table, values: [row, row], seen: () => true, x: (i) => (i ? Math.max(section.longest, 1) : 1) };
+}
+
 function drawCurves(place, section, strategy, index, label) {
   const unit = section.unit;
-  const table = unpack(section, strategy.matrices[index]);
+  const unpacked = unpack(section, strategy.matrices[index]);
+  const table = strategy.bound ? leveled(section, unpacked) : unpacked;
   const count = table.domains.length;
   const direct = count <= 12;
-  const longest = Math.max(...table.domains.map((name) => cut(name, 16).length));
+  const names = direct ? cutAll(table.domains, 16) : [];
+  const longest = Math.max(0, ...names.map((name) => name.length));
   const box = canvas(place, 396, { left: 46, right: direct ? longest * 7 + 22 : 14, top: 42, bottom: 40 }, label);
   const drawnAt = (i, j) => table.seen(i, j) || section.measure === "loss";
-  const withBands = index === 0 && section.step === 1 && section.smooth === 1;
+  const withBands = index === 0 && !strategy.bound && section.step === 1 && section.smooth === 1;
   const bands = withBands ? strategy.bands.map((band, j) => band && band.map((end) => end.map((v, i) => (drawnAt(i, j) ? v : null)))) : [];
   const from = table.x(0);
   const last = Math.max(section.longest, table.x(table.values.length - 1));
@@ -215,9 +226,9 @@ function drawCurves(place, section, strategy, index, label) {
       group.append(svg("path", { d: path(xs, before, x, at), style: `stroke:${colour};fill:none;opacity:0.4`, "clip-path": inside }));
     }
     group.append(svg("path", { d: path(xs, ready, x, at), style: `stroke:${colour};fill:none`, "stroke-width": direct ? 2 : 1 }));
-    if (last <= 20) ready.forEach((v, i) => v !== null && group.append(svg("circle", { cx: x(xs[i]), cy: at(v), r: 2.8, style: `fill:${colour}` })));
+    if (last <= 20 && !strategy.bound) ready.forEach((v, i) => v !== null && group.append(svg("circle", { cx: x(xs[i]), cy: at(v), r: 2.8, style: `fill:${colour}` })));
     const final = ready[ready.length - 1];
-    if (direct && final !== null) ends.push({ x: x(xs[xs.length - 1]), y: at(final), text: cut(table.domains[j], 16), colour });
+    if (direct && final !== null) ends.push({ x: x(xs[xs.length - 1]), y: at(final), text: names[j], colour });
     box.root.append(group);
     return group;
   });

@@ -15,7 +15,8 @@ class SectionPage {
     this.section = section;
     this.hidden = new Set();
     // the best that is no bound is what a reader wants to see first
-    this.strategy = section.strategies.find((s) => s.finished && !s.neutral) || section.strategies[0];
+    const first = (wanted) => section.strategies.find(wanted);
+    this.strategy = first((s) => s.finished && !s.neutral) || first((s) => s.finished && !s.bound) || section.strategies[0];
     this.matrix = 0;
     if (!this.strategy) return;
     this.buildLegend();

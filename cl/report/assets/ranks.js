@@ -6,15 +6,18 @@ function drawRanks(place, section, shown, label) {
   const known = Object.entries(ranks.average).sort((a, b) => a[1] - b[1]);
   const [count, half] = [known.length, Math.ceil(known.length / 2)];
   const length = widthOf(place) < 420 ? 12 : 22;
-  const room = (side) => Math.max(...side.map(([name]) => cut(name, length).length)) * 7 + 53;
+  const names = cutAll(known.map(([name]) => name), length);
+  const room = (side) => Math.max(...side.map((name) => name.length)) * 7 + 53;
   const [row, axis] = [22, ranks.difference === null ? 24 : 46];
   const firstRow = axis + 14 + 8 * ranks.groups.length + 12;
-  const box = canvas(place, firstRow + row * half, { left: room(known.slice(0, half)), right: room(known.slice(half)), top: axis, bottom: 0 }, label);
+  const box = canvas(place, firstRow + row * half, { left: room(names.slice(0, half)), right: room(names.slice(half)), top: axis, bottom: 0 }, label);
   const x = linear(1, count, box.left, box.right);
   box.root.append(svg("line", { class: "axis", x1: x(1), x2: x(count), y1: axis, y2: axis }));
+  // as many numbers as there is room for
+  const every = Math.ceil(20 / (x(2) - x(1)));
   for (let k = 1; k <= count; k++) {
     box.root.append(svg("line", { class: "axis", x1: x(k), x2: x(k), y1: axis - 4, y2: axis }));
-    box.root.append(svg("text", { x: x(k), y: axis - 8, "text-anchor": "middle" }, String(k)));
+    if ((k - 1) % every === 0) box.root.append(svg("text", { x: x(k), y: axis - 8, "text-anchor": "middle" }, String(k)));
   }
   if (ranks.difference !== null) {
     const [from, to] = [x(1), x(1 + ranks.difference)];
@@ -32,7 +35,7 @@ function drawRanks(place, section, shown, label) {
     group.append(svg("path", { d: `M${x(average)} ${axis}V${y}H${end}`, style: `stroke:${strategy.colour};fill:none`, "stroke-width": 1.5 }));
     group.append(svg("circle", { class: "halo", cx: x(average), cy: axis, r: 5, style: `fill:${strategy.colour}` }));
     group.append(svg("text", { x: end + side * 5, y: y + 4, "text-anchor": anchor }, average.toFixed(2)));
-    group.append(svg("text", { class: "name", x: end + side * (known[count - 1][1] < 9.995 ? 35 : 42), y: y + 4, "text-anchor": anchor, style: `--c:${strategy.colour}` }, cut(name, length)));
+    group.append(svg("text", { class: "name", x: end + side * (known[count - 1][1] < 9.995 ? 35 : 42), y: y + 4, "text-anchor": anchor, style: `--c:${strategy.colour}` }, names[i]));
     const final = strategy.final;
     const lines = [[strategy.colour, "average rank", average.toFixed(2)]];
     lines.push([null, `final ${section.unit.name.toLowerCase()}`, withInterval(section.unit, final.mean, final.low, final.high)]);

@@ -21,9 +21,10 @@ function logTicks(low, high, most = 9) {
 function drawRevisit(place, section, shown, label) {
   const unit = section.unit;
   const known = shown.filter((s) => s.revisit);
+  const names = cutAll(known.map((s) => s.label), 18);
   const text = (s) => {
-    const law = s.revisit.law;
-    return law ? `${cut(s.label, 18)} lag^${plain(Number((-law.exponent).toFixed(2)))}` : cut(s.label, 18);
+    const [law, name] = [s.revisit.law, names[known.indexOf(s)]];
+    return law ? `${name} lag^${plain(Number((-law.exponent).toFixed(2)))}` : name;
   };
   const longest = Math.max(4, ...known.map((s) => text(s).length));
   const box = canvas(place, 340, { left: 46, right: Math.min(20 + longest * 7, 230), top: 26, bottom: 42 }, label);

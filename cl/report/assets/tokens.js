@@ -17,7 +17,7 @@ function countText(value) {
 function drawTokens(place, section, strategy, label) {
   const { unit, domains } = section;
   const found = strategy.tokens;
-  const names = domains.map((name) => cut(name, 16));
+  const names = cutAll(domains, 16);
   const right = Math.max(...names.map((name) => name.length)) * 7 + 22;
   const margin = { left: 58, right, top: 26, bottom: 130 };
   const box = canvas(place, found ? 420 : 40, margin, label);

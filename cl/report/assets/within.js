@@ -9,7 +9,7 @@ function nameWithin(strategy) {
 function drawWithin(place, section, strategy, label) {
   const { unit, within: columns } = section;
   const found = strategy.within;
-  const names = columns.map((j) => cut(section.domains[j], 16));
+  const names = cutAll(columns.map((j) => section.domains[j]), 16);
   const right = Math.max(...names.map((name) => name.length)) * 7 + 22;
   const box = canvas(place, found ? 300 : 40, { left: 46, right, top: 26, bottom: 40 }, label);
   if (!found) return box.root.append(svg("text", { x: 0, y: 20 }, "not evaluated inside experiences"));

@@ -41,9 +41,9 @@ window.addEventListener("load", () => {
 </script></body>"""
 
 
-def open_in_browser(tmp_path, text):
+def open_in_browser(tmp_path, text, script=ACTIONS):
     path = tmp_path / "report.html"
-    path.write_text(text.replace("</body>", ACTIONS))
+    path.write_text(text.replace("</body>", script))
     flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run"]
     flags += ["--disable-sync", "--enable-logging=stderr", "--v=0", "--virtual-time-budget=4000", "--dump-dom"]
     profile = f"--user-data-dir={tmp_path / 'profile'}"
@@ -103,3 +103,39 @@ def test_the_page_runs(tmp_path, make_result, kind):
     assert charts > 0
     assert len(re.findall(r'class="canvas"><svg', dom)) == charts
     assert "NaN" not in re.sub(r"<script.*?</script>", "", dom, flags=re.S)
+
+
+# pairs of texts of one chart that cover each other, and texts that leave their figure
+OVERLAPS = """
+<script>
+window.addEventListener("load", () => {
+  const found = [];
+  for (const root of document.querySelectorAll(".canvas svg")) {
+    const frame = root.closest("figure").getBoundingClientRect();
+    const texts = [...root.querySelectorAll("text:not([transform])")];
+    const boxes = texts.map((text) => [text.textContent, text.getBoundingClientRect()]);
+    boxes.forEach(([name, a], i) => {
+      if (a.left < frame.left || a.right > frame.right + 1) found.push(`${name} leaves`);
+      for (const [other, b] of boxes.slice(i + 1)) {
+        const width = Math.min(a.right, b.right) - Math.max(a.left, b.left);
+        if (width > 2 && Math.min(a.bottom, b.bottom) - Math.max(a.top, b.top) > 4) found.push(`${name} over ${other}`);
+      }
+    });
+  }
+  document.title = `overlaps: ${found.join("; ") || "none"}`;
+});
+</script></body>"""
+
+
+@pytest.mark.parametrize("kind", ["equal costs", "text"])
+def test_no_text_covers_another_on_a_telephone(tmp_path, make_result, kind):
+    if kind == "text":
+        found = results(make_result, kind)
+    else:
+        last = [0.6 + 0.02 * k for k in range(15)]
+        found = [make_result(f"name{k}", s, [[0.9, 0.1], [v, 0.8]]) for k, v in enumerate(last) for s in (0, 1)]
+    text = page([view(section) for section in sections(found)], "A title")
+    # headless windows are never narrower than 500, the page is
+    narrow = "<style>body { width: 390px; }</style></head>"
+    dom, _ = open_in_browser(tmp_path, text.replace("</head>", narrow, 1), OVERLAPS)
+    assert re.findall("<title>(.*?)</title>", dom) == ["overlaps: none"]

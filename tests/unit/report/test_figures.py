@@ -112,7 +112,7 @@ def test_many_domains_get_a_colour_bar_and_no_names(make_result):
     assert len(forgetting_curves(few).axes) == 2
     assert len(forgetting_curves(many).axes) == 3
     assert texts(forgetting_curves(many).axes[0]) == []
-    assert sorted(texts(forgetting_curves(few).axes[0])) == ["1", "2", "3"]
+    assert sorted(texts(forgetting_curves(few).axes[0])) == ["0", "1", "2"]
 
 
 def test_names_with_markup_and_formulas_are_drawn_as_they_are(tmp_path, make_result):
@@ -138,3 +138,12 @@ def test_no_global_state_and_no_heavy_import():
         "assert not {'matplotlib.pyplot', 'torch'} & set(sys.modules)\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_domains_are_numbered_from_zero_as_everywhere(make_result):
+    figure = forgetting_curves(view_of([make_result("naive")]))
+    assert sorted(text.get_text() for text in figure.axes[0].texts) == ["0", "1"]
+    # more than have room for names: the first column is number 0
+    many = view_of([make_result("naive", R=np.full((60, 60), 0.5).tolist())])
+    ticks = heatmap(many, many.strategies[0]).axes[0].get_xticklabels()
+    assert [tick.get_text() for tick in ticks if tick.get_position()[0] == 0] == ["0"]

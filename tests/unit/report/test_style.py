@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from cl.report.style import (
     NEUTRAL,
+    OKABE_ITO,
     UNITS,
     beside,
     bytes_text,
@@ -19,6 +20,7 @@ from cl.report.style import (
     p_text,
     seconds_text,
     short,
+    shorts,
     spread,
 )
 
@@ -89,3 +91,35 @@ def test_the_page_places_labels_by_the_same_rules():
     assert found_spread == pytest.approx(spread(positions, 2, 0, 40))
     ours = beside([(x, y) for x, y, _ in points], [w for *_, w in points], (0, 0, 100, 100), height=10, gap=4)
     assert found_beside == pytest.approx(list(itertools.chain(*ours)))
+
+
+def test_texts_of_equal_costs_stand_in_a_column_of_their_own():
+    # fifteen points nearer to each other than lines of text, at the right end of a box
+    points = [(180.0, 20.0 + 8 * k) for k in range(15)]
+    widths = [30.0 + 3 * k for k in range(15)]
+    places = beside(points, widths, (0, 0, 200, 180), height=9, gap=5)
+    for (left, middle), width in zip(places, widths, strict=True):
+        assert left >= 0 and left + width < 180 - 5 and 0 < middle < 180
+    middles = [middle for _, middle in places]
+    assert min(b - a for a, b in itertools.pairwise(middles)) >= 9
+
+
+def test_cut_names_stay_distinct():
+    news = [f"a long domain name number {k} of the news" for k in range(5)]
+    assert len(set(shorts(news, 16))) == 5
+    assert all(str(k) in text and len(text) <= 16 for k, text in enumerate(shorts(news, 16)))
+    assert shorts(["naive", "a_very_long_strategy_name_indeed"], 16) == [
+        "naive",
+        short("a_very_long_strategy_name_indeed", 16),
+    ]
+    assert len(set(shorts(["same long name of a domain"] * 2, 10))) == 1
+
+
+def test_colours_are_seen_on_white_and_on_black():
+    def luminance(colour):
+        parts = [int(colour[k : k + 2], 16) / 255 for k in (1, 3, 5)]
+        linear = [v / 12.92 if v <= 0.04045 else ((v + 0.055) / 1.055) ** 2.4 for v in parts]
+        return sum(weight * v for weight, v in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+    for colour in OKABE_ITO:
+        assert 1.05 / (luminance(colour) + 0.05) > 2 and (luminance(colour) + 0.05) / 0.05 > 2

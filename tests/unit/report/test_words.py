@@ -41,6 +41,21 @@ def test_headline_weighs_the_runner_up(make_result, ewc, sentence):
     assert headline(view_of(results)).endswith(sentence)
 
 
+def test_an_interval_has_the_sign_of_its_margin(make_result):
+    losses = {"naive": (3.0, 3.0), "replay": (2.5, 2.4), "ewc": (2.7, 2.8)}
+    results = [
+        make_result(name, seed, [[2.0, 4.0], [final, 2.0]], measure="loss")
+        for name, finals in losses.items()
+        for seed, final in enumerate(finals)
+    ]
+    assert headline(view_of(results)).endswith("It is ahead of ewc (by 0.150 nats, interval +0.100 to +0.200).")
+
+
+def test_one_strategy_beside_joint_does_not_end_best(make_result):
+    joint = make_result("joint", 0, [[0.9, 0.9]], experiences=["all"], trained=[-1])
+    assert headline(view_of([make_result("naive"), joint])) == "naive reaches 70.0 % final accuracy."
+
+
 def test_a_runner_up_that_is_ahead_on_the_shared_seeds(make_result):
     # over its own three seeds ewc is worse than replay, over the two that both have it is better
     finals = {"replay": (0.7, 0.7), "ewc": (0.8, 0.8, 0.2)}
@@ -49,7 +64,7 @@ def test_a_runner_up_that_is_ahead_on_the_shared_seeds(make_result):
         for name, values in finals.items()
         for seed, final in enumerate(values)
     ]
-    sentence = "On the seeds of both, ewc is ahead (by 5.0 points, interval −5.0 to −5.0)."
+    sentence = "On the seeds of both, ewc is ahead (by 5.0 points, interval +5.0 to +5.0)."
     assert headline(view_of(results)).endswith(sentence)
     losses = {"replay": (2.5, 2.5), "ewc": (2.0, 2.0, 5.0)}
     results = [

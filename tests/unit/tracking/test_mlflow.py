@@ -15,6 +15,7 @@ import pytest
 from cl.core import UserError
 from cl.result import Result
 from cl.tracking import Journal, Memory, MLflowTracker, base, chart_url, default_uri, experiment_links, points, sync
+from cl.tracking.points import description
 from cl.tracking.store import sqlite_path, view_tag
 
 pytest.importorskip("mlflow")
@@ -177,7 +178,8 @@ def test_failed_and_interrupted_runs_say_so(store, client, make_result, tell):
         tell([MLflowTracker(store, experiment=status)], make_result(error="no memory"), last=1, status=status)
         run = only_run(client, status)
         assert (run.info.status, run.data.tags["cl.status"]) == (expected, status)
-        assert run.data.tags["mlflow.note.content"] == "no memory"
+        note = run.data.tags["mlflow.note.content"]
+        assert note.startswith("no memory\n\n") and note.endswith(description(make_result()))
         assert not any(name.startswith("final/") for name in run.data.metrics)
 
 
@@ -187,7 +189,7 @@ def test_a_run_that_failed_once_and_is_done_now(store, client, make_result, tell
     tell([MLflowTracker(store, experiment="again")], make_result(R=first.R, mlflow_run_id=first.mlflow_run_id), first=1)
     run = only_run(client, "again")
     assert (run.info.status, run.data.tags["cl.status"]) == ("FINISHED", "done")
-    assert not run.data.tags["mlflow.note.content"]
+    assert run.data.tags["mlflow.note.content"] == description(make_result())
 
 
 def test_server_that_is_not_there(make_result, tell, run_dir, caplog, monkeypatch):

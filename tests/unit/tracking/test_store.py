@@ -205,6 +205,12 @@ def test_link_opens_the_grouped_charts():
     state = json.loads(json.loads(grouped_view())["state"])
     assert state["groupBy"]["groupByKeys"] == [{"mode": "tag", "groupByData": "cl.strategy"}]
     assert "searchFilter" not in state
+    assert "metrics.`final/accuracy_avg`" in state["selectedColumns"]
+
+
+def test_the_table_of_a_text_stream_lists_the_measure_that_it_has():
+    columns = json.loads(json.loads(grouped_view(measure="loss"))["state"])["selectedColumns"]
+    assert "metrics.`final/loss_avg`" in columns and "metrics.`final/accuracy_avg`" not in columns
 
 
 def test_link_to_one_comparison():
