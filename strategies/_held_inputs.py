@@ -41,15 +41,15 @@ class HeldInputs:
         self.layer, self.weight, self.subspace, self.response = layer, layer.weight, subspace, response
         self.by_gradients = by_gradients
         self.seen: tuple[Tensor, Tensor, Tensor] | None = None
-        layer.forward = self._answer if by_gradients else self._answer_held  # type: ignore[method-assign]
+        vars(layer)["forward"] = self._answer if by_gradients else self._answer_held
 
     def hold_answers(self) -> None:
         """Its gradients are not enough: from now on hold what it answers."""
         self.by_gradients, self.seen = False, None
-        self.layer.forward = self._answer_held  # type: ignore[method-assign]
+        vars(self.layer)["forward"] = self._answer_held
 
     def detach(self) -> None:
-        self.layer.__dict__.pop("forward", None)
+        vars(self.layer).pop("forward", None)
         self.seen = None
 
     def fold(self) -> bool:

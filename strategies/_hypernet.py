@@ -196,10 +196,10 @@ class Hypernetwork(nn.Module):
         rows = [(condition_B == c).nonzero().squeeze(1) for c in conditions]
         outputs = [self.call(n, batch[r], c) for n, r, c in zip(numbers_TN, rows, conditions, strict=True)]
         back = torch.cat(rows).argsort()
-        hidden = [output.hidden for output in outputs]
+        hidden = [output.hidden for output in outputs if output.hidden is not None]
         joined = Output(
             torch.cat([output.logits for output in outputs])[back],
-            None if any(h is None for h in hidden) else torch.cat(hidden)[back],
+            torch.cat(hidden)[back] if len(hidden) == len(outputs) else None,
         )
         for name in outputs[0].auxiliary:
             shares = [len(r) / len(batch) * output.auxiliary[name] for r, output in zip(rows, outputs, strict=True)]

@@ -73,7 +73,7 @@ class Layout:
 
     def weights(self, numbers_N: Tensor) -> dict[str, Tensor]:
         """Name -> tensor."""
-        found = {}
+        found: dict[str, Tensor] = {}
         for place, piece in zip(self.places, numbers_N.split(self.sizes), strict=True):
             value = piece.view(place.shape)
             if self.is_scaled:

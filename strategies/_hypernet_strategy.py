@@ -228,7 +228,7 @@ class Generating(Strategy):
         own = {name[len(start) :]: value for name, value in self.kept.items() if name.startswith(start)}
         conditions = [self.old[k] for k in self.picked]
         generated_TN: Tensor = functional_call(net.generator, own, (self.kept["points"][self.picked], conditions))
-        return generated_TN
+        return generated_TN.unbind()
 
     def apart(self, net: Hypernetwork, numbers_TN: Tensor, wanted_TN: Sequence[Tensor]) -> Tensor:
         """Mean over the conditions picked of the squared distance of their weights, as far as it counts."""

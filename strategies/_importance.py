@@ -19,7 +19,8 @@ from cl.core import IGNORED, Batch, Output, Setting
 from cl.state import TrainState
 from strategies._checks import require_choice, require_count
 from strategies._modes import evaluation_mode
-from strategies._per_row import Function, Loss, Rows, VectorisedSum, add_by_loop
+from strategies._per_place import Function
+from strategies._per_row import Loss, Rows, VectorisedSum, add_by_loop
 from strategies._quadratic import Quadratic, Vectors
 
 ROWS_AT_A_TIME = 256

@@ -33,22 +33,24 @@ class Lateral(InputSubspace):
         super().__init__()
         self.rate, self.inner_steps, self.orthonormal = rate, inner_steps, orthonormal
         self.spiking_levels = spiking_levels
-        self.rows: Tensor | None = None
-        self.momentum: Tensor | None = None
+        self._forget_new()
+
+    def _forget_new(self) -> None:
+        """No neurons but those of experiences that have ended."""
+        self.rows = self.momentum = torch.empty(0, 0)
         self._buffers: tuple[Tensor, ...] = ()
 
     def begin_task(self, num_neurons: int, width: int, like: Tensor, generator: torch.Generator) -> None:
         """Add neurons with orthonormal random connections, as many as there are directions left at most."""
         num_neurons = min(num_neurons, width - self.rank)
-        self.rows = self.momentum = None
-        self._buffers = ()
+        self._forget_new()
         if num_neurons > 0:
             drawn = torch.randn(width, num_neurons, generator=generator, dtype=torch.float64)
             self.rows = torch.linalg.qr(drawn).Q.T.to(like).contiguous()
             self.momentum = torch.zeros_like(self.rows)
 
     def update(self, rows_ND: Tensor, outside_ND: Tensor | None = None) -> None:
-        if self.rows is None:
+        if not len(self.rows):
             return
         if outside_ND is None:
             outside_ND = rows_ND
@@ -132,18 +134,18 @@ class Lateral(InputSubspace):
     @property
     def connections(self) -> Tensor:
         """(K, D) all rows of H; those of earlier experiences up to a rotation, which changes no projection."""
-        held = [] if self.rank == 0 else [(self.basis * self.strength.sqrt()).T]
-        return torch.cat([*held, *([] if self.rows is None else [self.rows])])
+        held = (self.basis * self.strength.sqrt()).T
+        return torch.cat([each for each in (held, self.rows) if len(each)])
 
     def measures(self) -> dict[str, float]:
         """`orthonormality`: largest entry of |H H^T - I|; 0 is perfect."""
-        if self.rank == 0 and self.rows is None:
+        if self.rank == 0 and not len(self.rows):
             return {}
         gram = self.connections @ self.connections.T
         return {"orthonormality": float((gram - torch.eye(len(gram)).to(gram)).abs().max())}
 
     def end_task(self) -> None:
-        if self.rows is None:
+        if not len(self.rows):
             return
         dtype = self.rows.dtype
         if self.orthonormal:
@@ -153,5 +155,4 @@ class Lateral(InputSubspace):
             _, values, vectors = torch.linalg.svd(self.connections.double(), full_matrices=False)
             is_held = values.square() > WEAKEST
             self.basis, self.strength = vectors[is_held].T.to(dtype), values[is_held].square().to(dtype)
-        self.rows = self.momentum = None
-        self._buffers = ()
+        self._forget_new()

@@ -6,7 +6,7 @@ inputs have a last column of ones, so that the bias is one more weight.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -151,7 +151,7 @@ def listening(model: nn.Module, layers: Mapping[str, nn.Module]) -> Iterator[Lis
         listener.detach()
 
 
-def require_inputs(layers: Layers, seen: Mapping[str, Any], strategy: str) -> None:
+def require_inputs(layers: Layers, seen: Collection[str], strategy: str) -> None:
     """Every layer that is being trained must have been called, or what it reads is not known.
 
     Raises:

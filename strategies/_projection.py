@@ -197,8 +197,9 @@ class Projection(Strategy):
                 continue
             at_hand = self.held[name].rows_of(inputs[0]) if len(inputs) == 1 and name in self.held else None
             if at_hand is None:
-                at_hand = torch.cat([input_rows(layers[name], each) for each in inputs]), None
-            subspace.update(*at_hand)
+                subspace.update(torch.cat([input_rows(layers[name], each) for each in inputs]))
+            else:
+                subspace.update(*at_hand)
 
     # the end of an experience
 

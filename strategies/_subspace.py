@@ -22,13 +22,12 @@ class InputSubspace:
     """What a layer has read in the experiences so far; subclasses say how it is found.
 
     Attributes:
-        basis: U (D, R), orthonormal columns; None before the first experience has ended.
+        basis: U (D, R), orthonormal columns; (0, 0) before the first experience has ended.
         strength: s (R,); 1 holds a direction exactly.
     """
 
     def __init__(self) -> None:
-        self.basis: Tensor | None = None
-        self.strength: Tensor | None = None
+        self.basis, self.strength = torch.empty(0, 0), torch.empty(0)
 
     def update(self, rows_ND: Tensor, outside_ND: Tensor | None = None) -> None:
         """Look at inputs of the running experience.
@@ -86,17 +85,17 @@ class InputSubspace:
 
     @property
     def rank(self) -> int:
-        return 0 if self.basis is None else self.basis.shape[1]
+        return self.basis.shape[1]
 
     @property
     def is_exact(self) -> bool:
         """Whether every direction is held fully, so that projecting twice is projecting once."""
-        return self.strength is not None and bool((self.strength == 1).all())
+        return bool((self.strength == 1).all())
 
     @property
     def is_full(self) -> bool:
         """No direction is left in which the weights could move."""
-        return self.basis is not None and self.rank == self.basis.shape[0]
+        return self.rank > 0 and self.rank == len(self.basis)
 
     def captured(self, rows_ND: Tensor) -> float:
         """Share of the energy of inputs that lies in the directions held."""
@@ -141,10 +140,9 @@ class Principal(InputSubspace):
         moment, self.moment = self.moment, None
         if moment is None or self.threshold == 0:
             return
-        held, total = self.basis, moment.trace()
+        held, total = self.basis.double(), moment.trace()
         explained = total.new_zeros(())
-        if held is not None:
-            held = held.double()
+        if len(held):
             explained = ((moment @ held) * held).sum()
             moment = _outside(_outside(moment, held).T, held)
         values, vectors = _eigen(moment)
@@ -187,13 +185,13 @@ class Damped(InputSubspace):
     @property
     def is_full(self) -> bool:
         """No direction is left in which a change would keep half of its length."""
-        return self.strength is not None and self.basis.shape[0] == int((self.strength > 0.5).sum())
+        return self.rank > 0 and len(self.basis) == int((self.strength > 0.5).sum())
 
 
-def joined(held_DR: Tensor | None, more_DK: Tensor) -> Tensor:
+def joined(held_DR: Tensor, more_DK: Tensor) -> Tensor:
     """An orthonormal basis, in float64, of what two sets of directions span; the first set stays as it is."""
     more_DK = more_DK.double()
-    if held_DR is None:
+    if not len(held_DR):
         return _independent(more_DK)
     held_DR = held_DR.double()
     # twice, since once leaves what rounding put there

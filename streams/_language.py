@@ -95,7 +95,7 @@ def language_stream(
         tokenizer=tokenizer.digest,
     )
     anchors = [general_rows(text.name, text.general, context) for text in texts if text.general is not None]
-    general = (anchors or [None])[0]
+    general = anchors[0] if anchors else None
     return Stream(info, experiences, eval_sets, as_ids, content=_content(texts), general=general, codec=tokenizer)
 
 

@@ -9,7 +9,7 @@ forms here are those that a classification has: yes or no, the letter of a choic
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Sized
 from dataclasses import dataclass
 from string import ascii_uppercase
 
@@ -118,6 +118,6 @@ def require_room(labels: Sequence[str], tokenizer: Tokenizer, context: int) -> N
         )
 
 
-def _room(context: int, tail: Sequence[int], answer: Sequence[int]) -> int:
+def _room(context: int, tail: Sized, answer: Sized) -> int:
     """Tokens left for the text of a question, beside the separators at both ends."""
     return context + 1 - len(tail) - len(answer) - 2

@@ -38,7 +38,9 @@ class Tokenizer(Protocol):
     digest: str
     vocabulary: int
     separator: int
-    token_bytes: np.ndarray | None
+
+    @property
+    def token_bytes(self) -> np.ndarray | None: ...
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]: ...
 

@@ -22,7 +22,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from cl.core import Data, Experience, Setting, Stream, UserError
+from cl.core import Data, Experience, Order, Setting, Stream, UserError
 from cl.seeding import derive_seed
 from streams._mixed import Drawn, draw, in_order, require_base
 from streams._settings import require_choice
@@ -137,7 +137,7 @@ class _Shown:
     def starts(self) -> Tensor:
         return torch.tensor([0, *(each.num_samples for each in self.base)]).cumsum(0)
 
-    def experience(self, k: int, order: object) -> Experience:
+    def experience(self, k: int, order: Order) -> Experience:
         owners = self.owners(k).unique().tolist()
         return replace(
             self.base[k],

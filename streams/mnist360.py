@@ -65,7 +65,7 @@ def turns(sizes: list[int], shared_rows: int = 1) -> Iterator[Turn]:
     used, shown = [0] * NUM_CLASSES, [0] * NUM_CLASSES
     for k in range(NUM_ROUNDS * NUM_CLASSES):
         pair = (k % NUM_CLASSES, (k + 1) % NUM_CLASSES)
-        slices = tuple(_slice(sizes[c], used[c]) for c in pair)
+        slices = _slice(sizes[pair[0]], used[pair[0]]), _slice(sizes[pair[1]], used[pair[1]])
         order = interleaved(len(slices[0]), len(slices[1]), shared_rows)
         yield Turn(pair, slices, order, (shown[pair[0]], shown[pair[1]]))
         for place, c in enumerate(pair):

@@ -140,7 +140,9 @@ def class_name(c: int) -> str:
     return f"class {c}"
 
 
-def by_class(name: str, images: Images, experiences: list[Experience], transform: Callable | None = None) -> Stream:
+def by_class(
+    name: str, images: Images, experiences: list[Experience], transform: Callable[[Tensor], Tensor] | None = None
+) -> Stream:
     """A class-incremental stream that is measured on every class apart."""
     counts = images.eval_targets.bincount(minlength=images.num_classes).tolist()
     eval_sets = [

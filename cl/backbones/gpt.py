@@ -93,7 +93,12 @@ class Gpt(Backbone):
         self.separator, self.read_images_by, self.is_checkpointed = info.separator, read, is_checkpointed
         self.embedding = first_layer(info, width, read, "gpt")
         self.dropout = nn.Dropout(dropout)
-        shared = {"num_heads": num_heads, "num_kv_heads": num_kv_heads, "rope_base": rope_base, "dropout": dropout}
+        shared: dict[str, Any] = {
+            "num_heads": num_heads,
+            "num_kv_heads": num_kv_heads,
+            "rope_base": rope_base,
+            "dropout": dropout,
+        }
         self.blocks = nn.ModuleList(
             Block(
                 width, build(spec, "mixers", "backbone.blocks", width, **shared), _mlp(part, width, mlp_width), dropout

@@ -70,7 +70,7 @@ class Hmt(Segmented):
                 "hold the sensory tokens"
             )
         super().__init__(info, segment, truncate, is_replayed, **decoder)
-        self.num_sensory, self.num_long, self.half = num_sensory, num_long, segment // 2
+        self.num_sensory, self.num_long, self.num_asking = num_sensory, num_long, segment // 2
         self.topic, self.blank = Slots(1, self.num_features), Slots(1, self.num_features)
         self.query = nn.Linear(self.num_features, self.num_features, bias=False)
         self.key = nn.Linear(self.num_features, self.num_features, bias=False)
@@ -90,7 +90,7 @@ class Hmt(Segmented):
         return {"sensory": sensory, "long": long, "count": number}
 
     def read_segment(self, part: Segment, memory: State) -> tuple[Tensor, State, Auxiliary]:
-        total, x_BTD, half = Auxiliary(), part.x, self.half
+        total, x_BTD, half = Auxiliary(), part.x, self.num_asking
         num_tokens, start = x_BTD.shape[1], self.num_sensory
         sensory_BSD, sensory_BS = self._sensory(memory)
         own_BT = part.reset.clone()
@@ -123,10 +123,10 @@ class Hmt(Segmented):
 
     def _recalled(self, part: Segment, memory: State, total: Auxiliary) -> Tensor:
         """(B, 1, D) what the queue answers; the learned blank where it holds nothing of the document."""
-        long_BLD, half_BT = memory["long"], part.reset[:, : self.half]
+        long_BLD, half_BT = memory["long"], part.reset[:, : self.num_asking]
         count_B = torch.where(half_BT.any(1), 0, memory["count"])
         topic_B1D = self.topic(len(long_BLD)).to(part.x.dtype)
-        asking_BND = torch.cat((topic_B1D, part.x[:, : self.half], topic_B1D), 1)
+        asking_BND = torch.cat((topic_B1D, part.x[:, : self.num_asking], topic_B1D), 1)
         read_BND, _, terms = self.read(asking_BND, reset=nn.functional.pad(half_BT, (1, 1)), mode=part.mode)
         add_terms(total, terms)
         q_B1D, k_BLD = self.query(read_BND[:, -1:]), self.key(long_BLD.to(read_BND.dtype))

@@ -126,7 +126,8 @@ class Memoria(Segmented):
         data_BND = engrams["data"].to(x_BTD.dtype)
         asks = part.continues[:, None, :, None]
         looks, num_asking = torch.zeros_like(engrams["life"]), part.continues.sum(1, keepdim=True)
-        for number, (reader, (working_norm, norm)) in enumerate(zip(self.reads, self.norms, strict=True)):
+        for number, (reader, norms) in enumerate(zip(self.reads, self.norms, strict=True)):
+            working_norm, norm = norms.children()
             found_BTD, _ = reader(working_norm(x_BTD), working_BmD, asks & is_there_B.view(-1, 1, 1, 1))
             x_BTD = x_BTD + found_BTD
             found_BTD, weight_BHTN = reader(norm(x_BTD), data_BND, asks & reminded_BN[:, None, None])

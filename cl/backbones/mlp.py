@@ -49,7 +49,7 @@ class Mlp(Backbone):
         if not bias:
             for module in self.modules():
                 if isinstance(module, nn.Linear):
-                    module.bias = None
+                    module.register_parameter("bias", None)
 
     def features(self, inputs: Tensor) -> Tensor:
         hidden: Tensor = self.body(inputs)

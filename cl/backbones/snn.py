@@ -87,7 +87,7 @@ class Snn(Backbone):
         if not bias:
             for module in self.modules():
                 if isinstance(module, nn.Linear):
-                    module.bias = None
+                    module.register_parameter("bias", None)
         self.fire = partial(integrate_and_fire, decay=decay, threshold=threshold, slope=slope, is_online=rule == "ottt")
 
     def stages(self) -> Sequence[Stage]:
@@ -98,7 +98,7 @@ class Snn(Backbone):
             for number, layer in enumerate(self.layers)
         ]
 
-    def _layer(self, layer: SpikingLinear, inputs: Tensor, is_first: bool, is_last: bool) -> Tensor:
+    def _layer(self, layer: nn.Module, inputs: Tensor, is_first: bool, is_last: bool) -> Tensor:
         inputs_BTD = inputs.flatten(1).unsqueeze(1) if is_first else inputs.transpose(1, 2)
         spikes_BTF = self.fire(layer(inputs_BTD))
         return spikes_BTF.mean(1) if is_last else spikes_BTF.transpose(1, 2)
@@ -169,7 +169,8 @@ def integrate_and_fire(
         >>> integrate_and_fire(torch.full((1, 4, 1), 0.6), 0.5, 1.0, 4.0).flatten().tolist()
         [0.0, 0.0, 1.0, 0.0]
     """
-    membrane, fired = torch.zeros_like(currents_BTF[:, 0]), []
+    membrane = torch.zeros_like(currents_BTF[:, 0])
+    fired: list[Tensor] = []
     for current in currents_BTF.unbind(1):
         rest = membrane - threshold * fired[-1] if fired else membrane
         membrane = decay * (rest.detach() if is_online else rest) + current

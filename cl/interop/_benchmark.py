@@ -23,7 +23,7 @@ with quiet():
 ROWS_AT_A_TIME = 4096
 
 
-class Rows(Leaf, Dataset):
+class Rows(Leaf, Dataset[tuple[Tensor, int]]):
     """The rows of one experience, or of one set to measure on, as the network reads them.
 
     Read one at a time they are not augmented; whole batches for training are, with draws from torch's global generator.
@@ -53,8 +53,8 @@ class Rows(Leaf, Dataset):
         if isinstance(data, TensorData):
             return data.targets, 0 if data.task_id is None else data.task_id
         parts = [data.rows(some) for some in torch.arange(len(data)).split(ROWS_AT_A_TIME)]
-        tasks = [part.task_id for part in parts]
-        return torch.cat([part.targets for part in parts]), 0 if tasks[0] is None else torch.cat(tasks)
+        tasks = [part.task_id for part in parts if part.task_id is not None]
+        return torch.cat([part.targets for part in parts]), torch.cat(tasks) if tasks else 0
 
 
 def as_dataset(rows: Rows, num_rows: int | None = None) -> TaskAwareSupervisedClassificationDataset:

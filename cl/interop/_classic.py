@@ -19,7 +19,7 @@ from cl.interop._streams import from_avalanche
 from cl.interop._template import seeded_globals
 from cl.interop.catalog import BENCHMARKS
 
-_folders: list[tempfile.TemporaryDirectory] = []
+_folders: list[tempfile.TemporaryDirectory[str]] = []
 """Unpacked data sets; removed when the process ends."""
 
 

@@ -92,7 +92,8 @@ def _gathered(datasets: Sequence[Any], ends: Sequence[int], index: Tensor, group
     """Rows of several data sets laid end to end, in the order asked for."""
     stops = torch.as_tensor(ends)
     owner = torch.searchsorted(stops, index, right=True)
-    order, found = owner.argsort(stable=True), []
+    order = owner.argsort(stable=True)
+    found: list[Columns] = []
     for k in owner.unique().tolist():
         local = index[owner == k] - (int(stops[k - 1]) if k else 0)
         part = _leaf_columns(datasets[k], local, group)

@@ -83,7 +83,7 @@ class ContinualMetrics(PluginMetric):
         super().__init__()
         self.matrix = Matrix()
 
-    def result(self) -> dict[str, float | None]:
+    def result(self) -> dict[str, float]:
         return summary(self.matrix.table()) if self.matrix.R else {}
 
     def reset(self) -> None:
@@ -100,9 +100,9 @@ class ContinualMetrics(PluginMetric):
 
     def after_eval(self, strategy: Any) -> list[MetricValue]:
         self.matrix.after_eval()
-        found = {name: value for name, value in self.result().items() if value is not None}
         return [
-            MetricValue(self, f"cl/{name}", value, strategy.clock.train_iterations) for name, value in found.items()
+            MetricValue(self, f"cl/{name}", value, strategy.clock.train_iterations)
+            for name, value in self.result().items()
         ]
 
     def __str__(self) -> str:
@@ -134,7 +134,7 @@ class TrackerLogger(BaseLogger):
         self.tracker, self.settings = tracker, dict(settings or {})
         self.matrix = Matrix()
         self.result: Result | None = None
-        self._who = {"stream": stream, "name": name, "seed": seed}
+        self._stream, self._name, self._seed = stream, name, seed
         self._steps, self._lr = 0, 0.0
         self._waiting: list[tuple[Point, float]] = []
         self._began = time.perf_counter()
@@ -196,20 +196,19 @@ class TrackerLogger(BaseLogger):
     # inside
 
     def _open(self, strategy: Any) -> None:
-        who = self._who
         self.result = Result(
-            stream=who["stream"],
-            strategy=[who["name"] or type(strategy).__name__],
+            stream=self._stream,
+            strategy=[self._name or type(strategy).__name__],
             backbone=type(strategy.model).__name__.lower(),
             setting="",
-            seed=who["seed"],
+            seed=self._seed,
             experiences=[],
             domains=[],
             trained=[],
             measure="accuracy",
             env=environment(),
         )
-        self.tracker.on_start(self.result, self.settings | {"seed": who["seed"]})
+        self.tracker.on_start(self.result, self.settings | {"seed": self._seed})
 
     def _update(self) -> None:
         result, matrix = self.result, self.matrix
@@ -220,7 +219,7 @@ class TrackerLogger(BaseLogger):
         result.trained = matrix.taught(width)
         result.experiences = [f"experience {k}" for k in matrix.trained[: len(matrix.R)]]
         result.domains = [f"experience {j}" for j in range(width)]
-        result.metrics = summary(matrix.table())
+        result.metrics = {**summary(matrix.table())}
         result.cost = {"updates": self._steps, "wall_s": time.perf_counter() - self._began}
 
     def _flush(self) -> None:

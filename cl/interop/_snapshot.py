@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import operator
 import sys
 import types
 from collections import OrderedDict, defaultdict, deque
@@ -34,6 +35,7 @@ MAY_BE_MADE = (
 PLAIN = (type(None), bool, int, float, str)
 DICTS = {kind.__name__: kind for kind in (dict, OrderedDict, defaultdict)}
 LISTS = {kind.__name__: kind for kind in (list, tuple, set, frozenset, deque, torch.Size)}
+LIST_ITERATOR: type = type(iter([]))
 Node = dict[str, Any]
 
 
@@ -109,30 +111,35 @@ class Writer:
             return {"is": "generator state", "data": thing.get_state()}
         if isinstance(thing, logging.Logger):
             return {"is": "logger", "name": thing.name}
-        if isinstance(thing, type(iter([]))) and not thing.__length_hint__():
+        if isinstance(thing, LIST_ITERATOR) and not operator.length_hint(thing):
             return {"is": "end"}
         if not hasattr(thing, "__dict__"):
             raise ValueError(f"a {type(thing).__module__}.{type(thing).__qualname__} cannot be written down")
         attributes = {key: self.value(each) for key, each in vars(thing).items() if not key.endswith("_hooks")}
         return {"is": "object", "class": _class(thing), "attributes": attributes}
 
-    def generator(self, thing: Any) -> Node:
+    def generator(self, thing: types.GeneratorType[Any, Any, Any]) -> Node:
         """A generator that was not asked yet is its function and the arguments."""
-        if inspect.getgeneratorstate(thing) != inspect.GEN_CREATED:
+        frame = thing.gi_frame
+        if frame is None or inspect.getgeneratorstate(thing) != inspect.GEN_CREATED:
             raise ValueError(f"the generator {thing.__qualname__} was read already and cannot be written down")
-        module, arguments = thing.gi_frame.f_globals["__name__"], [self.value(each) for each in _arguments(thing)]
-        return {"is": "generator", "name": [module, thing.__qualname__], "arguments": arguments}
+        module, arguments = _call(thing, frame)
+        given = [self.value(each) for each in arguments]
+        return {"is": "generator", "name": [module, thing.__qualname__], "arguments": given}
 
 
-def _arguments(generator: types.GeneratorType) -> list[Any]:
-    code, given = generator.gi_code, generator.gi_frame.f_locals
-    return [given[name] for name in code.co_varnames[: code.co_argcount]]
+def _call(generator: types.GeneratorType[Any, Any, Any], frame: types.FrameType) -> tuple[str, list[Any]]:
+    """Module of its function, and the arguments that it was called with."""
+    code = generator.gi_code
+    return frame.f_globals["__name__"], [frame.f_locals[name] for name in code.co_varnames[: code.co_argcount]]
 
 
-def again(generator: types.GeneratorType) -> types.GeneratorType:
-    """The same generator from its beginning; the one given is not touched."""
-    function = _named(generator.gi_frame.f_globals["__name__"], generator.__qualname__)
-    made: types.GeneratorType = function(*_arguments(generator))
+def again(generator: types.GeneratorType[Any, Any, Any]) -> types.GeneratorType[Any, Any, Any]:
+    """The same generator from its beginning; the one given is not touched. One that has ended stays so."""
+    if generator.gi_frame is None:
+        return generator
+    module, arguments = _call(generator, generator.gi_frame)
+    made: types.GeneratorType[Any, Any, Any] = _named(module, generator.__qualname__)(*arguments)
     return made
 
 
@@ -262,9 +269,10 @@ class Reader:
         return found(*(self.value(argument) for argument in node["arguments"]))
 
     def allowed(self, name: list[str]) -> Any:
-        cls = _named(*name)
-        if not isinstance(cls, type) or not self.is_allowed(*name, cls):
-            raise ValueError(f"the checkpoint names the class {'.'.join(name)}, which is not Avalanche's")
+        module, qualname = name
+        cls = _named(module, qualname)
+        if not isinstance(cls, type) or not self.is_allowed(module, qualname, cls):
+            raise ValueError(f"the checkpoint names the class {module}.{qualname}, which is not Avalanche's")
         return cls
 
     def is_allowed(self, module: str, name: str, found: Any) -> bool:
@@ -287,7 +295,7 @@ def _same(before: Mapping[Any, Any], key: Any) -> Any:
     return None if not isinstance(key, list) else next(iter(before), None)
 
 
-def _blank(cls: type) -> Any:
+def _blank(cls: type[object]) -> Any:
     thing = cls.__new__(cls)
     if isinstance(thing, nn.Module):
         nn.Module.__init__(thing)  # the empty tables of hooks

@@ -101,9 +101,8 @@ def load(source: Source) -> Data:
     if num_bytes > MEMORY_BYTES or is_random(source.dataset):
         return Fetched(source)
     rows = Fetched(source).rows(torch.arange(len(source.dataset)))
-    task_id = rows.task_id
-    if task_id is not None and (task_id == task_id[0]).all():
-        task_id = int(task_id[0])
+    heads = rows.task_id
+    task_id = int(heads[0]) if heads is not None and bool((heads == heads[0]).all()) else heads
     _make_room(num_bytes)
     _held[key] = source.dataset, TensorData(rows.inputs, rows.targets, source.experience_id, task_id)
     return _held[key][1]

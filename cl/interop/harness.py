@@ -178,9 +178,10 @@ def _model(answer: Callable[[Tensor], Tensor], codec: Codec, context: int, batch
     def tokens(text: str) -> list[int]:
         return [int(token) for token in codec.encode([text])[0]]
 
-    class Ours(LM):  # type: ignore[misc]
+    class Ours(LM):
         def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
-            return self._scored([_pair(*request.args, tokens, codec.separator) for request in requests])
+            texts = [request.args for request in requests]
+            return self._scored([_pair(prompt, said, tokens, codec.separator) for prompt, said in texts])
 
         def loglikelihood_rolling(self, requests: Sequence[Any]) -> list[float]:
             totals = []

@@ -41,10 +41,10 @@ def forgetting_mqar(
         UserError: a value outside its range, or pairs that do not fit.
     """
     columns = ("tokens", "pairs", "updates")
-    chosen = [tuple(row) for row in require_table("train", train, (*columns, "rows"), smallest=0)]
-    further = [tuple(row) for row in require_table("test", test, columns, smallest=0)] if test else []
+    chosen = require_table("train", train, (*columns, "rows"), smallest=0)
+    further = require_table("test", test, columns, smallest=0) if test else []
     require_common(vocabulary, power, is_filled, eval_rows)
-    wanted = dict.fromkeys([row[:3] for row in chosen] + further)
+    wanted = dict.fromkeys((tokens, pairs, updates) for tokens, pairs, updates, *_ in [*chosen, *further])
     for tokens, pairs, updates in wanted:
         if pairs < 1 or updates > pairs:
             raise UserError(f"{updates} of {pairs} keys cannot be given another value; at most all of them can")
@@ -57,6 +57,6 @@ def forgetting_mqar(
         law = partial(recall, tokens, pairs, updates, vocabulary, power, is_filled)
         return Part(f"{pairs} pairs, {updates} again, in {tokens}", law, num_rows, filled_to)
 
-    parts = [part(*row, length) for row in chosen]
-    test = [part(*row, eval_rows) for row in wanted]
-    return probe("forgetting_mqar", Setting.CONTINUAL_PRETRAINING, vocabulary, parts, test, seed)
+    taught = [part(tokens, pairs, updates, num_rows, length) for tokens, pairs, updates, num_rows in chosen]
+    measured = [part(tokens, pairs, updates, eval_rows) for tokens, pairs, updates in wanted]
+    return probe("forgetting_mqar", Setting.CONTINUAL_PRETRAINING, vocabulary, taught, measured, seed)

@@ -51,21 +51,21 @@ def mqar(
     Raises:
         UserError: a value outside its range, or pairs that do not fit.
     """
-    chosen = [tuple(row) for row in require_table("train", train, ("tokens", "pairs", "rows"))]
-    further = [tuple(row) for row in require_table("test", test, ("tokens", "pairs"))] if test else []
+    chosen = require_table("train", train, ("tokens", "pairs", "rows"))
+    further = require_table("test", test, ("tokens", "pairs")) if test else []
     require_common(vocabulary, power, is_filled, eval_rows)
     length = max(tokens for tokens, _, _ in chosen)
-    for tokens, pairs in {*further, *((tokens, pairs) for tokens, pairs, _ in chosen)}:
+    wanted = dict.fromkeys((tokens, pairs) for tokens, pairs, *_ in [*chosen, *further])
+    for tokens, pairs in wanted:
         require_room(tokens, pairs, 0, vocabulary)
 
     def part(tokens: int, pairs: int, num_rows: int, filled_to: int = 0) -> Part:
         law = partial(recall, tokens, pairs, 0, vocabulary, power, is_filled)
         return Part(f"{pairs} pairs in {tokens}", law, num_rows, filled_to)
 
-    parts = [part(*row, length) for row in chosen]
-    wanted = dict.fromkeys([row[:2] for row in chosen] + further)
-    test = [part(*row, eval_rows) for row in wanted]
-    return probe("mqar", Setting.CONTINUAL_PRETRAINING, vocabulary, parts, test, seed)
+    taught = [part(tokens, pairs, num_rows, length) for tokens, pairs, num_rows in chosen]
+    measured = [part(tokens, pairs, eval_rows) for tokens, pairs in wanted]
+    return probe("mqar", Setting.CONTINUAL_PRETRAINING, vocabulary, taught, measured, seed)
 
 
 def require_common(vocabulary: object, power: object, is_filled: object, eval_rows: object) -> None:
@@ -73,8 +73,7 @@ def require_common(vocabulary: object, power: object, is_filled: object, eval_ro
     require_integer("stream.vocabulary", vocabulary, smallest=4)
     require_integer("stream.eval_rows", eval_rows, smallest=4)
     require_flag("stream.is_filled", is_filled)
-    is_number = isinstance(power, int | float) and not isinstance(power, bool)
-    if not is_number or not 0 < power <= MOST_POWER:
+    if not isinstance(power, int | float) or isinstance(power, bool) or not 0 < power <= MOST_POWER:
         raise UserError(f"stream.power is {power!r}; it must be a number above 0 and at most {MOST_POWER}")
 
 

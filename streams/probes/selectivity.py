@@ -65,7 +65,8 @@ def selectivity(
     if not is_list(gaps, 2):
         raise UserError(f"stream.gaps is {gaps!r}; it must be the shortest and the longest one, such as [0, 3]")
     further = require_table("test_gaps", test_gaps, ("shortest", "longest"), 0) if test_gaps else []
-    ranges = list(dict.fromkeys(map(tuple, require_table("gaps", [gaps], ("shortest", "longest"), 0) + further)))
+    table = require_table("gaps", [gaps], ("shortest", "longest"), 0) + further
+    ranges = list(dict.fromkeys((low, high) for low, high in table))
     for low, high in ranges:
         if low > high:
             raise UserError(f"a gap of {low} to {high} tokens is none; the shortest comes first")

@@ -33,7 +33,7 @@ def test_a_step_is_the_projected_step_of_sgd(lab):
     for step in recorder.steps:
         for name, basis in bases[step.experience].items():
             gradient = augmented(step.gradients, name)
-            if basis is not None:
+            if len(basis):
                 gradient = gradient - gradient @ basis @ basis.T
                 num_held += 1
             # the recorder stands inside: what it sees after the update is not yet projected
@@ -45,7 +45,7 @@ def test_a_step_is_the_projected_step_of_sgd(lab):
             continue
         for name, basis in bases[this.experience].items():
             gradient = augmented(this.gradients, name)
-            kept = gradient if basis is None else gradient - gradient @ basis @ basis.T
+            kept = gradient if not len(basis) else gradient - gradient @ basis @ basis.T
             lab.close(augmented(following.before, name), augmented(this.before, name) - lab.lr * kept)
     assert num_held > 20
 

@@ -60,9 +60,7 @@ def run_cache(
         tokens: q, k, v, the rule's gates, and route_q, route_k where there is routing.
         options: of the kernel.
     """
-    tokens = dict(tokens)
-    given = [tokens.pop(name) for name in ("q", "k", "v")]
-    given += [tokens.pop("strength", None), tokens.pop("log_decay", None)]
+    given = [tokens["q"], tokens["k"], tokens["v"], tokens.get("strength"), tokens.get("log_decay")]
     options |= {"scale": SCALES[type(rule)]}
     routes = {name: tokens.get(name) for name in ("route_q", "route_k")}
     counts, places = cache["count"].tolist(), cache["place"].tolist()

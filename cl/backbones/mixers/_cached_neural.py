@@ -80,7 +80,7 @@ def _piece(rule: NeuralRule, tokens: Gates, cache: State, mode: str, options: Op
             own = {name: x[:, at] for name, x in gates.items()}
             _, current = rule.run(current, q[:, at], tokens["k"][:, at], tokens["v"][:, at], own, None, mode)
             assert weights is not None
-            outs.append(_soup(rule, q[:, at], current, cache, tuple(w[:, at] for w in weights)))
+            outs.append(_soup(rule, q[:, at], current, cache, (weights[0][:, at], weights[1][:, at])))
         return torch.cat(outs, 1), cache | left | {"current": current}
     o, current = rule.run(cache["current"], q, tokens["k"], tokens["v"], gates, None, mode)
     exists_BN = _exists(cache)

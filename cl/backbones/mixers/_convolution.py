@@ -63,7 +63,7 @@ class ShortConvolution(nn.Module):
 def _depthwise(x_BSC: Tensor, weight_CJ: Tensor) -> Tensor:
     """sum_j w_j * x_{t+j} (B, S - J + 1, C)."""
     if x_BSC.device.type == "cpu" and x_BSC.dtype == torch.float32:
-        y_BTC: Tensor = _Depthwise.apply(x_BSC, weight_CJ)  # type: ignore[no-untyped-call]
+        y_BTC: Tensor = _Depthwise.apply(x_BSC, weight_CJ)
         return y_BTC
     return F.conv1d(x_BSC.mT, weight_CJ.unsqueeze(1), groups=len(weight_CJ)).mT
 

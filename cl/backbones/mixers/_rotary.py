@@ -22,8 +22,9 @@ def rotary_angles(
 
 def require_rope_base(value: object) -> None:
     """Raise `UserError` unless it is a base of rotary angles, or None for no positions."""
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if value is not None and not (is_number and 1 < value < float("inf")):
+    if value is None:
+        return
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 1 < value < float("inf"):
         raise UserError(f"backbone.rope_base is {value!r}; it must be a number above 1, or none")
 
 

@@ -84,10 +84,10 @@ class HierarchicalFfnMemory(Mixer):
     def piece(self, x_BTD: Tensor, state: State, reset: Tensor | None, mode: str) -> tuple[Tensor, State]:
         context_BTD, count_BT, left = self._contexts(x_BTD, state, reset)
         path_BTL, weight_BTL = self.path(context_BTD)
-        y_BTD = self.nodes[0][0](x_BTD)[0]
+        y_BTD = self.get_submodule("nodes.0.0")(x_BTD)[0]
         has_context_BT = count_BT >= self.block
         for level in range(1, self.levels):
-            for number, node in enumerate(self.nodes[level]):
+            for number, node in enumerate(self.nodes[level].children()):
                 # a node that nobody fetches reads nothing
                 chosen_BT = has_context_BT & (path_BTL[..., level] == number)
                 found_ND = node(x_BTD[chosen_BT])[0] * weight_BTL[..., level][chosen_BT].to(x_BTD.dtype).unsqueeze(1)
@@ -111,8 +111,7 @@ class HierarchicalFfnMemory(Mixer):
     @property
     def out(self) -> nn.Module:
         """What writes into the residual stream: the root's; every node has one."""
-        root: Swiglu = self.nodes[0][0]  # type: ignore[index]
-        return root.out
+        return self.get_submodule("nodes.0.0.out")
 
     def _contexts(self, x_BTD: Tensor, state: State, reset_BT: Tensor | None) -> tuple[Tensor, Tensor, State]:
         """Context of each token, how many tokens of its document came before, and the state."""

@@ -6,7 +6,7 @@ width, V value width of a head.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -202,7 +202,7 @@ class MixtureOfMemories(Mixer):
         return [slots] if is_one else [[slot] for slot in slots]
 
 
-def _gathered(sources: list[Tensor], chosen: Sequence[Tensor]) -> Tensor:
+def _gathered(sources: list[Tensor], chosen: tuple[Tensor, ...]) -> Tensor:
     """Rows of several (B, T, X), each of its own, in one row (1, M, X)."""
     if all(source is sources[0] for source in sources):
         return sources[0].flatten(0, 1).index_select(0, torch.cat(chosen)).unsqueeze(0)

@@ -186,5 +186,5 @@ def walked(
         weights = recipe.weights(in_order(now))
         outs.append(ask(weights, tokens.q[:, t].unsqueeze(2), norm).squeeze(2))
         state = state | {"weights": now, "position": (state["position"] + 1) % chunk}
-    start = where_rows(state["position"] == 0, state["weights"], state["start"])
-    return torch.stack(outs, 1), state | {"start": start}
+    after = where_rows(state["position"] == 0, state["weights"], state["start"])
+    return torch.stack(outs, 1), state | {"start": after}

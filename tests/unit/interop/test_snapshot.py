@@ -12,7 +12,7 @@ from torch import nn
 pytest.importorskip("avalanche")
 from avalanche.training.utils import ParamData, cycle
 
-from cl.interop._snapshot import read, write
+from cl.interop._snapshot import again, read, write
 
 CPU = torch.device("cpu")
 
@@ -92,6 +92,13 @@ def test_unread_generators_begin_anew_and_read_ones_are_refused():
     next(begun)
     with pytest.raises(ValueError, match="read already"):
         write({"loader": begun}, lambda thing: None)
+
+
+def test_a_generator_that_has_ended_has_no_beginning():
+    begun, ended = cycle([1, 2]), (number for number in ())
+    next(begun)
+    assert next(again(begun)) == 1 and next(begun) == 2
+    assert next(ended, "nothing") == next(again(ended), "nothing") == "nothing"
 
 
 def test_classes_of_theirs_without_their_constructor():
