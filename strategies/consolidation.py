@@ -115,7 +115,8 @@ class Consolidation(Strategy):
     def num_replayed(self, batch_size: int) -> tuple[int, int]:
         """Rows from the reservoir and from the ring beside so many rows of the stream."""
         wanted = round(batch_size * self.control.share) if self.has_left else 0
-        num_long = math.ceil(wanted * self.control.long_frac)
+        # 0.8 less three times 0.1 comes out a little above the half that it is
+        num_long = math.ceil(wanted * self.control.long_frac - 1e-9)
         return min(num_long, len(self.reservoir)), min(wanted - num_long, len(self.ring))
 
     def on_batch(self, state: TrainState, batch: Batch) -> Batch:

@@ -16,6 +16,7 @@ time. Rows of an experience reach the sampler in random order.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -32,6 +33,7 @@ from cl.state import Cost, TrainState, tensor_bytes
 from strategies._checks import require, require_count
 from strategies._joined import joined_classes, joined_domains
 from strategies._quadratic import copied
+from strategies.update_periods import require_no_carry
 
 
 class Gdumb(Strategy):
@@ -41,7 +43,7 @@ class Gdumb(Strategy):
         capacity: rows stored, and all that a model is trained on.
 
     Raises:
-        UserError: fewer rows than classes.
+        UserError: fewer rows than classes, or a strategy beside it that carries gradients on.
 
     Cost: no rows beyond the planned ones, min(capacity, rows so far) for every experience; the buffer and one copy of
     the first weights.
@@ -57,6 +59,9 @@ class Gdumb(Strategy):
         self.first: dict[str, Tensor] = {}
         self._seeds: Seeds | None = None
         self._sources: list[Experience] = []
+
+    def check_beside(self, strategies: Sequence[Strategy]) -> None:
+        require_no_carry(self, strategies, "starts anew")
 
     def check(self, stream: Stream) -> None:
         super().check(stream)

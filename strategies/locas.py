@@ -19,6 +19,7 @@ it has none of these, the head.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -27,10 +28,14 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from cl.core import Batch, Setting, StreamInfo, UserError
-from cl.hooks import Contract, Strategy
+from cl.hooks import Contract, Strategy, overrides
 from cl.state import TrainState
-from strategies._checks import require_count, require_number
+from strategies._backbone import in_float
+from strategies._checks import require_at_rest, require_count, require_number
+from strategies._episodic import EpisodicMemory
+from strategies._lora import LoraStrategy
 from strategies._modes import evaluation_mode
+from strategies.update_periods import require_no_carry
 
 
 class Locas(Strategy):
@@ -42,10 +47,11 @@ class Locas(Strategy):
         rows: of an experience that a side memory begins from.
 
     Raises:
-        UserError: a value outside its range, or a network without a linear layer.
+        UserError: a value outside its range, a network without a linear layer, or a strategy beside it that moves
+            weights outside of the loop's steps, has weights of its own or makes gradients of all of them.
 
     Cost: r (d_in + d_out) weights an FFN and experience, all of them held from the start; no rows per step; `rows`
-        rows forward and backward at the start of an experience.
+        rows twice forward and once backward at the start of an experience.
     """
 
     settings = frozenset(Setting)
@@ -61,6 +67,17 @@ class Locas(Strategy):
         require_count("locas.rows", rows)
         self.rank, self.step_size, self.rows = rank, step, rows
         self.started = 0
+
+    def check_beside(self, strategies: Sequence[Strategy]) -> None:
+        require_at_rest(self, strategies)
+        require_no_carry(self, strategies, "freezes")
+        for other in strategies:
+            is_of_all = isinstance(other, EpisodicMemory | LoraStrategy)
+            if other is not self and (is_of_all or overrides(other, "wrap")):
+                raise UserError(
+                    f"{self.name} lets nothing but its side memories learn after the first experience, and "
+                    f"{other.name} needs other weights to learn; leave one of the two out"
+                )
 
     def wrap(self, backbone: nn.Module, info: StreamInfo) -> nn.Module:
         for layer in places(backbone):
@@ -81,8 +98,6 @@ class Locas(Strategy):
         if state.experience.id == 0:
             return
         self._begin(state, state.experience.id - 1)
-        self.started = state.experience.id
-        self._tell(state)
 
     def on_batch(self, state: TrainState, batch: Batch) -> Batch:
         if self.started:
@@ -114,21 +129,22 @@ class Locas(Strategy):
         assert state.data is not None
         generator = state.seeds.named(self.name)
         index = torch.randperm(len(state.data), generator=generator)[: self.rows]
-        found = sides(state.model)
-        for side in found.values():
-            side.seen = []
-        with evaluation_mode(state.model), torch.enable_grad():
-            batch = state.prepare(state.data.rows(index))
+        batch, found = state.prepare(state.data.rows(index)), list(sides(state.model).values())
+        with evaluation_mode(state.model):
+            for side in found:
+                side.seen = []
+            with torch.no_grad():
+                state.forward(batch)
+            for side in found:
+                side.turn(number, generator)
+            self.started = number + 1
+            self._tell(state)
             loss = state.label_loss(state.forward(batch), batch)
-            # a layer that is read several times is begun from the first reading
-            seen = [side.seen[0] for side in found.values() if side.seen]
-            gradients = state.gradients(loss, [y for _, y in seen])
-        for (side, (x, _)), gradient in zip(
-            ((side, side.seen[0]) for side in found.values() if side.seen), gradients, strict=True
-        ):
-            side.begin(number, x.flatten(0, -2), gradient.flatten(0, -2), self.step_size, generator)
-        for side in found.values():
-            side.seen = None
+            gradients = state.gradients(loss, [side.down[number] for side in found])
+        with torch.no_grad():
+            for side, gradient in zip(found, gradients, strict=True):
+                if gradient is not None:
+                    side.down[number].sub_(self.step_size * gradient)
 
     def _tell(self, state: TrainState) -> None:
         for side in sides(state.model).values():
@@ -146,7 +162,7 @@ class Side(nn.Module):
 
     Attributes:
         started: how many have begun.
-        seen: inputs and outputs of the layer are put here, when it is a list.
+        seen: inputs of the layer are put here, when it is a list.
     """
 
     def __init__(self, read: int, written: int, rank: int, count: int) -> None:
@@ -154,7 +170,7 @@ class Side(nn.Module):
         self.up = nn.ParameterList(torch.zeros(rank, read) for _ in range(count))
         self.down = nn.ParameterList(torch.zeros(written, rank) for _ in range(count))
         self.started = 0
-        self.seen: list[tuple[Tensor, Tensor]] | None = None
+        self.seen: list[Tensor] | None = None
 
     def memory(self, number: int) -> tuple[Tensor, Tensor]:
         """A and B."""
@@ -165,17 +181,18 @@ class Side(nn.Module):
         return F.linear(F.linear(x, up).relu(), down)
 
     @torch.no_grad()
-    def begin(self, number: int, x_NI: Tensor, gradient_NO: Tensor, step: float, generator: torch.Generator) -> None:
-        """Main directions of the inputs, then a gradient step from B = 0; missing directions are drawn."""
-        up, down = self.memory(number)
-        x_NI = x_NI.to(up.dtype)
-        found = torch.linalg.svd(x_NI, full_matrices=False).Vh[: len(up)]
-        drawn = F.normalize(torch.randn(len(up) - len(found), up.shape[1], generator=generator), dim=1).to(up)
-        a_RI = torch.cat((found, drawn))
-        # a direction and its opposite are one: take the one in which it fires
-        a_RI = a_RI * torch.where((x_NI @ a_RI.T).sum(0) < 0, -1.0, 1.0).unsqueeze(1)
-        up.copy_(a_RI)
-        down.copy_(-step * gradient_NO.to(up.dtype).T @ (x_NI @ a_RI.T).relu())
+    def turn(self, number: int, generator: torch.Generator) -> None:
+        """Turn A to the main directions of what was seen, all readings together; missing ones are drawn. B stays 0."""
+        up = self.up[number]
+        if self.seen:
+            # half precision has no singular value decomposition
+            x_NI = torch.cat([in_float(x).flatten(0, -2) for x in self.seen])
+            found = torch.linalg.svd(x_NI, full_matrices=False).Vh[: len(up)]
+            drawn = F.normalize(torch.randn(len(up) - len(found), up.shape[1], generator=generator), dim=1).to(found)
+            a_RI = torch.cat((found, drawn))
+            # a direction and its opposite are one: take the one in which it fires
+            up.copy_(a_RI * torch.where((x_NI @ a_RI.T).sum(0) < 0, -1.0, 1.0).unsqueeze(1))
+        self.seen = None
 
 
 def add_side(layer: nn.Module, inputs: tuple[Tensor, ...], output: Any) -> Any:
@@ -184,8 +201,8 @@ def add_side(layer: nn.Module, inputs: tuple[Tensor, ...], output: Any) -> Any:
     y = output[0] if isinstance(output, tuple) else output
     if side.started:
         y = y + side(inputs[0])
-    if side.seen is not None and y.requires_grad:
-        side.seen.append((inputs[0].detach(), y))
+    if side.seen is not None:
+        side.seen.append(inputs[0].detach())
     return (y, *output[1:]) if isinstance(output, tuple) else y
 
 
@@ -213,7 +230,8 @@ def _ends(layer: nn.Module) -> tuple[nn.Linear, nn.Linear] | None:
     """What a gated MLP reads with and writes with, as we or transformers name it; None for other layers."""
     for names in (("gate", "up", "out"), ("gate_proj", "up_proj", "down_proj")):
         parts = [getattr(layer, name, None) for name in names]
-        if all(isinstance(part, nn.Linear) for part in parts):
+        # linear layers, also with adapters around them
+        if all(hasattr(part, "in_features") for part in parts):
             return parts[1], parts[2]  # type: ignore[return-value]
     return None
 

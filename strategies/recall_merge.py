@@ -22,6 +22,7 @@ Shape legend: N rows, F width of a layer's representation, M models.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -38,6 +39,7 @@ from strategies._backbone import in_float, require_backbone, require_own_weights
 from strategies._checks import require_choice, require_count, require_number
 from strategies._modes import evaluation_mode
 from strategies._quadratic import Vectors, copied
+from strategies.update_periods import require_no_carry
 
 STARTS = ("first", "merged")
 NEEDS = "stages"
@@ -54,7 +56,8 @@ class RecallMerge(Strategy):
         start: experiences are trained from the network after the "first" one, or from what was "merged" last.
 
     Raises:
-        UserError: a value outside its range, or a model that is no backbone of this platform.
+        UserError: a value outside its range, a model that is no backbone of this platform, or with start="first" a
+            strategy beside it that carries gradients on.
 
     Cost: no rows in a step; num_rows rows, and clusters rows for each model, forward when an experience ends. One copy
     of the network is kept for each experience.
@@ -77,6 +80,10 @@ class RecallMerge(Strategy):
         self.temperature, self.clusters, self.num_rows, self.start = temperature, clusters, num_rows, start
         self.models: list[Vectors] = []
         """Everything in the model's state, after each experience."""
+
+    def check_beside(self, strategies: Sequence[Strategy]) -> None:
+        if self.start == "first":
+            require_no_carry(self, strategies, "puts back")
 
     def check_model(self, model: nn.Module, info: StreamInfo) -> None:
         require_own_weights(require_backbone(model, self.name, NEEDS), self.name)
@@ -164,8 +171,8 @@ def similarity(own_NF: Tensor, other_NF: Tensor) -> Tensor:
         >>> similarity(rows, rows).item(), round(similarity(rows, rows + 2).item(), 4)
         (1.0, 0.6065)
     """
-    num_rows = len(own_NF)
-    apart = torch.cdist(own_NF, own_NF).square().sum() / max(1, num_rows * (num_rows - 1))
+    # the mean squared distance of two rows is twice their variance, which is exact far from zero too
+    apart = 2 * own_NF.var(0, correction=min(1, len(own_NF) - 1)).sum()
     distance_N = (own_NF - other_NF).square().sum(1)
     return torch.exp(-distance_N / (2 * apart).clamp(min=1e-12)).mean()
 

@@ -16,7 +16,7 @@ fast ones their initial values (the nested variant) are left out.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -98,3 +98,20 @@ class UpdatePeriods(Strategy):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.gathered = copied(state["gathered"])
+
+
+def require_no_carry(other: Strategy, strategies: Sequence[Strategy], does: str) -> None:
+    """No gradient of an experience may step, in the next one, a network that something was done to in between.
+
+    Args:
+        does: what another strategy does when an experience begins.
+
+    Raises:
+        UserError: update periods stand beside it.
+    """
+    for carrying in strategies:
+        if isinstance(carrying, UpdatePeriods):
+            raise UserError(
+                f"{other.name} {does} the network when an experience begins, and {carrying.name} would still step it "
+                "by gradients of the one before; leave one of the two out"
+            )

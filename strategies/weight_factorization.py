@@ -27,7 +27,7 @@ from cl.state import Cost, TrainState, tensor_bytes
 from strategies._checks import require_at_rest, require_choice, require_count, require_number
 from strategies._factors import FactorNet, Factors
 from strategies._quadratic import Vectors, copied
-from strategies.update_periods import UpdatePeriods
+from strategies.update_periods import require_no_carry
 
 STARTS = ("base", "merged")
 
@@ -67,12 +67,7 @@ class WeightFactorization(Strategy):
 
     def check_beside(self, strategies: Sequence[Strategy]) -> None:
         require_at_rest(self, strategies)
-        for other in strategies:
-            if isinstance(other, UpdatePeriods):
-                raise UserError(
-                    f"{self.name} freezes the network when an experience begins, and {other.name} would still step it "
-                    "by gradients of the one before; leave one of the two out"
-                )
+        require_no_carry(self, strategies, "freezes")
 
     def wrap(self, backbone: nn.Module, info: StreamInfo) -> nn.Module:
         return FactorNet(backbone, self.rank, self.name)
@@ -87,11 +82,6 @@ class WeightFactorization(Strategy):
 
     def on_resume(self, state: TrainState) -> None:
         _net(state.model).is_frozen = self.is_awake
-        self.base = {name: value.to(state.device) for name, value in self.base.items()}
-        self.merged = [
-            {name: (up.to(state.device), down.to(state.device)) for name, (up, down) in factors.items()}
-            for factors in self.merged
-        ]
 
     def on_experience_start(self, state: TrainState) -> None:
         if state.experience.id == 0:

@@ -219,6 +219,39 @@ def test_both_stores_give_their_share(lab):
     )
 
 
+@pytest.mark.parametrize(
+    ("practised", "trained", "wanted"),
+    [
+        # domain 0 comes back, and is left later than 1
+        ([[0], [1], [0], [2]], [0, 1, 0, 2], [[], [0], [1], [1, 0]]),
+        # mixtures: what they share with the running one is not left
+        ([[0, 1], [1, 2], [0]], [-1, -1, 0], [[], [0], [1, 2]]),
+        # one that nobody measures may have taught all, and is not known to teach any
+        ([], [0, -1, 1], [[], [0], [0, 2]]),
+    ],
+)
+def test_domains_are_left_in_the_order_of_their_last_experience(practised, trained, wanted):
+    stream = SimpleNamespace(practised_domains=practised, trained_domains=trained, eval_sets=[None] * 3)
+    found = [
+        Consolidation._left(SimpleNamespace(experience=SimpleNamespace(id=now), stream=stream))
+        for now in range(len(trained))
+    ]
+    assert found == wanted
+
+
+@pytest.mark.parametrize("start", [0.2, 0.3, 0.5, 0.8])
+def test_a_share_of_so_many_tenths_is_so_many_rows_of_ten(start):
+    """However the controller came there, up or down."""
+    for sign in (1, -1):
+        strategy = stated(long_frac=start)
+        strategy.has_left, strategy.reservoir.filled, strategy.ring.filled = True, 30, 24
+        tenths = round(10 * start)
+        for _ in range(8):
+            strategy.control.update(0.05, max(sign, 0), max(-sign, 0), 0.05, 2.0, most=2.0)
+            tenths = min(max(tenths + sign, 2), 8)
+            assert strategy.num_replayed(10) == (tenths, 10 - tenths)
+
+
 def test_ring_holds_the_newest_rows_in_order():
     ring, generator = Fifo(5), torch.Generator()
     for low in (0, 3, 6, 9):

@@ -308,6 +308,30 @@ def test_first_tokens_can_be_left_out(lab):
     assert torch.equal(said.counted, (rows.inputs != 3) & (torch.arange(8) > 0))
 
 
+class Dropped(ToyNet):
+    def features(self, inputs):
+        return F.dropout(super().features(inputs), 0.5, self.training)
+
+
+@pytest.mark.parametrize("kind", ["l1", "l2", "kl", "tm"])
+def test_only_tokens_that_count_are_imitated(lab, kind):
+    """In what is fitted and in the loss; the original model speaks in evaluation mode, without dropout."""
+    strategy = Gere(kind, samples=16, exclude_first=True, margin=MARGIN)
+    recorder, trainer = trained(lab, strategy, lambda info: Dropped(info).double(), epochs=2)
+    rows, original = trainer.state.prepare(strategy.general), recorder.start.eval()
+    with torch.no_grad():
+        old, new = original(rows), trainer.state.model.eval()(rows)
+    h = old.hidden[:, 1:].flatten(0, 1)
+    thresholds = [h.mean(0) + sign * MARGIN * h.std(0, correction=0) for sign in (-1, 1)]
+    if kind == "tm":
+        lab.close(torch.stack([strategy.fitted["low"], strategy.fitted["high"]]), torch.stack(thresholds), 1e-6, 1e-6)
+    found = strategy.imitation.loss(strategy._on(trainer.state, rows, new, slice(None)), strategy.kept, strategy.fitted)
+    later = [replace(each, logits=each.logits[:, 1:], hidden=each.hidden[:, 1:]) for each in (new, old)]
+    wanted = imitation(kind, *later, thresholds)
+    assert wanted > 1e-4
+    lab.close(found, wanted, 1e-4, 1e-6)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("lora", [None, {"rank": 2}], ids=["full", "lora"])
 def test_models_of_transformers(lab, lora):

@@ -76,6 +76,26 @@ def test_the_slow_adapter_answers(lab, lora):
     assert fast.R[-1][0] == pytest.approx(losses[1], rel=1e-5) and abs(losses[0] - losses[1]) > 1e-3
 
 
+def test_what_the_slow_adapter_says_is_said_in_evaluation_mode(lab, lora):
+    """Without dropout, which is of the step that learns."""
+    modes, around = [], []
+
+    class Heard(ILora):
+        def _answer(self, state, rows):
+            modes.append(state.model.training)
+            return super()._answer(state, rows)
+
+        def penalty(self, state, batch, output):
+            was, before = state.model.training, len(modes)
+            found = super().penalty(state, batch, output)
+            around.append((was, state.model.training, len(modes) - before))
+            return found
+
+    lora.trained(Heard(40, 10), max_steps=3, epochs=None)
+    assert around == [(True, True, int(number >= 3)) for number in range(9)]
+    assert not any(modes)
+
+
 def test_tokens_that_are_not_learnt_are_not_pulled(lab, lora):
     strategy = ILora(10)
     recorder, trainer = lora.trained(strategy, max_steps=3, epochs=None)

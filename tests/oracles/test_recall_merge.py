@@ -9,7 +9,9 @@ import torch
 import torch.nn.functional as F
 
 import strategies.recall_merge as module
+from cl.backbones import Backbone, Stage
 from cl.core import Setting, UserError
+from cl.testing import ToyNet
 from strategies.recall_merge import RecallMerge, centres, similarity
 
 
@@ -73,6 +75,59 @@ def test_it_needs_the_similarity(lab, monkeypatch):
     lab.dies(lambda: check(lab))
 
 
+class Deep(ToyNet):
+    """Two stages, the second with batch norm."""
+
+    features = Backbone.features
+
+    def __init__(self, info):
+        super().__init__(info)
+        self.second, self.norm = torch.nn.Linear(12, 12), torch.nn.BatchNorm1d(12)
+
+    def stages(self):
+        return (
+            Stage(lambda x: self.first(x.flatten(1)).relu(), (self.first,)),
+            Stage(lambda h: self.norm(self.second(h)).relu(), (self.second, self.norm)),
+        )
+
+
+def test_every_stage_has_shares_of_its_own(lab):
+    """And running statistics are averaged with the stage that they belong to; counts are those of the new model."""
+    before, after, typical = [], [], []
+    recall = RecallMerge(0.2, clusters=12, num_rows=80)
+    found = recall._typical
+    recall._typical = lambda state: typical.append(found(state)) or typical[-1]
+
+    class Keeper(lab.Recorder):
+        def __init__(self, name, kept):
+            super().__init__()
+            self.name, self.kept = name, kept
+
+        def on_experience_end(self, state):
+            self.kept.append({name: value.clone() for name, value in state.model.state_dict().items()})
+
+    lab.run([Keeper("before", before), recall, Keeper("after", after)], backbone=Deep, epochs=2)
+    for t in (1, 2):
+        x, shares = typical[t - 1].inputs.flatten(1), []
+        seen = []
+        for w in before[: t + 1]:
+            one = F.linear(x, w["first.weight"], w["first.bias"]).relu()
+            z = F.linear(one, w["second.weight"], w["second.bias"]) - w["norm.running_mean"]
+            two = (z / (w["norm.running_var"] + 1e-5).sqrt() * w["norm.weight"] + w["norm.bias"]).relu()
+            seen.append((one, two, F.linear(two, w["head.weight"], w["head.bias"])))
+        for layer in range(3):
+            alike = torch.tensor([kernel(seen[-1][layer], each[layer]) for each in seen], dtype=torch.float64)
+            shares.append((alike / 0.2).softmax(0))
+        assert (shares[0] - shares[1]).abs().max() > 1e-3
+        layers = {"first": 0, "second": 1, "norm": 1, "head": 2}
+        for key, value in after[t].items():
+            if key == "norm.num_batches_tracked":
+                assert torch.equal(value, before[t][key])
+                continue
+            own = shares[layers[key.split(".")[0]]]
+            lab.close(value, sum(share * model[key] for share, model in zip(own, before, strict=False)), rtol=1e-5)
+
+
 @pytest.mark.parametrize("start", ["first", "merged"])
 def test_where_experiences_start(lab, start):
     _, after, _, recorder, _ = watched(lab, start=start)
@@ -103,6 +158,15 @@ def test_similarity_is_one_for_the_same_and_falls_with_distance():
     values = [float(similarity(rows, rows + shift)) for shift in (0.1, 0.5, 2.0)]
     assert values == sorted(values, reverse=True)
     assert values[1] == pytest.approx(kernel(rows, rows + 0.5), rel=1e-5)
+
+
+@pytest.mark.parametrize("count", [20, 60])
+def test_similarity_far_from_zero(count):
+    """As units are that every row switches on: float32 against float64."""
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(count, 64, generator=generator) + 1e4
+    other = rows + 0.5 * torch.randn(count, 64, generator=generator)
+    assert float(similarity(rows, other)) == pytest.approx(kernel(rows.double(), other.double()), rel=1e-4)
 
 
 def test_centres_are_those_of_the_clusters():

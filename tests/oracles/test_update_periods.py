@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from cl.core import Setting, UserError
+from strategies.gdumb import Gdumb
+from strategies.recall_merge import RecallMerge
 from strategies.update_periods import UpdatePeriods
 
 PERIODS = {"first.bias": 1, "first.*": 3, "head.w*": 2}
@@ -81,6 +83,14 @@ def test_one_period_for_all_is_a_larger_batch(lab):
     gradient = lab.gradient(recorder.start, lab.label_loss(recorder.start, both))
     wanted = {name: first.before[name] - lab.lr * g for name, g in gradient.items()}
     lab.close(second.after, wanted, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("other", [Gdumb(), RecallMerge()], ids=lambda other: other.name)
+def test_no_gradient_outlives_weights_that_are_put_back(lab, other):
+    for pair in ([UpdatePeriods({"*": 2}), other], [other, UpdatePeriods({"*": 2})]):
+        with pytest.raises(UserError, match=rf"{other.name} .* and update_periods would still step it by gradients of"):
+            lab.run(pair)
+    lab.run([RecallMerge(start="merged"), UpdatePeriods({"*": 2})], max_steps=2, epochs=None)
 
 
 def test_texts_too(lab):

@@ -112,6 +112,20 @@ def test_factors_begin_without_effect_and_the_first_experience_trains_everything
     assert "backbone.first.weight" in recorder.steps[0].gradients
 
 
+def test_factors_begin_without_momentum(lab):
+    sgd = OPTIMIZERS["sgd"].func
+    recorder, _ = lab.run([WeightFactorization(rank=3)], optimizer=partial(sgd, lr=0.1, momentum=0.9))
+    for experience in (1, 2):
+        first = next(step for step in recorder.steps if step.experience == experience)
+        for name, gradient in first.gradients.items():
+            lab.close(first.after[name], first.before[name] - 0.1 * gradient)
+        # A is uniform as in LoRA, between -1 / sqrt(D) and 1 / sqrt(D)
+        scaled = torch.cat(
+            [first.before[f"down.{k}"].flatten() * first.before[f"down.{k}"].shape[1] ** 0.5 for k in (0, 1)]
+        )
+        assert -1 <= scaled.min() < -0.9 and 0.9 < scaled.max() <= 1
+
+
 def test_heads_of_single_tasks_are_trained(lab):
     recorder, _, _ = ends(lab, Setting.TASK_INCREMENTAL, rank=3)
     assert "backbone.head.heads.2.weight" in recorder.steps[-1].gradients
