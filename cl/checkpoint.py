@@ -39,7 +39,7 @@ def save(folder: Path, step: int, payload: dict[str, Any], fingerprint: str) -> 
     Raises:
         OSError: the disk is full or the folder cannot be written; earlier checkpoints are untouched.
     """
-    path = folder / f"step-{step:09d}.pt"
+    path = _path(folder, step)
     with replacing(path) as file:
         try:
             torch.save({"format": FORMAT, "fingerprint": fingerprint, **payload}, file)
@@ -52,6 +52,10 @@ def save(folder: Path, step: int, payload: dict[str, Any], fingerprint: str) -> 
         os.fsync(file.fileno())
     _tidy(folder, path)
     return path
+
+
+def _path(folder: Path, step: int) -> Path:
+    return folder / f"step-{step:09d}.pt"
 
 
 def _require_plain(value: Any, where: str) -> None:
@@ -175,6 +179,8 @@ class Keeper:
         # every process has shards to give
         state = self.state.state_dict(unchanged(self.state.model, self.frozen))
         if self.state.world.rank:
+            # that the first process writes
+            self.ledger.last_checkpoint = _path(self.folder, self.state.step)
             return
         kept = [strategy.state_dict() for strategy in self.strategies]
         for strategy, content in zip(self.strategies, kept, strict=True):

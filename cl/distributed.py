@@ -130,6 +130,12 @@ class World:
         dist.all_reduce(every)
         return self.size * total / every.clamp(min=1)
 
+    def firsts(self, value: Tensor) -> Tensor:
+        """What the first process has, in place: of what each computed from all rows, with its own draws of dropout."""
+        if self.size > 1:
+            dist.broadcast(value, src=0)
+        return value
+
     def split(self, batch: Batch) -> Batch:
         """This process's rows of every part, weighted so that the mean over processes is the loss of all rows.
 

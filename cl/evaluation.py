@@ -33,7 +33,7 @@ def predict(state: TrainState, strategies: Sequence[Strategy], batch: Batch) -> 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, no gradients, frozen random state; every module's own mode is restored."""
+    """Evaluation mode, no gradients, frozen random state; every module's own mode, and its shards, are restored."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     # shards are gathered into memory that training uses again, which must not be an inference tensor's
@@ -44,6 +44,9 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
+        if is_sharded:
+            # whole weights wait for a backward pass, and an optimizer made before it would be given these
+            model.reshard()
 
 
 def measure(
@@ -129,8 +132,7 @@ class Evaluator:
                 strategy.on_evaluation(self.state, row, max_rows)
 
     def _seen(self) -> Sequence[int]:
-        experience, result = self.state.experience, self.ledger.result
-        count = experience.id + 1 if experience else 0
+        count, result = self.state.experience.id + 1, self.ledger.result
         seen = {j for columns in result.practises[:count] for j in columns} or set(result.trained[:count])
         return range(len(self.state.stream.eval_sets)) if -1 in seen else sorted(seen)
 

@@ -56,11 +56,14 @@ class EpisodicMemory(Rehearsal):
 
 
 def loss_gradient(state: TrainState, rows: Batch) -> Tensor:
-    """Gradient of the mean cross-entropy of prepared rows, flat, zero where a parameter has no part in it."""
+    """Gradient of the mean cross-entropy of prepared rows, flat, zero where a parameter has no part in it.
+
+    The same in all processes, or they would project, and move their weights, each in its own way.
+    """
     parameters = list(state.parameters().values())
     output = state.forward(rows)
     loss = state.label_loss(output, rows)
-    return flattened(parameters, state.gradients(loss, parameters))
+    return state.world.firsts(flattened(parameters, state.gradients(loss, parameters)))
 
 
 def flattened(parameters: list[nn.Parameter], gradients: Any) -> Tensor:

@@ -96,6 +96,15 @@ def test_slots_without_owner_go_to_the_largest_group():
     assert len(buffer) == 10
 
 
+def test_more_groups_than_slots_hold_the_newest_ones():
+    """A group that holds nothing takes the place of the group seen first among those that hold a row."""
+    buffer, generator, held = make_buffer("class_balanced", 3), torch.Generator().manual_seed(0), []
+    for group in [0, 1, 2, 3, 4, 5, 0]:
+        buffer.add(offered([group], [group]), generator)
+        held.append(sorted(buffer.columns["targets"][: len(buffer)].tolist()))
+    assert held == [[0], [0, 1], [0, 1, 2], [1, 2, 3], [2, 3, 4], [3, 4, 5], [0, 4, 5]]
+
+
 def test_classes_of_different_heads_are_different_groups():
     buffer, generator = make_buffer("class_balanced", 12), torch.Generator().manual_seed(0)
     for task in range(2):

@@ -50,6 +50,13 @@ class Blocks(ToyNet):
         return hidden
 
 
+class Dropped(Blocks):
+    """Its draws differ between processes."""
+
+    def features(self, inputs):
+        return nn.functional.dropout(super().features(inputs), 0.3, self.training)
+
+
 class Adapted(nn.Module):
     """A frozen layer in half precision, and one in float32 that is trained."""
 
@@ -234,7 +241,9 @@ def made_gere(name):
 
 def main(folder):
     torch.set_num_threads(1)
+    from strategies.agem import Agem
     from strategies.derpp import Derpp
+    from strategies.gem import Gem
     from strategies.naive import Naive
     from strategies.replay import Replay
 
@@ -243,14 +252,18 @@ def main(folder):
         found[f"{name}-{setting}-{wrapper}"] = run(made(kind), setting, wrapper)
     derpp = [Derpp(capacity=40)]
     found["stopped-derpp"] = run(derpp, IMAGES, "ddp", folder / "two-derpp", stop_at=STOP, checkpoint_every=4)
+    for kind in (Agem, Gem):
+        found[f"dropped-{kind.name}"] = run(made(kind), IMAGES, "ddp", backbone=Dropped)
+    found["heads"] = run([Replay(capacity=40)], Setting.TASK_INCREMENTAL, "ddp")
     for wrapper in ("ddp", "fsdp"):
+        found[f"reset-{wrapper}"] = run([Naive()], IMAGES, wrapper, reset_optimizer=True)
         found |= {
             f"{name}-{wrapper}": run([Naive()], TEXT, wrapper, backbone=backbone)
             for name, backbone in BACKBONES.items()
         }
         found[f"overflow-{wrapper}"] = run([Overflow()], IMAGES, wrapper, precision="fp16")
         found[f"given-{wrapper}"] = run([Naive()], TEXT, wrapper, folder / f"given-{wrapper}", backbone=Given)
-        found[f"broken-{wrapper}"] = run([Break()], IMAGES, wrapper)
+        found[f"broken-{wrapper}"] = run([Break()], IMAGES, wrapper, folder / f"broken-{wrapper}")
         found |= {f"gere-{name}-{wrapper}": run(made_gere(name), TEXT, wrapper) for name in GERE}
         found[f"stopped-{wrapper}"] = run(
             [Replay(capacity=40)], TEXT, wrapper, folder / f"two-{wrapper}", stop_at=STOP, checkpoint_every=4

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from cl.core import IGNORED, Batch, Source, UserError
+from cl.core import IGNORED, Batch, Setting, Source, UserError
 from cl.distributed import World
 from cl.setup import check_world
 from cl.state import Output, cross_entropy
@@ -126,6 +126,26 @@ def test_frozen_weights_are_left_out_and_known_by_the_same_hashes(wrapper, folde
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("wrapper", ["ddp", "fsdp"])
+def test_a_new_optimizer_trains_every_weight(wrapper, found):
+    """It is made behind a measurement, which leaves shards where they are."""
+    assert_same_run(found[0][f"reset-{wrapper}"], run([Naive()], IMAGES, reset_optimizer=True))
+
+
+@pytest.mark.slow
+def test_processes_with_other_heads_in_their_rows(found):
+    assert_same_run(found[0]["heads"], run([Replay(capacity=40)], Setting.TASK_INCREMENTAL))
+    assert equal(found[0]["heads"]["weights"], found[1]["heads"]["weights"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["agem", "gem"])
+def test_what_dropout_draws_in_one_process_all_project_by(name, found):
+    first, second = (one[f"dropped-{name}"] for one in found)
+    assert equal(first["weights"], second["weights"])
+
+
+@pytest.mark.slow
 def test_gradients_are_exchanged_once_a_step(found):
     assert found[0][f"naive-{IMAGES}-ddp"]["exchanges"] == len(found[0][f"naive-{IMAGES}-ddp"]["losses"]) == 18
 
@@ -141,8 +161,10 @@ def test_what_overflows_in_one_process_is_skipped_by_all(wrapper, found):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("wrapper", ["ddp", "fsdp"])
-def test_weights_that_are_not_finite_are_not_saved(wrapper, found):
-    alone = run([Break()], IMAGES)["error"]
+def test_weights_that_are_not_finite_are_not_saved(wrapper, folder, found, tmp_path):
+    """And every process names the checkpoint that is left."""
+    alone = run([Break()], IMAGES, "none", tmp_path)["error"].replace(str(tmp_path), str(folder / f"broken-{wrapper}"))
+    assert alone.endswith("step-000000000.pt")
     assert alone.startswith("the update left weights that are not finite at step 5") and "head.bias = nan" in alone
     assert [one[f"broken-{wrapper}"]["error"] for one in found] == [alone, alone]
 

@@ -262,3 +262,6 @@ def test_which_domains_are_measured_within():
     assert columns_within(rehearsing)[0] == [[0, 2], [0, 1, 2], [0, 1, 2]]
     nameless = replace(plain, experiences=[replace(first, domain="all of them"), *others])
     assert columns_within(nameless)[0] == [[0, 1, 2]] * 3
+    strange = with_stranger(text)
+    unsaid = replace(strange, experiences=[*text.experiences[:2], replace(text.experiences[2], domain="all of them")])
+    assert columns_within(unsaid, ToyNet)[0] == [[0], [0, 1], [0, 1, 2, 3]], "it may teach the stranger"

@@ -154,6 +154,11 @@ def test_inverse_square_root_at_the_points_of_the_card():
     assert [course(n - 1) for n in (10, 40, 160)] == pytest.approx([1.0, 0.5, 0.25])
 
 
+@pytest.mark.parametrize("warmup", [{"warmup_steps": 0}, {"warmup_frac": 0.0}, {"warmup_steps": 1}])
+def test_inverse_square_root_without_a_warm_up_is_the_bare_curve(warmup):
+    assert [inverse_square_root(n, 100, **warmup) for n in range(4)] == pytest.approx([1, 2**-0.5, 3**-0.5, 0.5])
+
+
 def test_inverse_square_root_cools_down_in_every_round_and_goes_on_with_the_curve():
     course = partial(inverse_square_root, total=200, warmup_steps=4, cooldown_steps=20, final=0.05, starts=(0, 100))
     curve = lambda n: 0.95 * sqrt(4 / n) + 0.05  # noqa: E731

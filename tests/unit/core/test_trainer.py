@@ -1,5 +1,6 @@
 """The loop against a plain one written out here, and each option against what it promises."""
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from cl.config import TrainerConfig
-from cl.core import Setting, Source
+from cl.core import Setting, Source, UserError
 from cl.hooks import Strategy
 from cl.observe import Observer
 from cl.schedules import cosine, linear
@@ -100,6 +101,14 @@ def test_budgets_in_epochs_steps_and_tokens_agree():
     by_epochs = run(epochs=2)[2].losses
     assert run(max_steps=24)[2].losses == by_epochs
     assert run(max_tokens=2 * 192)[2].losses == by_epochs
+
+
+def test_an_experience_that_holds_other_rows_than_it_announced_is_not_trained_on():
+    stream = toy_stream(DIL)
+    first, *others = stream.experiences
+    liar = replace(stream, experiences=[replace(first, num_samples=first.num_samples + 1), *others])
+    with pytest.raises(UserError, match="announced 193 rows but its data holds 192"):
+        run(stream=liar)
 
 
 def test_text_budgets_count_tokens():
