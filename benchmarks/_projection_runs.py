@@ -36,6 +36,7 @@ ADAM: Mapping[str, Sequence[Any]] = {"optimizer.lr": (0.001, 0.003, 0.01)}
 WITH_ADAM = ("optimizer=adam", "trainer.reset_optimizer=true")
 # generators of about the network's size, in the proportions published for split MNIST; one copy of them as target
 CHUNKED = ("chunk_size=8000", "targets=generator")
+FIVE_STEPS = ("inner_steps=5", "rates=[0.001,0.01]")  # as published
 SPIKING = ("backbone=snn", "backbone.rule=ottt")
 
 
@@ -64,12 +65,12 @@ ARMS = (
     arm("hyper_interval", *CHUNKED, "hidden=[10,10]", words=WITH_ADAM, grid=ADAM),
     arm("gpm"),
     arm("owm"),
-    arm("hebbian"),
+    arm("hebbian", *FIVE_STEPS),
     arm("rmn", words=WITH_ADAM, grid=ADAM),
     arm("weight_factorization", grid={**SGD, "strategy.weight_factorization.start": ("base", "merged")}),
     arm("recall_merge", grid={**SGD, "strategy.recall_merge.start": ("first", "merged")}),
     Arm("naive, spiking", ("strategy=naive", *SPIKING)),
-    Arm("hebbian, spiking", ("strategy=hebbian", *SPIKING)),
+    Arm("hebbian, spiking", (*arm("hebbian", *FIVE_STEPS).words, *SPIKING)),
 )
 REFERENCES = ("naive", "naive, spiking")
 

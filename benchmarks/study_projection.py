@@ -57,8 +57,8 @@ READING = """How to read it:
 - `owm` keeps its second moments in float64. `rmn` counted one bit for each weight and finished map, and the scores of
   the map that is being learnt; since then it declares the byte of each weight and map that it takes.
 - Spiking networks take six passes where the others take one; their `replay` and `derpp` are those of the MLP.
-- Settings other than those tuned are the defaults; mean and standard deviation over seeds. Five seeds are too few for a
-  paired test (the smallest p is 0.06).
+- Settings other than those tuned are the defaults, and of `hebbian` the published five inner steps; mean and standard
+  deviation over seeds. Five seeds are too few for a paired test (the smallest p is 0.06).
 """
 
 

@@ -18,7 +18,6 @@ from cl.hooks import Strategy
 from cl.testing import ToyNet, equal, toy_stream, train
 from cl.trainer import Trainer
 from strategies._held_inputs import HeldInputs
-from strategies._lateral import Lateral
 from strategies._layer_inputs import input_rows, listening
 from strategies._subspace import Damped
 from strategies.gpm import Gpm
@@ -28,7 +27,7 @@ from strategies.owm import Owm
 MAKE = {
     "gpm": partial(Gpm, thresholds=0.9, num_rows=100),
     "owm": partial(Owm, alpha=1e-7, num_rows=40, rows_per_mean=4),
-    "hebbian": partial(Hebbian, neurons=0.15, growth=0.12, rates=0.05),
+    "hebbian": partial(Hebbian, neurons=0.15, growth=0.12, rates=0.05, inner_steps=5),
 }
 OPTIMIZERS = {
     "momentum": partial(torch.optim.SGD, lr=0.05, momentum=0.9),
@@ -300,7 +299,6 @@ def test_what_is_held_is_written_down():
         (lambda: Hebbian(neurons=[3, 2.5]), r"hebbian.neurons is 2.5; it must be a whole number, or a share below 1"),
         (lambda: Hebbian(rates=[]), r"hebbian.rates is \[\]"),
         (lambda: Hebbian(growth=-1), r"hebbian.growth is -1"),
-        (lambda: Hebbian(learn_every=0), r"hebbian.learn_every is 0; it must be an integer of at least 1"),
     ],
 )
 def test_bad_arguments(make, message):
@@ -315,28 +313,10 @@ def test_neurons_by_layer_and_experience():
     assert [hebbian._num_new(5, layer, 100) for layer in range(2)] == [50, 4]
 
 
-def test_the_rule_can_learn_from_some_batches_only(monkeypatch):
-    """In the first experience nothing is held yet, so the first layer reads the same rows however often is learnt."""
-    heard, learn = {}, Lateral.update
-
-    def hear(subspace, rows, outside=None):
-        heard.setdefault(id(subspace), []).append(rows.clone())
-        learn(subspace, rows, outside)
-
-    monkeypatch.setattr(Lateral, "update", hear)
-    strategies = [Hebbian(neurons=4, growth=2, learn_every=every) for every in (1, 3)]
-    for strategy in strategies:
-        _trained(strategy, ToyNet)
-    every, third = (heard[id(strategy.subspaces["first"])] for strategy in strategies)
-    assert len(third) == math.ceil(len(every) / 3)
-    first_of_three = range(0, len(every) // 3, 3)
-    assert all(torch.equal(third[step // 3], every[step]) for step in first_of_three)
-
-
 @pytest.mark.parametrize("stop_at", [40, 41])
 def test_a_resumed_run_rounds_alike(tmp_path, stop_at):
     """Widths with which one of two buffers in a row is not aligned, and an even and an odd number of steps."""
-    options = {"neurons": 0.15, "growth": 0.1, "rates": 0.05}
+    options = {"neurons": 0.15, "growth": 0.1, "rates": 0.05, "inner_steps": 5}
     whole = train(Setting.DOMAIN_INCREMENTAL, [Hebbian(**options)])
     first = train(Setting.DOMAIN_INCREMENTAL, [Hebbian(**options)], run_dir=tmp_path, stop_at=stop_at)
     resumed = train(Setting.DOMAIN_INCREMENTAL, [Hebbian(**options)], run_dir=tmp_path, resume=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -111,10 +112,11 @@ def gaussian(generator, count):
     return torch.randn(count, 24, generator=generator) * scales @ axes.T, axes
 
 
-def test_lateral_connections_learn_the_principal_subspace():
+@pytest.mark.parametrize(("rate", "inner_steps"), [(0.02, 5), (0.1, 1)], ids=["five", "one"])
+def test_lateral_connections_learn_the_principal_subspace(rate, inner_steps):
     """Oja's rule against PCA, within the 5 degrees of the method card; then the residual in a second experience."""
     generator = torch.Generator().manual_seed(0)
-    subspace = Lateral(rate=0.02, inner_steps=5, orthonormal=True)
+    subspace = Lateral(rate, inner_steps, orthonormal=True)
     subspace.begin_task(4, 24, torch.zeros(()), generator)
     for _ in range(200):
         subspace.update(gaussian(generator, 256)[0])
@@ -136,7 +138,7 @@ def test_lateral_connections_learn_the_principal_subspace():
 
 def test_without_the_anti_hebbian_part_they_do_not(monkeypatch, lab):
     monkeypatch.setattr(torch, "addmm", lambda left, *others, **options: left)
-    lab.dies(test_lateral_connections_learn_the_principal_subspace)
+    lab.dies(partial(test_lateral_connections_learn_the_principal_subspace, 0.02, 5))
 
 
 @pytest.mark.parametrize("spiking_levels", [None, 40])
