@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cl.report.style import GOODNESS, ORDER, Unit, spread
+from cl.report.labels import spread
+from cl.report.style import GOODNESS, ORDER, Unit
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

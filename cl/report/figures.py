@@ -13,10 +13,11 @@ import numpy as np
 from cl.report.axes import DPI, INK, dress, experience_ticks, label_ends, new_figure, write
 from cl.report.comparison import NOT_CONTINUAL, Estimate
 from cl.report.curves import COSTS, Cost, SectionView, StrategyView
+from cl.report.labels import beside, shorts
 from cl.report.matrix_figures import forgetting_curves, heatmap
 from cl.report.rank_figure import average_ranks
 from cl.report.revisit_figure import LINE_STYLES, revisits
-from cl.report.style import beside, scale_of, shorts
+from cl.report.style import scale_of
 from cl.report.tokens_figure import over_tokens
 from cl.report.within_figure import inside_experiences
 
@@ -213,10 +214,9 @@ def _label_points(
         ]
     widths = [4.9 * len(name) for name in names]
     places = beside([(x, y) for x, y in spots], widths, limits, height=9, gap=5.5, obstacles=steps)
-    for (x, y, strategy), name, spot, (left, middle) in zip(points, names, spots, places, strict=True):
-        right = left + 4.9 * len(name)
-        # texts far from their points are those of a column, which line up towards it
-        leads, is_left = max(left - spot[0], spot[0] - right) > 10, right < spot[0]
-        aligned = {"has_leader": leads, "align": "right" if leads and is_left else "left"}
-        start = right if leads and is_left else left
-        write(axes, name, (x, y), (start - spot[0], middle - spot[1]), strategy.look.colour, **aligned)
+    for (x, y, strategy), name, spot, place in zip(points, names, spots, places, strict=True):
+        # the texts of a column line up towards it
+        is_left = place.has_leader and place.left < spot[0]
+        start = place.left + (place.width if is_left else 0)
+        aligned = {"has_leader": place.has_leader, "align": "right" if is_left else "left"}
+        write(axes, name, (x, y), (start - spot[0], place.middle - spot[1]), strategy.look.colour, **aligned)

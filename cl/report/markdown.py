@@ -12,7 +12,7 @@ from cl.report.comparison import StrategyRow, table_text
 from cl.report.curves import SectionView
 from cl.report.load import table_of
 from cl.report.more import more_text
-from cl.report.words import facts, glossary, headline, unfinished
+from cl.report.words import facts, glossaries, headline, unfinished
 from cl.result import write_text
 
 
@@ -41,7 +41,8 @@ def markdown(
         missing = [f"- {_plain(run)}: {_plain(why)}" for run, why in unfinished(section)]
         lines += ["Not in the table:", "", *missing, ""] if missing else []
         lines += [f"![{Path(path).stem.replace('_', ' ')}]({path})" for path in paths]
-        lines += ["", *(f"- **{_plain(name)}**: {_plain(note)}" for name, note in glossary(view)), ""]
+        lines += [""]
+    lines += [*(f"- **{_plain(name)}**: {_plain(note)}" for name, note in glossaries(views)), ""]
     notes = [*warnings, *(warning for view in views for warning in view.section.warnings)]
     lines += ["Warnings:", "", *(f"- {_plain(note)}" for note in notes)] if notes else []
     return "\n".join(lines).rstrip() + "\n"

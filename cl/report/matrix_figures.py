@@ -21,7 +21,7 @@ from cl.report.axes import (
     whole_ticks,
 )
 from cl.report.curves import Band, Matrix, SectionView, StrategyView
-from cl.report.style import short, shorts
+from cl.report.labels import short, shorts
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

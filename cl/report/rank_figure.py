@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from cl.report.axes import INK, MUTED, new_figure, readable
 from cl.report.curves import SectionView
-from cl.report.style import shorts
+from cl.report.labels import shorts
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -10,8 +10,8 @@ import numpy as np
 
 from cl.report.axes import INK, dress, height_in_points, new_figure, write
 from cl.report.curves import SectionView
+from cl.report.labels import short, spread
 from cl.report.revisit import law_text
-from cl.report.style import short, spread
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from cl.metrics.sensitivity import Change, ranked
 from cl.report.axes import INK, MUTED, dress, new_figure, order_colours
-from cl.report.style import short
+from cl.report.labels import short
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

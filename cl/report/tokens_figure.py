@@ -8,7 +8,8 @@ import numpy as np
 
 from cl.report.axes import INK, MUTED, dress, label_ends, new_figure, order_colours
 from cl.report.curves import SectionView
-from cl.report.style import scale_of, short, shorts
+from cl.report.labels import short, shorts
+from cl.report.style import scale_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -9,7 +9,7 @@ import numpy as np
 
 from cl.report.axes import INK, MUTED, dress, label_ends, new_figure, order_colours
 from cl.report.curves import SectionView
-from cl.report.style import short
+from cl.report.labels import short
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from cl.report.comparison import NOT_CONTINUAL, Estimate, StrategyRow, estimate, metrics_of
@@ -81,13 +82,14 @@ def reason(result: Result) -> str:
 def glossary(view: SectionView) -> list[tuple[str, str]]:
     """Each number of the report in one line."""
     entries = [(metric.title, metric.note) for metric in metrics_of(view.section.measure)]
-    entries.append(
-        (
-            "Interval",
-            "95 % bootstrap interval of the mean over seeds: percentile below 8 seeds, BCa from 8 on; with 3 to 7 "
-            "seeds it is too narrow, so read it as the least uncertainty there is",
+    if any(row.final.has_interval for row in view.rows):
+        entries.append(
+            (
+                "Interval",
+                "95 % bootstrap interval of the mean over seeds: percentile below 8 seeds, BCa from 8 on; with 3 to 7 "
+                "seeds it is too narrow, so read it as the least uncertainty there is",
+            )
         )
-    )
     if any(row.num_pairs for row in view.rows):
         entries += [
             (
@@ -101,19 +103,29 @@ def glossary(view: SectionView) -> list[tuple[str, str]]:
                 "strategies",
             ),
         ]
+    is_relative = len(view.rows) > 1 and view.reference in (row.strategy for row in view.rows)
     entries += [
         (
             "Work",
-            "samples sent forward plus samples sent backward through the network in training, mean over seeds; × is "
-            f"times that of {view.reference}",
+            "samples sent forward plus samples sent backward through the network in training, mean over seeds"
+            + (f"; × is times that of {view.reference}" if is_relative else ""),
         ),
         ("Kept", "bytes kept for past experiences: stored samples, importances, earlier models; the most at any time"),
-        (
-            "Front",
-            f"no other strategy is both cheaper and better; {NOT_CONTINUAL} sees all data at once and takes no part",
-        ),
     ]
+    if len(view.strategies) > 1:
+        note = f"no other strategy is both cheaper and better; {NOT_CONTINUAL} sees all data at once and takes no part"
+        entries.append(("Front", note))
     return entries + [(column.title, column.note) for column in view.more]
+
+
+def glossaries(views: Sequence[SectionView]) -> list[tuple[str, str]]:
+    """One glossary of all sections; a name with several meanings comes with the measure of each."""
+    found: dict[tuple[str, str], str] = {}
+    for view in views:
+        for entry in glossary(view):
+            found.setdefault(entry, view.unit.name.lower())
+    count = Counter(name for name, _ in found)
+    return [(name if count[name] == 1 else f"{name} ({measure})", note) for (name, note), measure in found.items()]
 
 
 def ranges(numbers: Iterable[int]) -> str:

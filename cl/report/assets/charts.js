@@ -25,29 +25,6 @@ function plain(value) {
   return String(Number(value.toPrecision(6))).replace("-", "−");
 }
 
-function nameEnds(box, ends) {
-  // names that reach as far as others begin move with them
-  const columns = [];
-  let reach = -Infinity;
-  for (const end of [...ends].sort((a, b) => a.x - b.x)) {
-    if (columns.length && end.x < reach) columns[columns.length - 1].push(end);
-    else columns.push([end]);
-    reach = Math.max(reach, end.x + end.text.length * 7);
-  }
-  for (const column of columns) {
-    const placed = spread(column.map((end) => end.y), 14, box.top + 4, box.bottom);
-    const moved = placed.some((y, i) => Math.abs(y - column[i].y) > 5);
-    column.forEach((end, i) => {
-      if (moved) {
-        const points = `M${end.x + 4} ${end.y}L${end.x + 12} ${placed[i]}`;
-        box.root.append(svg("path", { d: points, style: `stroke:${end.colour}`, "stroke-width": 0.7, fill: "none" }));
-      }
-      const style = `--c:${end.colour}`;
-      box.root.append(svg("text", { class: "name", x: end.x + (moved ? 15 : 9), y: placed[i] + 4, style }, end.text));
-    });
-  }
-}
-
 function drawCourse(place, section, shown, label) {
   const unit = section.unit;
   const names = cutAll(shown.map((s) => s.label), 24).map((name, i) => name + (shown[i].finished ? "" : " (unfinished)"));
@@ -81,11 +58,8 @@ function drawCourse(place, section, shown, label) {
     if (final !== null) ends.push({ x: x(xs[xs.length - 1]), y: at(final), text: names[k], colour: s.colour });
   }
   nameEnds(box, ends);
-  const cross = svg("line", { class: "axis", y1: box.top, y2: box.bottom, visibility: "hidden" });
-  box.root.append(cross);
-  box.root.onpointermove = (event) => {
+  pointAlong(box, box.bottom, (event) => {
     const k = Math.min(Math.max(Math.round(x.invert(within(box, event)[0])), 1), last);
-    fill(cross, { x1: x(k), x2: x(k), visibility: "visible" }, []);
     const lines = shown.map((s) => {
       const i = s.bound ? 0 : s.average.x.indexOf(k);
       return [s.colour, s.label, i < 0 ? null : withInterval(unit, s.average.mean[i], s.average.low[i], s.average.high[i]), s.average.mean[i]];
@@ -93,11 +67,8 @@ function drawCourse(place, section, shown, label) {
     const sign = unit.up ? -1 : 1;
     const known = lines.filter((line) => line[2] !== null && line[3] !== null).sort((a, b) => sign * (a[3] - b[3]));
     showTip(event, `after ${k} experience${k === 1 ? "" : "s"}`, known);
-  };
-  box.root.onpointerleave = () => {
-    hideTip();
-    cross.setAttribute("visibility", "hidden");
-  };
+    return x(k);
+  });
 }
 
 function drawDots(place, section, shown, label, key) {
@@ -133,10 +104,9 @@ function drawDots(place, section, shown, label, key) {
     group.append(svg("circle", { class: "halo", cx: at(found.mean), cy: y, r: 5.5, style: `fill:${s.colour}` }));
     const lines = [[s.colour, "mean", withInterval(unit, found.mean, found.low, found.high)]];
     for (const [seed, value] of found.seeds.slice(0, 12)) lines.push([null, `seed ${seed}`, writer(unit)(value)]);
-    group.onpointermove = (event) => showTip(event, s.label, lines);
+    point(group, (event) => showTip(event, s.label, lines));
     box.root.append(group);
   });
-  box.root.onpointerleave = hideTip;
 }
 
 // linear from zero; logarithmic with a place for zero where the costs differ more than 30-fold
@@ -185,17 +155,19 @@ function drawCost(place, section, shown, label, key) {
     const [left, right, from, to] = [x(front[i]), x(s), at(front[i].final.mean), at(s.final.mean)];
     if (hasFront) lines.push([left, from, right, from + 1], [right, Math.min(from, to), right + 1, Math.max(from, to)]);
   });
-  const placed = beside(known.map((s, i) => ({ x: x(s), y: at(s.final.mean), width: texts[i].length * 6.7 })), box, 14, 8, lines);
+  // a text may stand in the line above the highest mark
+  const room = { ...box, top: box.top - 14 };
+  const placed = beside(known.map((s, i) => ({ x: x(s), y: at(s.final.mean), width: texts[i].length * 6.7 })), room, 14, 8, lines);
   known.forEach((s, i) => {
     const found = s.final;
     const group = svg("g", {});
     if (found.low !== null) group.append(svg("line", { x1: x(s), x2: x(s), y1: at(found.low), y2: at(found.high), style: `stroke:${s.colour};opacity:0.8`, "stroke-width": 2 }));
     const look = s.label === "joint" ? `fill:var(--panel);stroke:${s.colour};stroke-width:2` : `fill:${s.colour}`;
     // the texts of a column line up towards it
-    const { left, middle, leads } = placed[i];
-    const toLeft = leads && left < x(s);
+    const { left, middle, hasLeader } = placed[i];
+    const toLeft = hasLeader && left < x(s);
     const start = toLeft ? left + texts[i].length * 6.7 : left;
-    if (leads) {
+    if (hasLeader) {
       const end = start + (toLeft ? 3 : -3);
       group.append(svg("path", { d: `M${x(s)} ${at(found.mean)}L${end} ${middle}`, style: `stroke:${s.colour};fill:none`, "stroke-width": 0.7 }));
     }
@@ -204,8 +176,7 @@ function drawCost(place, section, shown, label, key) {
     const amount = `${Number((s.cost[key] / size).toPrecision(3))} ${names[power]}`;
     const notes = [[s.colour, `final ${unit.name.toLowerCase()}`, withInterval(unit, found.mean, found.low, found.high)], [null, cost.label, amount]];
     if (s.fronts.includes(key)) notes.push([null, "on the front", ""]);
-    group.onpointermove = (event) => showTip(event, s.label, notes);
-    group.onpointerleave = hideTip;
+    point(group, (event) => showTip(event, s.label, notes));
     box.root.append(group);
   });
 }

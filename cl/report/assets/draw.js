@@ -1,5 +1,5 @@
 "use strict";
-// Scales, axes, labels and the tooltip. Text always enters as text nodes, so a name can never become markup.
+// Scales, axes and the tooltip. Text always enters as text nodes, so a name can never become markup.
 
 const NAMESPACE = document.getElementById("svg").namespaceURI;
 const tip = document.getElementById("tip");
@@ -40,35 +40,6 @@ function ticks(low, high, count, whole = false) {
   const found = [];
   for (let k = Math.ceil(low / step - 1e-9); k * step <= high + 1e-9 * step; k++) found.push(Number((k * step).toPrecision(10)));
   return found;
-}
-
-// the same least-squares rule as `cl.report.style.spread`: touching labels become a block around their mean
-function spread(positions, gap, low, high) {
-  const order = positions.map((_, i) => i).sort((a, b) => positions[a] - positions[b]);
-  const blocks = [];
-  for (const index of order) {
-    let start = positions[index];
-    let size = 1;
-    while (blocks.length) {
-      const last = blocks[blocks.length - 1];
-      if (last.start + last.size * gap <= start) break;
-      blocks.pop();
-      start = (last.start * last.size + (start - last.size * gap) * size) / (last.size + size);
-      size += last.size;
-    }
-    blocks.push({ start, size });
-  }
-  // the range last, and for all alike: a block that it stops must not run into the next one
-  const highest = Math.max(high - (positions.length - 1) * gap, low);
-  const placed = [];
-  for (const { start, size } of blocks) {
-    const shift = placed.length * gap;
-    const first = Math.min(Math.max(start - shift, low), highest) + shift;
-    for (let k = 0; k < size; k++) placed.push(first + k * gap);
-  }
-  const out = [];
-  order.forEach((index, k) => (out[index] = placed[k]));
-  return out;
 }
 
 function extent(values, pad = 0.06) {
@@ -137,56 +108,6 @@ function clip(box) {
   return `url(#${id})`;
 }
 
-// Texts beside points: of eight places each takes the first that covers least, in the order of the points.
-// Where those of points in one column would touch, they take a column of their own beside it.
-// The same rule as `cl.report.style.beside`. points: {x, y, width}; returns the left end and middle height of each text.
-function beside(points, box, height, gap, obstacles) {
-  const taken = [...points.map((p) => [p.x - gap, p.y - gap, p.x + gap, p.y + gap]), ...obstacles];
-  const overlap = (a, b) => Math.max(0, Math.min(a[2], b[2]) - Math.max(a[0], b[0])) * Math.max(0, Math.min(a[3], b[3]) - Math.max(a[1], b[1]));
-  const framed = (left, middle, width) => {
-    const frame = [left, middle - height / 2, left + width, middle + height / 2];
-    const outside = overlap(frame, frame) - overlap(frame, [box.left, box.top - height, box.right, box.bottom]);
-    return { left, middle, frame, cost: outside * 4 + taken.reduce((sum, other) => sum + overlap(frame, other), 0) };
-  };
-  const stacked = new Map();
-  for (const column of crowdedColumns(points, height, gap)) {
-    const middles = spread(column.map((p) => p.y), height * 1.1, box.top, box.bottom - height / 2);
-    const x = column.reduce((sum, p) => sum + p.x, 0) / column.length;
-    const side = (sign) => column.map((p, i) => framed(x + sign * 2.6 * gap - (sign < 0 ? p.width : 0), middles[i], p.width));
-    const cost = (places) => places.reduce((sum, place) => sum + place.cost, 0);
-    const [right, left] = [side(1), side(-1)];
-    (cost(left) < cost(right) - 1e-9 ? left : right).forEach((place, i) => {
-      stacked.set(column[i], { ...place, leads: true });
-      taken.push(place.frame);
-    });
-  }
-  return points.map((p) => {
-    if (stacked.has(p)) return stacked.get(p);
-    let best = null;
-    for (const [dx, dy] of [[-1, -1], [1, 1], [1, 0], [-1, 0], [1, -1], [-1, 1], [0, -1.6], [0, 1.6]]) {
-      const left = p.x + dx * gap - (dx < 0 ? p.width : dx ? 0 : p.width / 2);
-      const place = framed(left, p.y + dy * (gap + height * 0.25), p.width);
-      if (!best || place.cost < best.cost - 1e-9) best = place;
-    }
-    taken.push(best.frame);
-    return best;
-  });
-}
-
-// points at one x, of which two are nearer to each other than lines of text are
-function crowdedColumns(points, height, gap) {
-  const columns = [];
-  for (const point of [...points].sort((a, b) => a.x - b.x || a.y - b.y)) {
-    const last = columns[columns.length - 1];
-    if (last && point.x - last[0].x <= gap) last.push(point);
-    else columns.push([point]);
-  }
-  return columns.filter((column) => {
-    const heights = column.map((p) => p.y).sort((a, b) => a - b);
-    return heights.length > 2 && heights.some((y, i) => i && y - heights[i - 1] < 1.5 * height);
-  });
-}
-
 // a line through the defined points; a gap where one is missing
 function path(xs, ys, scaleX, scaleY) {
   let out = "";
@@ -221,31 +142,6 @@ function isDark(rgb) {
   return 0.2126 * r + 0.7152 * g + 0.0722 * b < 0.3;
 }
 
-function cut(name, length) {
-  if (name.length <= length) return name;
-  const head = Math.floor(((length - 1) * 2) / 3);
-  return `${name.slice(0, head)}…${name.slice(name.length - (length - 1 - head))}`;
-}
-
-// names cut; those that would read the same are cut around the place from which they differ, as `cl.report.style.shorts`
-function cutAll(names, length) {
-  const groups = new Map();
-  names.forEach((name, i) => groups.set(cut(name, length), [...(groups.get(cut(name, length)) || []), i]));
-  const found = names.map((name) => cut(name, length));
-  for (const same of groups.values()) {
-    const first = names[same[0]];
-    if (same.every((i) => names[i] === first)) continue;
-    let common = 0;
-    while (same.every((i) => common < names[i].length && names[i][common] === first[common])) common++;
-    const start = Math.max(0, common - Math.floor(length / 3));
-    for (const i of same) {
-      const rest = names[i].slice(start);
-      found[i] = `…${rest.length < length ? rest : `${rest.slice(0, length - 2)}…`}`;
-    }
-  }
-  return found;
-}
-
 // lines: [colour or null, name, value]
 function showTip(event, title, lines) {
   tip.replaceChildren(node("b", {}, title));
@@ -264,6 +160,36 @@ function showTip(event, title, lines) {
 
 function hideTip() {
   tip.hidden = true;
+}
+
+let leave = () => {};
+
+// shows while a mouse is over the target, or from a tap on it to the next one
+function point(target, show, hide = hideTip) {
+  target.onpointermove = target.onpointerdown = (event) => {
+    leave = hide;
+    show(event);
+  };
+  target.onpointerleave = (event) => {
+    // a finger that is lifted leaves too
+    if (event.pointerType !== "touch") hide();
+  };
+}
+
+document.addEventListener("pointerdown", () => leave(), true);
+
+// the same with a vertical line at the place that `show` returns
+function pointAlong(box, bottom, show) {
+  const line = svg("line", { class: "cross", y1: box.top, y2: bottom, visibility: "hidden" });
+  box.root.append(line);
+  const place = (event) => {
+    const x = show(event);
+    fill(line, { x1: x, x2: x, visibility: "visible" }, []);
+  };
+  point(box.root, place, () => {
+    hideTip();
+    line.setAttribute("visibility", "hidden");
+  });
 }
 
 // pointer position in the drawing's own units

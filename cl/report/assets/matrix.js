@@ -77,10 +77,15 @@ function drawHeatmap(place, section, strategy, matrix, label, hover) {
   scaleBar(box, section, range);
   const frame = svg("rect", { width: w, height: h, style: "stroke:var(--ink);fill:none", "stroke-width": 2, visibility: "hidden" });
   box.root.append(frame);
-  box.root.onpointermove = (event) => {
+  const hide = () => {
+    hideTip();
+    frame.setAttribute("visibility", "hidden");
+    hover(-1);
+  };
+  const show = (event) => {
     const [px, py] = within(box, event);
     const [i, j] = [Math.floor((py - box.top) / h), Math.floor((px - box.left) / w)];
-    if (i < 0 || j < 0 || i >= numRows || j >= numColumns) return box.root.onpointerleave();
+    if (i < 0 || j < 0 || i >= numRows || j >= numColumns) return hide();
     fill(frame, { x: box.left + j * w, y: box.top + i * h, visibility: "visible" }, []);
     const value = table.values[i][j];
     const note = value === null ? "not evaluated" : `${writer(section.unit)(value)} ${section.unit.symbol}`;
@@ -88,11 +93,7 @@ function drawHeatmap(place, section, strategy, matrix, label, hover) {
     showTip(event, table.domains[j], [[null, when, note], ...(table.seen(i, j) ? [] : [[null, "not trained on yet", ""]])]);
     hover(j);
   };
-  box.root.onpointerleave = () => {
-    hideTip();
-    frame.setAttribute("visibility", "hidden");
-    hover(-1);
-  };
+  point(box.root, show, hide);
 }
 
 // thousands of cells as one image
@@ -242,21 +243,22 @@ function drawCurves(place, section, strategy, index, label) {
       const band = group.querySelector(".band");
       if (band) band.style.opacity = k === j ? 0.2 : bandOpacity;
     });
-  box.root.onpointermove = (event) => {
+  const hide = () => {
+    hideTip();
+    highlight(-1);
+  };
+  const show = (event) => {
     const [px, py] = within(box, event);
     const i = nearest(xs.map(x), px);
     const order = lines.map((line, j) => [j, line[i]]).filter(([, v]) => v !== null);
-    if (i < 0 || !order.length) return box.root.onpointerleave();
+    if (i < 0 || !order.length) return hide();
     const [j] = order.reduce((a, b) => (Math.abs(at(a[1]) - py) <= Math.abs(at(b[1]) - py) ? a : b));
     highlight(j);
     const band = bands[j] ? [bands[j][0][i], bands[j][1][i]] : [null, null];
     const when = xs[i] ? `after ${xs[i]} experience${xs[i] === 1 ? "" : "s"}` : "before training";
     showTip(event, table.domains[j], [[orderColour(j, count), when, `${withInterval(unit, lines[j][i], ...band)} ${unit.symbol}`]]);
   };
-  box.root.onpointerleave = () => {
-    hideTip();
-    highlight(-1);
-  };
+  point(box.root, show, hide);
   return highlight;
 }
 

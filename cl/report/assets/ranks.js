@@ -39,8 +39,7 @@ function drawRanks(place, section, shown, label) {
     const final = strategy.final;
     const lines = [[strategy.colour, "average rank", average.toFixed(2)]];
     lines.push([null, `final ${section.unit.name.toLowerCase()}`, withInterval(section.unit, final.mean, final.low, final.high)]);
-    group.onpointermove = (event) => showTip(event, name, lines);
-    group.onpointerleave = hideTip;
+    point(group, (event) => showTip(event, name, lines));
     box.root.append(group);
   });
   ranks.groups.forEach((members, i) => {

@@ -59,21 +59,15 @@ function drawRevisit(place, section, shown, label) {
     ends.push({ x: x(xs[39]), y: end, text: text(s), colour: s.colour });
   }
   nameEnds(box, ends);
-  const cross = svg("line", { class: "axis", y1: box.top, y2: box.bottom, visibility: "hidden" });
-  box.root.append(cross);
-  box.root.onpointermove = (event) => {
-    const lags = [...new Set(known.flatMap((s) => s.revisit.lag))].sort((a, b) => a - b);
+  const lags = [...new Set(known.flatMap((s) => s.revisit.lag))].sort((a, b) => a - b);
+  pointAlong(box, box.bottom, (event) => {
     const k = lags[nearest(lags.map(x), within(box, event)[0])];
-    fill(cross, { x1: x(k), x2: x(k), visibility: "visible" }, []);
     const lines = known.flatMap((s) => {
       const i = s.revisit.lag.indexOf(k);
       if (i < 0) return [];
       return [[s.colour, s.label, `${writer(unit)(s.revisit.value[i])} of ${s.revisit.count[i]} pairs; just practised ${writer(unit)(s.revisit.practised)}`]];
     });
     showTip(event, `${k} experience${k === 1 ? "" : "s"} since last practice`, lines);
-  };
-  box.root.onpointerleave = () => {
-    hideTip();
-    cross.setAttribute("visibility", "hidden");
-  };
+    return x(k);
+  });
 }

@@ -51,18 +51,12 @@ function drawTokens(place, section, strategy, label) {
   });
   const finals = known.map((indices) => indices[indices.length - 1]);
   nameEnds(box, lines.flatMap((line, k) => (finals[k] === undefined ? [] : [{ x: x(found.tokens[finals[k]]), y: at(line[finals[k]]), text: names[k], colour: colours[k] }])));
-  const cross = svg("line", { style: "stroke:var(--muted)", "stroke-dasharray": "2 3", y1: box.top, y2: low.bottom, visibility: "hidden" });
-  box.root.append(cross);
-  box.root.onpointermove = (event) => {
+  pointAlong(box, low.bottom, (event) => {
     const i = nearest(found.tokens.map(x), Math.max(box.left, within(box, event)[0]));
-    fill(cross, { x1: x(found.tokens[i]), x2: x(found.tokens[i]), visibility: "visible" }, []);
     const measured = lines.flatMap((line, k) => (line[i] === null ? [] : [[colours[k], names[k], `${writer(unit)(line[i])} ${unit.symbol}`]]));
     const when = found.ends.includes(found.tokens[i]) ? ", end of an experience" : "";
     const now = found.rate[nearest(found.at, found.tokens[i])];
     showTip(event, `${countText(found.tokens[i])} tokens${when}`, [...measured, [null, "learning rate", String(now)]]);
-  };
-  box.root.onpointerleave = () => {
-    hideTip();
-    cross.setAttribute("visibility", "hidden");
-  };
+    return x(found.tokens[i]);
+  });
 }

@@ -31,17 +31,11 @@ function drawWithin(place, section, strategy, label) {
   });
   const final = found.steps.length - 1;
   nameEnds(box, lines.flatMap((line, k) => (line[final] === null ? [] : [{ x: x(last), y: at(line[final]), text: names[k], colour: colours[k] }])));
-  const cross = svg("line", { style: "stroke:var(--muted)", "stroke-dasharray": "2 3", y1: box.top, y2: box.bottom, visibility: "hidden" });
-  box.root.append(cross);
-  box.root.onpointermove = (event) => {
+  pointAlong(box, box.bottom, (event) => {
     const i = nearest(found.steps.map(x), Math.max(box.left, within(box, event)[0]));
-    fill(cross, { x1: x(found.steps[i]), x2: x(found.steps[i]), visibility: "visible" }, []);
     const when = found.ends.includes(i) ? ", end of an experience" : "";
     const known = lines.flatMap((line, k) => (line[i] === null ? [] : [[colours[k], names[k], `${writer(unit)(line[i])} ${unit.symbol}`]]));
     showTip(event, `step ${plain(found.steps[i])}${when}`, known);
-  };
-  box.root.onpointerleave = () => {
-    hideTip();
-    cross.setAttribute("visibility", "hidden");
-  };
+    return x(found.steps[i]);
+  });
 }

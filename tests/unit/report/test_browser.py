@@ -105,6 +105,39 @@ def test_the_page_runs(tmp_path, make_result, kind):
     assert "NaN" not in re.sub(r"<script.*?</script>", "", dom, flags=re.S)
 
 
+# what a finger does: a tap on a chart, the lift of the finger, which leaves, and a tap beside it
+TAPS = """
+<script>
+window.addEventListener("load", () => {
+  const tip = document.getElementById("tip");
+  const seen = [...document.querySelectorAll(".canvas svg")].map((chart) => {
+    const box = chart.getBoundingClientRect();
+    const all = [chart, ...chart.querySelectorAll("g")];
+    const middle = { clientX: box.left + box.width / 2, clientY: box.top + box.height / 2 };
+    const place = { ...middle, bubbles: true, pointerType: "touch" };
+    return all.some((target) => {
+      document.body.dispatchEvent(new PointerEvent("pointerdown", place));
+      const before = tip.hidden;
+      target.dispatchEvent(new PointerEvent("pointerdown", place));
+      target.dispatchEvent(new PointerEvent("pointerleave", { pointerType: "touch" }));
+      const during = !tip.hidden;
+      document.body.dispatchEvent(new PointerEvent("pointerdown", place));
+      return before && during && tip.hidden;
+    });
+  });
+  document.title = `taps: ${seen.join(" ")}`;
+});
+</script></body>"""
+
+
+def test_a_tap_shows_numbers_until_the_next_one(tmp_path, make_result):
+    text = page([view(section) for section in sections(results(make_result, "extras"))], "A title")
+    dom, said = open_in_browser(tmp_path, text, TAPS)
+    (title,) = re.findall("<title>(.*?)</title>", dom)
+    assert said == [] and len(title.split()) > 6
+    assert set(title.split()[1:]) == {"true"}
+
+
 # pairs of texts of one chart that cover each other, and texts that leave their figure
 OVERLAPS = """
 <script>

@@ -79,6 +79,13 @@ def test_everything_is_written(tmp_path, runs):
     assert "![comparison](figures/comparison.png)" in text
 
 
+def test_sections_share_one_glossary(runs, make_result):
+    found = read([*runs, make_result("naive", backbone="convnet")])
+    assert found.faults == [] and found.visible().count("What the numbers mean") == 1
+    text = markdown(views_of([*runs, make_result("naive", backbone="convnet")]), "T")
+    assert text.count("**Final accuracy**") == 1 and text.index("convnet") < text.index("**Final accuracy**")
+
+
 def test_a_second_report_takes_away_what_only_the_first_one_had(tmp_path, runs, make_result):
     other = make_result("naive", backbone="convnet")
     stray = tmp_path / "figures" / "mine.png"

@@ -2,7 +2,7 @@ import pytest
 
 from cl.report.curves import view
 from cl.report.load import sections
-from cl.report.words import environment, facts, glossary, headline, ranges, unfinished
+from cl.report.words import environment, facts, glossaries, glossary, headline, ranges, unfinished
 
 
 def view_of(results):
@@ -108,6 +108,22 @@ def test_reasons(runs, make_result):
 def test_every_column_is_explained(runs):
     names = dict(glossary(view_of(runs)))
     assert {"Final accuracy", "Forgetting (max)", "BWT", "Difference to naive", "Test", "Work", "Kept"} <= set(names)
+
+
+def test_what_is_not_shown_is_not_explained(make_result):
+    names = dict(glossary(view_of([make_result()])))
+    assert not {"Interval", "Front", "Difference to naive"} & set(names)
+    assert "×" not in names["Work"]
+
+
+def test_a_page_of_several_sections_explains_everything_once(make_result):
+    runs = [make_result(stream=stream) for stream in ("toy", "other")]
+    runs.append(make_result(stream="text", measure="loss", R=[[2.0, 4.0], [3.0, 2.0]], R_init=[4.0, 4.5]))
+    entries = glossaries([view(section) for section in sections(runs)])
+    names = [name for name, _ in entries]
+    assert len(set(names)) == len(names)
+    assert {"BWT (accuracy)", "BWT (loss)", "Final accuracy", "Final loss", "Work"} <= set(names)
+    assert dict(entries)["BWT (loss)"].endswith("positive means forgetting")
 
 
 def test_ranges():

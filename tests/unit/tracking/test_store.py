@@ -16,9 +16,10 @@ import pytest
 
 import cl
 from cl.core import UserError
-from cl.tracking import absolute_uri, chart_url, check_store, default_uri, prepare_store
+from cl.tracking import absolute_uri, chart_url, check_store, default_uri, points, prepare_store
 from cl.tracking import check as check_module
 from cl.tracking import store as store_module
+from cl.tracking.points import train_points
 from cl.tracking.store import artifact_location, grouped_view, patient_uri, view_tag
 
 
@@ -211,6 +212,19 @@ def test_link_opens_the_grouped_charts():
 def test_the_table_of_a_text_stream_lists_the_measure_that_it_has():
     columns = json.loads(json.loads(grouped_view(measure="loss"))["state"])["selectedColumns"]
     assert "metrics.`final/loss_avg`" in columns and "metrics.`final/accuracy_avg`" not in columns
+
+
+@pytest.mark.parametrize("measure", ["accuracy", "loss"])
+def test_forgetting_is_read_before_what_it_cost(measure, make_result):
+    state = json.loads(json.loads(grouped_view(measure=measure))["state"])
+    named = [section["name"] for section in state["compareRunSections"]]
+    assert named[:3] == [measure, "forgetting", "summary"] and named[-2:] == ["final", "cost"]
+    # a section without charts would stand empty: every run fills all of them
+    R = [[0.5, 0.1, 0.1], [0.4, 0.5, 0.1], [0.3, 0.4, 0.5]]
+    result = make_result(R=R, measure=measure, cost={"wall_s": 1.0}, status="done", metrics={"final": 0.5})
+    result.course = [[i, 10 * i, 1000 * i, 0.1] for i in range(3)]
+    logged = [*points(result), *train_points({"loss": 1.0}, 0.1, 1)]
+    assert set(named) <= {point.name.split("/")[0] for point in logged}
 
 
 def test_link_to_one_comparison():
