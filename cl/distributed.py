@@ -14,7 +14,7 @@ import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.distributed as dist
@@ -27,6 +27,15 @@ from cl.core import IGNORED, Batch, UserError
 KINDS = ("none", "ddp", "fsdp")
 BLOCKS = ("blocks", "layers", "h")
 """Names of the lists whose modules are sharded one by one: ours, and those of transformers."""
+
+
+@runtime_checkable
+class Sharded(Protocol):
+    """A model that `World.shard` has spread, known by what it can do: to import FSDP takes a second."""
+
+    def set_requires_gradient_sync(self, requires_gradient_sync: bool) -> None: ...
+
+    def reshard(self) -> None: ...
 
 
 def start() -> None:
@@ -146,9 +155,9 @@ class World:
         parts, rows, stop = [], [], 0
         for part, low, high, share in zip(batch.parts, *self._shares(batch), strict=True):
             rows.append(torch.arange(low, high))
-            own = replace(part, start=stop, stop=stop + high - low, weight=part.weight * share)
-            parts.append(replace(own, share=share, elsewhere=len(part) - len(own)))
-            stop = own.stop
+            shown = replace(part, start=stop, stop=stop + high - low, weight=part.weight * share)
+            parts.append(replace(shown, share=share, elsewhere=len(part) - len(shown)))
+            stop = shown.stop
         own = batch[torch.cat(rows).to(batch.inputs.device)]
         own.parts = tuple(parts)
         return own

@@ -12,6 +12,7 @@ from torch import nn
 
 from cl.config import TrainerConfig
 from cl.core import IGNORED, Batch, EvalSet, Output, Setting
+from cl.distributed import Sharded
 from cl.hooks import Strategy, overrides
 from cl.ledger import TOKEN_ACCURACY, Ledger
 from cl.loader import tokens_per_row
@@ -37,14 +38,14 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     # shards are gathered into memory that training uses again, which must not be an inference tensor's
-    is_sharded = hasattr(model, "set_requires_gradient_sync")
+    guard = torch.no_grad() if isinstance(model, Sharded) else torch.inference_mode()
     try:
-        with torch.random.fork_rng(), torch.no_grad() if is_sharded else torch.inference_mode():
+        with torch.random.fork_rng(), guard:
             yield
     finally:
         for module, mode in modes:
             module.training = mode
-        if is_sharded:
+        if isinstance(model, Sharded):
             # whole weights wait for a backward pass, and an optimizer made before it would be given these
             model.reshard()
 
@@ -127,7 +128,7 @@ class Evaluator:
 
     def _inform(self, row: list[float | None], max_rows: int | None) -> None:
         """Tell the strategies; of what was measured before training they have no use."""
-        if self.state.experience is not None:
+        if self.state.has_begun:
             for strategy in self.strategies:
                 strategy.on_evaluation(self.state, row, max_rows)
 
@@ -145,7 +146,7 @@ class Evaluator:
 
     def _stage(self) -> int:
         """The row of R that is being made; -1 before training."""
-        return len(self.ledger.result.R) if self.state.experience else -1
+        return len(self.ledger.result.R) if self.state.has_begun else -1
 
     def _measured(
         self, columns: Sequence[int], max_rows: int | None, extra: list[list[Any]] | None = None

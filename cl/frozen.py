@@ -64,15 +64,17 @@ def _given(model: nn.Module) -> Iterator[tuple[str, str]]:
     """(name in the whole model, source) of every parameter that was given."""
     for path, module in model.named_modules():
         given = getattr(module, "given", None)
-        for name in given.names if isinstance(given, Given) else ():
-            yield (f"{path}.{name}" if path else name), given.source
+        if isinstance(given, Given):
+            for name in given.names:
+                yield (f"{path}.{name}" if path else name), given.source
 
 
 def _hashed(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
     state = model.state_dict()
     here = sorted(name for name in names if name in state)
     # as many at a time as there are threads: of a model that is spread, no more is whole in one place
-    found, count = [], torch.get_num_threads()
+    found: list[str] = []
+    count = torch.get_num_threads()
     with ThreadPoolExecutor(count) as pool:
         for low in range(0, len(here), count):
             found += pool.map(_hash, [gathered(state[name]) for name in here[low : low + count]])
@@ -81,5 +83,5 @@ def _hashed(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
 
 def _hash(weight: Tensor) -> str:
     told = hashlib.sha256(f"{weight.dtype} {tuple(weight.shape)}".encode())
-    told.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    told.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return told.hexdigest()[:32]

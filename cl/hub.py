@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 TIMEOUT_S = 3.0
+OFFLINE = "HF_HUB_OFFLINE"
+"""Name of the variable of the environment, and of the constant that libraries read it into."""
 
 
 def hub_address() -> str:
@@ -22,7 +24,7 @@ def hub_answers(timeout_s: float = TIMEOUT_S) -> bool:
 
     False at once when the environment says that it is offline (`HF_HUB_OFFLINE=1`).
     """
-    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON"):
+    if os.environ.get(OFFLINE, "").upper() in ("1", "TRUE", "YES", "ON"):
         return False
     try:
         urllib.request.urlopen(urllib.request.Request(hub_address(), method="HEAD"), timeout=timeout_s).close()
@@ -45,11 +47,11 @@ def offline() -> Iterator[None]:
     places = [huggingface_hub.constants]
     if "datasets" in sys.modules:
         places.append(sys.modules["datasets"].config)
-    before = [place.HF_HUB_OFFLINE for place in places]
+    before = [getattr(place, OFFLINE) for place in places]
     for place in places:
-        place.HF_HUB_OFFLINE = True
+        setattr(place, OFFLINE, True)
     try:
         yield
     finally:
         for place, value in zip(places, before, strict=True):
-            place.HF_HUB_OFFLINE = value
+            setattr(place, OFFLINE, value)

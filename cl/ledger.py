@@ -103,7 +103,7 @@ class Ledger:
 
     def note(self, state: TrainState, name: str, value: float) -> None:
         """Keep a number that a strategy measured, in the column of the domain that the experience teaches."""
-        experience = state.experience.id if state.experience else -1
+        experience = state.experience.id if state.has_begun else -1
         column = state.stream.trained_domains[experience] if experience >= 0 else 0
         self.result.extra.append([name, experience, max(column, 0), float(value)])
 
@@ -146,7 +146,7 @@ class Ledger:
         return not self.result.course or self.result.course[-1][0] != state.experience.id
 
     def _mark(self, state: TrainState, step: int) -> None:
-        experience, course = state.experience.id if state.experience else -1, self.result.course
+        experience, course = state.experience.id if state.has_begun else -1, self.result.course
         if not course or course[-1][:2] != [experience, step]:
             course.append([experience, step, state.tokens, self._lr])
 
@@ -162,8 +162,7 @@ class Ledger:
                 observer.on_step(state, {"loss": total, **losses}, lr)
 
     def _blame(self, state: TrainState, step: int, losses: Mapping[str, float], what: str = "the loss is") -> str:
-        experience = state.experience
-        where = f" (experience {experience.id}, {experience.name!r})" if experience else ""
+        where = f" (experience {state.experience.id}, {state.experience.name!r})" if state.has_begun else ""
         terms = ", ".join(f"{name} = {value:g}" for name, value in losses.items())
         good = (
             f"the last good checkpoint is {self.last_checkpoint}" if self.last_checkpoint else "there is no checkpoint"
@@ -194,10 +193,11 @@ class Ledger:
         table = EvalTable.from_result(vars(self.result))
         # a head that was never trained answers at chance, which says nothing about transfer
         rows = [each.num_samples for each in state.stream.eval_sets]
-        self.result.metrics = summary(table.mask_untrained() if state.info.num_heads > 1 else table, num_samples=rows)
-        if self.result.num_bytes:
-            sizes = {"num_tokens": self.result.num_tokens, "num_bytes": self.result.num_bytes}
-            self.result.metrics |= language_summary(table, **sizes) if self.result.R else {}
+        shown = table.mask_untrained() if state.info.num_heads > 1 else table
+        self.result.metrics = {**summary(shown, num_samples=rows)}
+        if self.result.num_bytes and self.result.R:
+            num_tokens, num_bytes = self.result.num_tokens, self.result.num_bytes
+            self.result.metrics |= language_summary(table, num_tokens=num_tokens, num_bytes=num_bytes)
         if self.result.measure == "loss" and self.result.R:
             self.result.metrics |= self._over_tokens(table)
         self.result.cost = {

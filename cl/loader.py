@@ -92,7 +92,9 @@ def tokens_per_row(info: StreamInfo) -> int:
     return math.prod(info.input_shape) if info.setting == Setting.CONTINUAL_PRETRAINING else 1
 
 
-def steps_from(state: TrainState, experience: Experience, data: Data, budget: Budget, start: int) -> Iterator[tuple]:
+def steps_from(
+    state: TrainState, experience: Experience, data: Data, budget: Budget, start: int
+) -> Iterator[tuple[int, Sequence[Batch]]]:
     """Yield (epoch, list of micro-batches) for each optimizer step of an experience, from step `start` on.
 
     Args:

@@ -51,7 +51,8 @@ def fitted(schedule: Schedule, steps: Sequence[int], span: str) -> Schedule:
         raise UserError(f"schedule.starts is {given!r}; it must be a list of integers, or null for those of the run")
     starts = given or (tuple(accumulate(steps[:-1], initial=0)) if is_run else (0,))
     if is_run and "starts" in parameters and given is None:
-        schedule = partial(schedule, starts=starts)
+        keyed: Callable[..., float] = schedule
+        schedule = partial(keyed, starts=starts)
     # phases of an experience are looked at when it is reached
     for total, start in product({sum(steps)} if is_run else set(steps), starts):
         schedule(start, total)

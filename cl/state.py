@@ -46,7 +46,7 @@ class TrainState:
 
     Args:
         model: what is trained, after every `wrap`.
-        stream: the planned stream; `experience` and `data` are the current ones.
+        stream: the planned stream.
         step: optimizer steps taken since the run began; `micro_step` counts inside accumulation, up to `micro_steps`.
         step_rows: rows of the stream in the running step, all micro-batches together.
         tokens: trained on since the run began, those that strategies add left out; a row that is no text is one token.
@@ -71,8 +71,6 @@ class TrainState:
     autocast: Callable[[], Any]
     total_steps: int = 0
     experience_steps: list[int] = field(default_factory=list)
-    experience: Experience | None = None
-    data: Data | None = None
     step: int = 0
     micro_step: int = 0
     micro_steps: int = 1
@@ -90,6 +88,48 @@ class TrainState:
     loss: Callable[[Batch], tuple[Output, dict[str, Tensor]]] = field(init=False, repr=False)
     note: Callable[[str, float], None] = field(default=lambda name, value: None, repr=False)
     trace: Callable[[str, float], None] = field(default=lambda name, value: None, repr=False)
+    # in the constructor, so that `dataclasses.replace` takes them along
+    _experience: Experience | None = field(default=None, repr=False)
+    _data: Data | None = field(default=None, repr=False)
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether there is a running experience; not before the first one, nor while the rows of the next are read."""
+        return self._experience is not None
+
+    @property
+    def experience(self) -> Experience:
+        """The running experience, or the one that has just ended.
+
+        Raises:
+            RuntimeError: there is none (`has_begun`).
+        """
+        if self._experience is None:
+            raise RuntimeError("no experience has begun, so `state.experience` is not there yet; see `state.has_begun`")
+        return self._experience
+
+    @experience.setter
+    def experience(self, experience: Experience) -> None:
+        self._experience = experience
+
+    @property
+    def data(self) -> Data:
+        """The rows that the running experience trains on.
+
+        Raises:
+            RuntimeError: there is none (`has_begun`), or Avalanche reads the rows (its strategies in `cl run`).
+        """
+        if self._data is None:
+            raise RuntimeError("no rows are loaded, so `state.data` is not there; see `state.has_begun`")
+        return self._data
+
+    @data.setter
+    def data(self, data: Data) -> None:
+        self._data = data
+
+    def leave(self) -> None:
+        """Let go of an experience and its rows, so that those of the next one do not lie beside them in memory."""
+        self._experience = self._data = None
 
     @property
     def info(self) -> StreamInfo:
@@ -98,7 +138,7 @@ class TrainState:
     @property
     def progress(self) -> float:
         """Share of the running experience's steps that are done; 0 before the first one."""
-        if self.experience is None or self.experience.id >= len(self.experience_steps):
+        if not self.has_begun or self.experience.id >= len(self.experience_steps):
             return 0.0
         before = sum(self.experience_steps[: self.experience.id])
         return (self.step - before) / max(1, self.experience_steps[self.experience.id])
@@ -253,7 +293,7 @@ def without_absent(logits: Tensor, batch: Batch) -> Tensor:
         >>> without_absent(torch.ones(2, 3), rows)[0].tolist()
         [1.0, -1000000000.0, 1.0]
     """
-    head = torch.zeros_like(batch.targets) if batch.task_id is None else batch.task_id
+    head = batch.heads
     present = torch.zeros(int(head.max()) + 1, logits.shape[-1], dtype=torch.bool, device=logits.device)
     present[head, batch.targets] = True
     return masked(logits, present[head])

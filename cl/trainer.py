@@ -135,7 +135,7 @@ class Trainer:
     def _learn(self, experience: Experience, steps_done: int) -> bool:
         """Train on one experience and measure; False when asked to stop before its end."""
         state, config, ledger = self.state, self.config, self.ledger
-        state.data = None  # the rows of one experience at a time
+        state.leave()
         with ledger.charged("train_s"):
             state.experience, state.data = experience, experience.load()
             check_rows(state.data, experience)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-AtRest = Sequence[tuple[nn.Parameter, Tensor]]
+AtRest = Sequence[tuple[Tensor, Tensor]]
 """Parameters, and where they must not move: bool, of their shape or for all of it."""
 
 

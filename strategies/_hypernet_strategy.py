@@ -213,11 +213,19 @@ class Generating(Strategy):
         apart_T: Tensor = functional_call(net.generator, parameters or {}, given)
         return self.beta * apart_T.mean()
 
-    def _finish(self, net: Hypernetwork, wanted_TN: Sequence[Tensor], *last: Any) -> Tensor:
+    def _finish(
+        self,
+        net: Hypernetwork,
+        wanted_TN: Sequence[Tensor],
+        units_TKH: Tensor,
+        weight_MH: Tensor,
+        bias_M: Tensor,
+        num_numbers: int,
+    ) -> Tensor:
         """In the place of the numbers that a generator returns, their distances."""
         if self.distances is None or self.distances.layout is not net.layout:
             self.distances = Distances(net.layout)
-        return self.distances(*last[:3], wanted_TN, *self._counted(net))
+        return self.distances(units_TKH, weight_MH, bias_M, wanted_TN, *self._counted(net))
 
     @torch.no_grad()
     def wanted(self, net: Hypernetwork) -> Sequence[Tensor]:

@@ -16,8 +16,8 @@ class Joined:
     def __init__(self, pieces: Sequence[Data]) -> None:
         self.ends = torch.tensor([len(piece) for piece in pieces]).cumsum(0)
         # one gather per batch in place of one per experience, unless that would copy what the pieces share
-        is_plain = all(type(piece) is TensorData and piece.view is None for piece in pieces)
-        self.pieces: list[Data] = [TensorData.concat(pieces)] if is_plain else list(pieces)
+        plain = [piece for piece in pieces if type(piece) is TensorData and piece.view is None]
+        self.pieces: list[Data] = [TensorData.concat(plain)] if len(plain) == len(pieces) else list(pieces)
         self.tokens_per_row = getattr(pieces[0], "tokens_per_row", 1)
 
     def __len__(self) -> int:

@@ -66,6 +66,8 @@ def summed_over_places(layer: nn.Conv2d, a: Tensor, delta: Tensor, function: Fun
 def _windows(layer: nn.Conv2d, a: Tensor, delta: Tensor) -> tuple[bool, Tensor]:
     """A view of what the kernel reads at each place: (B, height, width, kernel, channels) or (B, channels, kernel,
     height, width), whichever is copied in longer runs; and whether it is the first."""
+    if isinstance(layer.padding, str):
+        raise ValueError(f"the padding of a convolution is {layer.padding!r}; it must be given in numbers")
     (stride_y, stride_x), (step_y, step_x), (pad_y, pad_x) = layer.stride, layer.dilation, layer.padding
     channels, (height, width), kernel = a.shape[1], delta.shape[2:], layer.kernel_size
     has_places_first = channels * (kernel[1] if step_x == 1 else 1) >= (width if stride_x == 1 else 1)

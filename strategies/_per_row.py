@@ -199,7 +199,7 @@ def _has_factors(module: nn.Module) -> bool:
     """Subclasses may compute something else."""
     if type(module) is nn.Conv2d:
         return module.groups == 1 and module.padding_mode == "zeros" and not isinstance(module.padding, str)
-    if type(module) in (nn.BatchNorm1d, nn.BatchNorm2d):
+    if type(module) is nn.BatchNorm1d or type(module) is nn.BatchNorm2d:
         return module.affine and module.running_mean is not None
     return type(module) is nn.Linear
 
@@ -217,8 +217,11 @@ def _summed(layer: Layer, a: Tensor, delta: Tensor, function: Function) -> Vecto
         weight = summed_over_places(layer, a, delta, function)
         return {"weight": weight, "bias": function(delta.flatten(2).sum(2)).sum(0)}
     shift_BC, scale_BC = (v.flatten(2).sum(2) if v.dim() > 2 else v for v in (delta, delta * a))
+    mean_C, variance_C = layer.running_mean, layer.running_var
+    if mean_C is None or variance_C is None:
+        raise ValueError("a batch norm without running statistics has no gradient for each row")
     # one product of maps in place of three: the normalised inputs are not needed, only their sums
-    scale_BC = (scale_BC - layer.running_mean * shift_BC) * (layer.running_var + layer.eps).rsqrt()
+    scale_BC = (scale_BC - mean_C * shift_BC) * (variance_C + layer.eps).rsqrt()
     return {"weight": function(scale_BC).sum(0), "bias": function(shift_BC).sum(0)}
 
 

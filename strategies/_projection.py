@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -38,9 +38,10 @@ from strategies._unprotected import Unprotected
 OTHERS = ("refuse", "freeze", "train")
 ROWS_AT_A_TIME = 256
 FOLD_EVERY = 64
+Subspace = TypeVar("Subspace", bound=InputSubspace)
 
 
-class Projection(Strategy):
+class Projection(Strategy, Generic[Subspace]):
     """Hold the weights of every linear and convolutional layer in the subspace of its old inputs.
 
     To be named before strategies that copy the weights when an experience ends.
@@ -56,7 +57,7 @@ class Projection(Strategy):
     def __init__(self, others: str = "refuse") -> None:
         require_choice(f"{self.name}.others", others, OTHERS)
         self.others = others
-        self.subspaces: dict[str, InputSubspace] = {}
+        self.subspaces: dict[str, Subspace] = {}
         self.is_holding = False
         """Whether responses are those of the running experience."""
         self.responses: Vectors = {}
@@ -73,7 +74,7 @@ class Projection(Strategy):
 
     # what a method adds
 
-    def new_subspace(self, number: int) -> InputSubspace:
+    def new_subspace(self, number: int) -> Subspace:
         """An empty subspace for the layer of this number."""
         raise NotImplementedError
 

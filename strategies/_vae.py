@@ -176,11 +176,6 @@ class Generator:
         return empty
 
 
-def raw_of(batch: Batch) -> Tensor:
-    """Rows as stored; what the backbone reads where nothing else was kept."""
-    return batch.inputs if batch.raw is None else batch.raw
-
-
 def generated(raw: Tensor, targets: Tensor, task_id: Tensor | None) -> Batch:
     """Made rows, ready for `TrainState.prepare`; they belong to no experience, which is written as -1."""
     nowhere = torch.full((len(raw),), -1, device=raw.device)
@@ -189,7 +184,7 @@ def generated(raw: Tensor, targets: Tensor, task_id: Tensor | None) -> Batch:
 
 def _range(data: Data) -> tuple[float, float]:
     """Smallest and largest number in a data set."""
-    ends = [(float(rows.raw.min()), float(rows.raw.max())) for rows in _pieces(data)]
+    ends = [(float(rows.stored.min()), float(rows.stored.max())) for rows in _pieces(data)]
     return min(low for low, _ in ends), max(high for _, high in ends)
 
 

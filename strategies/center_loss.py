@@ -63,7 +63,7 @@ class CenterLoss(Strategy):
         has_center_B = self.kept["learnt_in"][batch.targets] >= 0
         if not has_center_B.any():
             return None
-        apart_BF = in_float(output.hidden) - self.kept["centers"][batch.targets]
+        apart_BF = in_float(output.features) - self.kept["centers"][batch.targets]
         return self.strength / 2 * apart_BF.square().sum(1)[has_center_B].mean()
 
     def step(self, state: TrainState, batch: Batch, update: Callable[[], None]) -> None:
@@ -81,7 +81,7 @@ class CenterLoss(Strategy):
     def on_step_end(self, state: TrainState, batch: Batch, output: Output) -> None:
         if self.strength == 0:
             return
-        hidden_BF = in_float(output.hidden)
+        hidden_BF = in_float(output.features)
         if not self.kept:
             centers = hidden_BF.new_zeros(state.info.num_outputs, hidden_BF.shape[1])
             self.kept = {"centers": centers, "learnt_in": torch.full_like(centers[:, 0], -1, dtype=torch.int64)}

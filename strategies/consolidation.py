@@ -94,7 +94,6 @@ class Consolidation(Strategy):
     @staticmethod
     def _left(state: TrainState) -> list[int]:
         """Columns that earlier experiences taught and the running one does not, the one left last at the end."""
-        assert state.experience is not None
         stream = state.stream
         taught = stream.practised_domains or [[j] for j in stream.trained_domains]
         now, every = state.experience.id, list(range(len(stream.eval_sets)))

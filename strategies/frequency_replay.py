@@ -140,7 +140,7 @@ class FrequencyReplay(Strategy):
 
     def num_due(self, state: TrainState, batch_size: int) -> int:
         """Rows to replay beside so many of the stream, so that an epoch replays every one of them once."""
-        if not self.replayed or state.data is None:
+        if not self.replayed or not state.has_begun:
             return 0
         pool, rows = self._pool_size(), len(state.data)
         return pool * (self.num_seen + batch_size) // rows - pool * self.num_seen // rows

@@ -77,8 +77,14 @@ class Gdumb(Strategy):
         seen = self._sources[: k + 1]
         num_rows = min(self.buffer.capacity, sum(experience.num_samples for experience in seen))
         load = partial(self._load, k)
-        held = {"classes": joined_classes(seen), "practises": joined_domains(seen, self._sources)}
-        return replace(seen[-1], load=load, num_samples=num_rows, order=shuffled, **held)
+        return replace(
+            seen[-1],
+            load=load,
+            num_samples=num_rows,
+            order=shuffled,
+            classes=joined_classes(seen),
+            practises=joined_domains(seen, self._sources),
+        )
 
     def _load(self, k: int) -> Data:
         """The buffer after experience k. It goes forward only: rows that were given up do not come back."""

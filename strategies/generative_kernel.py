@@ -36,7 +36,7 @@ from cl.state import Cost, TrainState
 from strategies._backbone import in_float, require_backbone
 from strategies._checks import require_choice, require_count, require_number
 from strategies._contrastive import global_labels, supervised_contrastive
-from strategies._vae import Generator, generated, raw_of
+from strategies._vae import Generator, generated
 
 
 class GenerativeKernel(Strategy):
@@ -118,7 +118,7 @@ class GenerativeKernel(Strategy):
     def penalty(self, state: TrainState, batch: Batch, output: Output) -> Tensor | None:
         core = batch.parts_of(self.name)[0].rows
         prediction_BC = self._prediction(
-            state, output.hidden[: batch.num_current], output.hidden[core], batch.targets[core]
+            state, output.features[: batch.num_current], output.features[core], batch.targets[core]
         )
         return F.cross_entropy(self.scale * prediction_BC, batch.targets[: batch.num_current])
 
@@ -145,13 +145,13 @@ class GenerativeKernel(Strategy):
         with state.autocast():
             output = state.model(batch)
         logits_BC = torch.zeros_like(in_float(output.logits))
-        for task in batch.task_id.unique().tolist():
+        for task in batch.heads.unique().tolist():
             rows = self._coreset(state, task)
             if rows is not None:
                 with state.autocast():
-                    core_NF = state.model(rows).hidden
-                is_asked = batch.task_id == task
-                logits_BC[is_asked] = self._prediction(state, output.hidden[is_asked], core_NF, rows.targets).to(
+                    core_NF = state.model(rows).features
+                is_asked = batch.heads == task
+                logits_BC[is_asked] = self._prediction(state, output.features[is_asked], core_NF, rows.targets).to(
                     logits_BC.dtype
                 )
         return Output(logits_BC, output.hidden)
@@ -162,7 +162,7 @@ class GenerativeKernel(Strategy):
         if task in self.learnt:
             targets_N = torch.tensor(self.learnt[task], device=state.device).repeat_interleave(self.coreset_size)
             return self._made(state, torch.full_like(targets_N, task), targets_N, draws)
-        if state.experience is not None and state.experience.task_id == task:
+        if state.has_begun and state.experience.task_id == task:
             return self._own_rows(state, draws)
         return None
 
@@ -178,7 +178,7 @@ class GenerativeKernel(Strategy):
 
     def on_step_end(self, state: TrainState, batch: Batch, output: Output) -> None:
         share = 1 / (len(self.learnt) + 1)
-        bound_B, mean_BD = self._bound(state, raw_of(batch), global_labels(batch, state.info))
+        bound_B, mean_BD = self._bound(state, batch.stored, global_labels(batch, state.info))
         loss, means, labels = share * bound_B.mean(), [mean_BD], [global_labels(batch, state.info)]
         if self.learnt:
             past = torch.tensor([(task, label) for task, every in self.learnt.items() for label in every])
@@ -214,7 +214,7 @@ class GenerativeKernel(Strategy):
 
     def cost(self, state: TrainState, batch_size: int) -> Cost:
         rows = 0
-        if state.experience is not None and state.data is not None:
+        if state.has_begun:
             # the kernel needs them beside every micro-batch
             rows = state.micro_steps * min(self.coreset_size * len(state.experience.classes), len(state.data))
         return Cost(rows, rows, self.generator.num_bytes)

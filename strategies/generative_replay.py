@@ -31,7 +31,7 @@ from cl.state import Cost, TrainState
 from strategies._backbone import Teacher, in_float
 from strategies._checks import require_choice, require_count, require_number
 from strategies._pooled import Spread
-from strategies._vae import Generator, generated, raw_of
+from strategies._vae import Generator, generated
 
 
 class GenerativeReplay(Strategy):
@@ -133,8 +133,7 @@ class GenerativeReplay(Strategy):
         is_old = torch.zeros(max(self.old_outputs) + 1, logits_BC.shape[1], dtype=torch.bool, device=logits_BC.device)
         for head, outputs in self.old_outputs.items():
             is_old[head, outputs] = True
-        head_B = torch.zeros_like(rows.targets) if rows.task_id is None else rows.task_id
-        return logits_BC.masked_fill(~is_old[head_B], float("-inf"))
+        return logits_BC.masked_fill(~is_old[rows.heads], float("-inf"))
 
     def _shares(self, state: TrainState) -> tuple[float, float]:
         """Of the current rows and of the made ones."""
@@ -155,7 +154,7 @@ class GenerativeReplay(Strategy):
         if self.weight == 0:
             return
         share, made_share = self._shares(state)
-        loss = self._bound(state, raw_of(batch))
+        loss = self._bound(state, batch.stored)
         if self._made is not None:
             loss = share * loss + made_share * self._bound(state, self._made)
         self.generator.update(loss)

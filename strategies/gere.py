@@ -205,7 +205,8 @@ class Gere(Strategy):
 
     def _next(self, state: TrainState) -> Batch:
         """The next general rows of an order that is drawn anew each time all of them were there."""
-        numbers, total = [], len(self.general)
+        numbers: list[int] = []
+        total = len(self.general)
         while len(numbers) < self.num_rows:
             turn, place = divmod(self.drawn, total)
             order = torch.randperm(total, generator=state.seeds.fresh(self.name, "general", turn))

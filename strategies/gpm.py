@@ -22,10 +22,10 @@ from cl.state import TrainState
 from strategies._checks import require, require_count, require_number
 from strategies._per_layer import for_layer, listed
 from strategies._projection import Projection
-from strategies._subspace import InputSubspace, Principal
+from strategies._subspace import Principal
 
 
-class Gpm(Projection):
+class Gpm(Projection[Principal]):
     """Hold the weights in the principal subspace of the inputs of every experience.
 
     Args:
@@ -56,7 +56,7 @@ class Gpm(Projection):
         require_count("gpm.num_rows", num_rows)
         self.thresholds, self.num_rows = thresholds, num_rows
 
-    def new_subspace(self, number: int) -> InputSubspace:
+    def new_subspace(self, number: int) -> Principal:
         return Principal(for_layer(self.thresholds, number))
 
     def rows_at_end(self, state: TrainState) -> Iterator[Tensor]:

@@ -35,12 +35,11 @@ from strategies._lateral import Lateral
 from strategies._layer_inputs import Layers
 from strategies._per_layer import for_layer, listed
 from strategies._projection import ROWS_AT_A_TIME, Projection
-from strategies._subspace import InputSubspace
 
 Neurons = float | Sequence[float]
 
 
-class Hebbian(Projection):
+class Hebbian(Projection[Lateral]):
     """Hold the weights in a subspace that lateral neurons learn while the network is trained.
 
     Args:
@@ -100,7 +99,7 @@ class Hebbian(Projection):
         every = [value for outer in (*listed(self.neurons), *listed(self.growth)) for value in listed(outer)]
         return not any(every)
 
-    def new_subspace(self, number: int) -> InputSubspace:
+    def new_subspace(self, number: int) -> Lateral:
         return Lateral(for_layer(self.rates, number), self.inner_steps, self.orthonormal, self.spiking_levels)
 
     def begin(self, state: TrainState, layers: Layers) -> None:

@@ -215,9 +215,10 @@ class HyperInterval(Generating):
         own = {name[len(start) :]: value for name, value in self.kept.items() if name.startswith(start)}
         points_TE, radii_TE = self.kept["points"][self.picked], self.kept["radii"][self.picked]
         box = Interval.of(points_TE - radii_TE, points_TE + radii_TE)
-        return ends(functional_call(net.generator, own, (box, [self.old[k] for k in self.picked])))
+        low_TN, up_TN = ends(functional_call(net.generator, own, (box, [self.old[k] for k in self.picked])))
+        return low_TN.unbind(), up_TN.unbind()
 
     def cost(self, state: TrainState, batch_size: int) -> Cost:
-        is_bounded = state.experience is not None and self.kappa_at(state) < 1
+        is_bounded = state.has_begun and self.kappa_at(state) < 1
         rows = batch_size if is_bounded else 0
         return Cost(rows, rows) + super().cost(state, batch_size)

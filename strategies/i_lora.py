@@ -87,7 +87,7 @@ class ILora(LoraStrategy, Rehearsal):
         self.slow = snapshot(state)
 
     def _num_rows(self, state: TrainState, batch_size: int) -> int:
-        is_first = state.experience is None or state.experience.id == 0
+        is_first = not state.has_begun or state.experience.id == 0
         return 0 if self.is_off or is_first else self.num_drawn(batch_size)
 
     def on_batch(self, state: TrainState, batch: Batch) -> Batch:
@@ -106,7 +106,7 @@ class ILora(LoraStrategy, Rehearsal):
             raise UserError(f"i_lora compares what the head reads, and {type(state.model).__name__} does not say it")
         rows, fast_BTD = batch[parts[0].rows], output.hidden[parts[0].rows].float()
         with torch.no_grad(), evaluation_mode(state.model):
-            slow_BTD = state.forward(rows, lambda some: self._answer(state, some)).hidden.float()
+            slow_BTD = state.forward(rows, lambda some: self._answer(state, some)).features.float()
         if self.target == "max":
             slow_BTD = torch.maximum(slow_BTD, fast_BTD.detach())
         apart = (fast_BTD - slow_BTD)[rows.targets != IGNORED].square()

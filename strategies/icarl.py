@@ -164,7 +164,7 @@ class Icarl(Strategy):
         found = []
         with torch.no_grad(), evaluation_mode(state.model):
             for rows in stored_rows(state.data):
-                features = normalised(state.forward(state.prepare(rows)).hidden)
+                features = normalised(state.forward(state.prepare(rows)).features)
                 found.append((features.cpu(), rows.targets.cpu()))
         return torch.cat([features for features, _ in found]), torch.cat([targets for _, targets in found])
 
@@ -174,7 +174,7 @@ class Icarl(Strategy):
         with state.autocast():
             output = state.model(batch)
         means_CF = self._class_means(state, output.logits.shape[1])
-        distance_BC = (normalised(output.hidden)[:, None, :] - means_CF).square().sum(-1)
+        distance_BC = (normalised(output.features)[:, None, :] - means_CF).square().sum(-1)
         return Output(-distance_BC.nan_to_num(nan=math.inf), output.hidden)
 
     def _class_means(self, state: TrainState, num_outputs: int) -> Tensor:
@@ -183,7 +183,7 @@ class Icarl(Strategy):
             means: dict[int, Tensor] = {}
             with evaluation_mode(state.model):
                 for c, columns in self.exemplars.items():
-                    pieces = [self._features(state, rows) for rows in _batches(Batch(**columns))]
+                    pieces = [self._features(state, rows) for rows in _batches(_rows(columns))]
                     means[c] = normalised(torch.cat(pieces).mean(0, keepdim=True))[0]
             like = next(iter(means.values()))
             none = torch.full_like(like, math.nan)
@@ -193,12 +193,12 @@ class Icarl(Strategy):
     def _features(self, state: TrainState, rows: Batch) -> Tensor:
         # not through `state.forward`: evaluation is not training work
         with state.autocast():
-            return normalised(state.model(state.prepare(rows)).hidden)
+            return normalised(state.model(state.prepare(rows)).features)
 
     def _all(self) -> Batch:
         """Every exemplar, as it was stored."""
         if self._pool is None:
-            self._pool = Batch.cat([Batch(**columns) for columns in self.exemplars.values()])
+            self._pool = Batch.cat([_rows(columns) for columns in self.exemplars.values()])
         return self._pool
 
     def cost(self, state: TrainState, batch_size: int) -> Cost:
@@ -242,6 +242,11 @@ def herded(features_NF: Tensor, size: int) -> Tensor:
         is_free[best] = False
         total_F = total_F + features_NF[best]
     return torch.tensor(chosen, dtype=torch.int64)
+
+
+def _rows(columns: Vectors) -> Batch:
+    """Exemplars of a class, as they were stored."""
+    return Batch(columns["inputs"], columns["targets"], columns["experience_id"], columns["sample_ids"])
 
 
 def _batches(rows: Batch, size: int = 500) -> Iterator[Batch]:

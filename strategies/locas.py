@@ -94,7 +94,6 @@ class Locas(Strategy):
         self._tell(state)
 
     def on_experience_start(self, state: TrainState) -> None:
-        assert state.experience is not None
         if state.experience.id == 0:
             return
         self._begin(state, state.experience.id - 1)
@@ -126,7 +125,6 @@ class Locas(Strategy):
 
     def _begin(self, state: TrainState, number: int) -> None:
         """Fill the side memories of one experience from rows of it."""
-        assert state.data is not None
         generator = state.seeds.named(self.name)
         index = torch.randperm(len(state.data), generator=generator)[: self.rows]
         batch, found = state.prepare(state.data.rows(index)), list(sides(state.model).values())
@@ -218,7 +216,7 @@ def places(backbone: nn.Module) -> list[nn.Module]:
         UserError: there are none.
     """
     gated = [m for m in backbone.modules() if _ends(m) is not None]
-    linear = {name: m for name, m in backbone.named_modules() if type(m) is nn.Linear}
+    linear: dict[str, nn.Module] = {name: m for name, m in backbone.named_modules() if type(m) is nn.Linear}
     body = [m for name, m in linear.items() if not _is_head(name)]
     found = gated or body or list(linear.values())
     if not found:

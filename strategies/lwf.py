@@ -95,10 +95,10 @@ class Lwf(Strategy):
         path, heads = _heads(state.model)
         teacher = {name.removeprefix(path): p for name, p in self.teacher.items() if name.startswith(path)}
         with state.autocast():
-            new_BC = heads(new.hidden, torch.full((len(new.hidden),), head, device=state.device))
+            new_BC = heads(new.features, torch.full((len(new.features),), head, device=state.device))
             with torch.no_grad():
                 old_BC = functional_call(
-                    heads, teacher, (old.hidden, torch.full((len(old.hidden),), head, device=state.device))
+                    heads, teacher, (old.features, torch.full((len(old.features),), head, device=state.device))
                 )
         return new_BC, old_BC
 

@@ -20,10 +20,10 @@ from cl.hooks import Contract
 from cl.state import TrainState
 from strategies._checks import require_count, require_number
 from strategies._projection import Projection
-from strategies._subspace import Damped, InputSubspace
+from strategies._subspace import Damped
 
 
-class Owm(Projection):
+class Owm(Projection[Damped]):
     """Hold the weights in the directions of the mean inputs of batches, each as firmly as it was seen often.
 
     Args:
@@ -55,7 +55,7 @@ class Owm(Projection):
         require_count("owm.rows_per_mean", rows_per_mean)
         self.alpha, self.num_rows, self.rows_per_mean = alpha, num_rows, rows_per_mean
 
-    def new_subspace(self, number: int) -> InputSubspace:
+    def new_subspace(self, number: int) -> Damped:
         return Damped(self.alpha)
 
     def rows_at_end(self, state: TrainState) -> Iterator[Tensor]:

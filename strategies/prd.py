@@ -49,9 +49,9 @@ class PrototypeNet(nn.Module):
         self.to(next(backbone.parameters()).dtype)
 
     def forward(self, batch: Batch) -> Output:
-        hidden_BF = self.backbone(batch).hidden
-        head_B = torch.zeros_like(batch.targets) if batch.task_id is None else batch.task_id
-        return Output(torch.einsum("bf,bcf->bc", hidden_BF, F.normalize(self.prototypes_HCF, dim=2)[head_B]), hidden_BF)
+        hidden_BF = self.backbone(batch).features
+        prototypes_BCF = F.normalize(self.prototypes_HCF, dim=2)[batch.heads]
+        return Output(torch.einsum("bf,bcf->bc", hidden_BF, prototypes_BCF), hidden_BF)
 
 
 class Prd(Strategy):
@@ -115,7 +115,7 @@ class Prd(Strategy):
         current, *others = batch.parts
         if state.stream.augment is not None:
             rows = batch.current()
-            stored = replace(rows, inputs=rows.raw, raw=None)
+            stored = replace(rows, inputs=rows.stored, raw=None)
             view = state.prepare(stored, state.seeds.named(self.name))
             batch = batch.extended(view, Source.CURRENT, self.name, weight=0.0)
             others = list(batch.parts[1:])
@@ -123,15 +123,15 @@ class Prd(Strategy):
 
     def penalty(self, state: TrainState, batch: Batch, output: Output) -> Tensor | None:
         rows = self._rows(batch)
-        seen, hidden_BF = batch[rows], in_float(output.hidden[rows])
+        seen, hidden_BF = batch[rows], in_float(output.features[rows])
         path, net = self._net(state.model)
         with state.autocast():
-            projected_BP = net.projector(output.hidden[rows])
+            projected_BP = net.projector(output.features[rows])
         loss = supervised_contrastive(projected_BP, global_labels(seen, state.info), self.temperature)
         loss = loss + self.prototype_weight * self._apart(net, seen, hidden_BF.detach())
         if self.teacher:
             old_HCF = self.teacher.vectors[f"{path}prototypes_HCF"]
-            old_BF = in_float(self.teacher(state, seen).hidden)
+            old_BF = in_float(self.teacher(state, seen).features)
             for head, *classes in self.groups:
                 new_BC, old_BC = (
                     (hidden @ F.normalize(prototypes[head, classes], dim=1).T).log_softmax(1)
@@ -147,8 +147,8 @@ class Prd(Strategy):
 
     def _apart(self, net: PrototypeNet, rows: Batch, hidden_BF: Tensor) -> Tensor:
         """L_p: only prototypes learn from it."""
-        head_B = torch.zeros_like(rows.targets) if rows.task_id is None else rows.task_id
-        return (1 - F.cosine_similarity(hidden_BF, net.prototypes_HCF[head_B, rows.targets], dim=1)).mean()
+        own_BF = net.prototypes_HCF[rows.heads, rows.targets]
+        return (1 - F.cosine_similarity(hidden_BF, own_BF, dim=1)).mean()
 
     def _net(self, model: nn.Module) -> tuple[str, PrototypeNet]:
         """The prototypes' module inside a model, and the prefix of its parameters' names."""
@@ -168,7 +168,7 @@ class Prd(Strategy):
             output = state.model(batch)
         is_unseen = torch.ones(state.info.num_outputs, dtype=torch.bool, device=output.logits.device)
         is_unseen[list(state.classes_seen) if state.info.num_heads == 1 and state.classes_seen else slice(None)] = False
-        cosine_BC = output.logits / output.hidden.norm(dim=1, keepdim=True).clamp(min=1e-12)
+        cosine_BC = output.logits / output.features.norm(dim=1, keepdim=True).clamp(min=1e-12)
         return Output(cosine_BC.masked_fill(is_unseen, -2.0), output.hidden)
 
     def cost(self, state: TrainState, batch_size: int) -> Cost:

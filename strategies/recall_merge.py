@@ -119,7 +119,7 @@ class RecallMerge(Strategy):
         index = draw_without_replacement(len(state.data), min(self.num_rows, len(state.data)), draws)
         rows = state.prepare(state.data.rows(index))
         with torch.no_grad(), evaluation_mode(state.model):
-            hidden_NF = in_float(state.forward(rows).hidden)
+            hidden_NF = in_float(state.forward(rows).features)
         nearest = torch.cdist(centres(hidden_NF, min(self.clusters, len(index)), draws), hidden_NF).argmin(1)
         return rows[nearest.unique()]
 

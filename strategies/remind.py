@@ -178,28 +178,28 @@ class Remind(Rehearsal):
     # F: one step
 
     def on_batch(self, state: TrainState, batch: Batch) -> Batch:
-        self._replayed = None
-        if self.maps is None:
+        self._replayed, maps = None, self.maps
+        if maps is None:
             return batch
         if state.micro_step == 0:
             self._labels = []
         self._labels += batch.current().targets.tolist()
         for module in self._early_modules(state):
             module.eval()
-        rows, other = self.spread.shown(state, batch, lambda: self._mixed(state))
+        rows, other = self.spread.shown(state, batch, lambda: self._mixed(state, maps))
         if len(rows):
             self._replayed = rows, other
         first, *others = batch.parts
         mean = first.weight * (1 - self._part(state))
         return replace(batch, parts=(replace(first, weight=mean), *others))
 
-    def _mixed(self, state: TrainState) -> tuple[Batch, Tensor]:
+    def _mixed(self, state: TrainState, maps: MapQuantiser) -> tuple[Batch, Tensor]:
         """Stored rows of a step, two by two with mixup, and the labels that were mixed in."""
         generator, num = self.generator(state), self.num_drawn(state.step_rows)
-        rows, self._kept_frac = self._stored(self.buffer.draw(num, generator), state, generator), 1.0
+        rows, self._kept_frac = self._stored(maps, self.buffer.draw(num, generator), state, generator), 1.0
         if self.mixup == 0:
             return rows, rows.targets
-        second = self._stored(self.buffer.draw(num, generator), state, generator)
+        second = self._stored(maps, self.buffer.draw(num, generator), state, generator)
         share = self._kept_frac = beta(self.mixup, generator)
         rows.inputs = share * rows.inputs + (1 - share) * second.inputs
         return rows, second.targets
@@ -209,10 +209,10 @@ class Remind(Rehearsal):
         num = self.num_drawn(state.step_rows)
         return num / (num + state.step_rows)
 
-    def _stored(self, slots: Tensor, state: TrainState, generator: torch.Generator) -> Batch:
+    def _stored(self, maps: MapQuantiser, slots: Tensor, state: TrainState, generator: torch.Generator) -> Batch:
         """Stored rows, decoded to what F reads."""
         rows = self.buffer.rows(slots).to(state.device)
-        rows.inputs = self.maps.decode(rows.inputs)
+        rows.inputs = maps.decode(rows.inputs)
         if self.crop and rows.inputs.dim() == 4 and min(rows.inputs.shape[2:]) > 1:
             rows.inputs = resized_crops(rows.inputs, generator)
         return rows

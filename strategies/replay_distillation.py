@@ -127,7 +127,7 @@ class ReplayDistillation(Replay):
         return torch.cat([torch.arange(batch.num_current if self.is_all else 0), *pieces]).to(batch.inputs.device)
 
     def _feature_distance(self, new: Output, old: Output, rows: Tensor, some: slice) -> Tensor:
-        return F.mse_loss(in_float(new.hidden[rows][some]), in_float(old.hidden[some]))
+        return F.mse_loss(in_float(new.features[rows][some]), in_float(old.features[some]))
 
     def _divergence(self, new: Output, old: Output, rows: Tensor, some: slice) -> Tensor:
         """T^2 KL(softmax(old / T) || softmax(new / T)) over old outputs, mean over rows and outputs."""

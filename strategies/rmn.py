@@ -228,13 +228,12 @@ class Rmn(Strategy):
 
     def _by_task(self, state: TrainState, batch: Batch) -> Output:
         """Rows of each task under its map; of a task that was never trained, under the one in use."""
-        logits: Tensor | None = None
-        for head in batch.task_id.unique().tolist():
-            rows = (batch.task_id == head).nonzero().squeeze(1)
-            found = _net(state.model)(batch[rows], which=self.tasks.get(f"head {head}", self.active)).logits
-            logits = found.new_zeros(len(batch), found.shape[1]) if logits is None else logits
-            logits[rows] = found
-        return Output(logits)
+        rows, logits = [], []
+        for head in batch.heads.unique().tolist():
+            rows.append((batch.heads == head).nonzero().squeeze(1))
+            which = self.tasks.get(f"head {head}", self.active)
+            logits.append(_net(state.model)(batch[rows[-1]], which=which).logits)
+        return Output(torch.cat(logits)[torch.cat(rows).argsort()])
 
     # what it keeps
 

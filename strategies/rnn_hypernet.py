@@ -16,6 +16,7 @@ style of the paper, and no reproduction of it.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,8 +25,10 @@ from cl.core import Batch
 from cl.hooks import Contract
 from cl.state import TrainState
 from strategies._checks import require, require_count
+from strategies._hypernet import Hypernetwork
 from strategies._hypernet_recurrent import RecurrentGenerator
 from strategies._hypernet_strategy import Generating
+from strategies._quadratic import Vectors
 
 
 class RnnHypernet(Generating):
@@ -105,7 +108,7 @@ class RnnHypernet(Generating):
         self.frozen = int(generator.units_C[self.old].max()) if self.old else 0
 
     @torch.no_grad()
-    def take(self, net: nn.Module) -> dict[str, Tensor]:
+    def take(self, net: Hypernetwork) -> Vectors:
         """What cannot change needs no targets."""
         return {} if self.freezes else super().take(net)
 
@@ -123,11 +126,11 @@ class RnnHypernet(Generating):
             for p, rows, value in kept:
                 p[rows] = value
 
-    def held(self, state: TrainState) -> list[tuple[nn.Parameter, tuple[slice, ...]]]:
+    def held(self, state: TrainState) -> list[tuple[Tensor, tuple[slice, ...]]]:
         """Parameters that frozen units take part in, or units not yet in use, with the part that must stay."""
         generator, every, old = self.generator(state), slice(None), slice(self.frozen)
         new = slice(generator.active, None)
-        unused = [
+        unused: list[tuple[Tensor, tuple[slice, ...]]] = [
             (generator.inputs_4HD, (every, new)),
             (generator.recurrent_4HH, (every, new)),
             (generator.bias_4H, (every, new)),
@@ -144,9 +147,9 @@ class RnnHypernet(Generating):
             (generator.last.bias, (every,)),
         ]
 
-    def state_dict(self) -> dict[str, object]:
+    def state_dict(self) -> dict[str, Any]:
         return super().state_dict() | {"frozen": self.frozen}
 
-    def load_state_dict(self, state: dict[str, object]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
         self.frozen = state["frozen"]

@@ -120,7 +120,7 @@ class Sharp(Strategy):
         """Experience and phase that the network was last rewired for."""
         self.spread = Spread()
         self._replayed: Batch | None = None
-        self._holding: list[tuple[nn.Parameter, Tensor]] | None = None
+        self._holding: AtRest | None = None
 
     def check_model(self, model: nn.Module, info: StreamInfo) -> None:
         num_stages = len(layers_of(require_backbone(model, "sharp", NEEDS), "sharp"))
@@ -210,10 +210,10 @@ class Sharp(Strategy):
 
     def _late(self, state: TrainState, rows: Batch) -> Tensor:
         """Hidden layer of stored activations."""
-        return state.forward(rows, partial(self._backbone(state), start=self._cut(state))).hidden
+        return state.forward(rows, partial(self._backbone(state), start=self._cut(state))).features
 
     def penalty(self, state: TrainState, batch: Batch, output: Output) -> Tensor | None:
-        hidden, labels = [output.hidden[: batch.num_current]], [global_labels(batch.current(), state.info)]
+        hidden, labels = [output.features[: batch.num_current]], [global_labels(batch.current(), state.info)]
         if self._replayed is not None:
             hidden.append(self._late(state, self._replayed))
             labels.append(global_labels(self._replayed, state.info))
@@ -257,7 +257,7 @@ class Sharp(Strategy):
         self.units.reinitialise(layers, self._draws(state))
         with torch.no_grad(), evaluation_mode(state.model):
             for label, rows in by_class.items():
-                self._represent(label, state.forward(rows).hidden, youngest=2)
+                self._represent(label, state.forward(rows).features, youngest=2)
             done = set(by_class)
             for age, experience in enumerate(reversed(self.recent)):
                 for label, codes in experience.items():
@@ -298,7 +298,7 @@ class Sharp(Strategy):
         if not self.classes:
             return None
         with state.autocast():
-            hidden_BF = state.model(batch).hidden
+            hidden_BF = state.model(batch).features
         num = state.info.num_outputs
         hidden_BF, logits_BC = self._silenced(hidden_BF), torch.zeros(len(batch), num, device=state.device)
         heads = [0] if batch.task_id is None else batch.task_id.unique().tolist()
@@ -314,7 +314,7 @@ class Sharp(Strategy):
     def cost(self, state: TrainState, batch_size: int) -> Cost:
         replayed = (self.replay_batch_size or batch_size) if self.recent else 0
         selected = 0
-        if state.experience is not None and state.data is not None and self._phase(state) != self.phase:
+        if state.has_begun and self._phase(state) != self.phase:
             selected = min(SELECTION_ROWS, len(state.data))
         return Cost(replayed + selected, replayed, tensor_bytes(self.state_dict()))
 

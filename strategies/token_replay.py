@@ -92,10 +92,11 @@ class TokenReplay(Strategy):
     def _past(self, state: TrainState) -> dict[int, tuple[set[str], Sequence[int]]]:
         """Domains not trained on now, and slots of rows that may be theirs, by the experience they were new in."""
         # joint training has one experience, whatever its rows say
-        if self.is_off or state.experience is None or len(state.stream.experiences) == 1:
+        if self.is_off or not state.has_begun or len(state.stream.experiences) == 1:
             return {}
         every = [set(_domains(each)) for each in state.stream.experiences]
-        now, past = every[state.experience.id], {}
+        now = every[state.experience.id]
+        past: dict[int, tuple[set[str], Sequence[int]]] = {}
         for group, slots in self.buffer.members.items():
             # a domain that an earlier experience had has its rows there
             own = every[group].difference(*every[:group]) or every[group]

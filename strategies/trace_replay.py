@@ -85,8 +85,8 @@ class TraceReplay(Strategy):
                 self.kept[name] = torch.cat([self.kept[name], value]) if name in self.kept else value.clone()
 
     def _rows(self) -> Batch:
-        kept = {name: value for name, value in self.kept.items() if name != "raw"}
-        return Batch(self.kept["raw"], **kept)
+        kept = self.kept
+        return Batch(kept["raw"], kept["targets"], kept["experience_id"], kept["sample_ids"], kept.get("task_id"))
 
     def cost(self, state: TrainState, batch_size: int) -> Cost:
         return Cost(buffer_bytes=tensor_bytes(self.kept))

@@ -69,9 +69,9 @@ class Domain:
                 raise UserError(
                     f"domain {self.name!r} has {key} {value!r}, which local files do not have; leave it out"
                 )
-        for key, value in (("path", self.path), ("eval_path", self.eval_path), ("field", self.field)):
-            if not _is_words(value) and (value is not None or key == "field"):
-                raise UserError(f"domain {self.name!r} has {key} {value!r}; it must be a string, or a list of them")
+        for key, words in (("path", self.path), ("eval_path", self.eval_path), ("field", self.field)):
+            if not _is_words(words) and (words is not None or key == "field"):
+                raise UserError(f"domain {self.name!r} has {key} {words!r}; it must be a string, or a list of them")
         if self.eval_split is not None and (self.path is not None or self.eval_split == self.split):
             raise UserError(
                 f"domain {self.name!r} has eval_split {self.eval_split!r}, and would be measured on what it trains on; "
@@ -299,8 +299,8 @@ def require_apart(trained: Sequence[Source], measured: Sequence[Source]) -> None
         UserError: one is. Domains that hold out a part of the same text hold out the same documents where `path`,
             `starts` and `eval_frac` agree, and others where they do not.
     """
-    cut = [[(source, source.places(), source.domain.starts) for source in part] for part in (trained, measured)]
-    for (theirs, *there), (ours, *here) in product(*cut):
+    cut = [[(source, (source.places(), source.domain.starts)) for source in part] for part in (trained, measured)]
+    for (theirs, there), (ours, here) in product(*cut):
         shared = sorted({*here[0]} & {*there[0]})
         if not shared or (ours.share is not None and (ours.share, here) == (theirs.share, there)):
             continue

@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -156,7 +157,8 @@ class _Writer:
 
     def write(self, pieces: Iterable[Piece]) -> None:
         """All pieces, then the manifest."""
-        self._file, self._count = None, 0
+        self._file: BinaryIO | None = None
+        self._count = 0
         try:
             for batch in _batches(_joined(pieces)):
                 for tokens, (text, is_start) in zip(self.tokenizer.encode([t for t, _ in batch]), batch, strict=True):

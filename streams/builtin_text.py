@@ -13,7 +13,7 @@ from streams import _builtin_sources as sources
 from streams._language import Entry, Text, language_stream, require_order
 from streams._settings import require_choice, require_flag, require_integer
 from streams._shards import Piece, cache_folder, corpus_of
-from streams._tokenizers import Bytes, trained_bpe
+from streams._tokenizers import Bytes, Subwords, trained_bpe
 
 DOMAINS: dict[str, Callable[[], Iterator[str]]] = {
     "docs": sources.docs,
@@ -71,20 +71,20 @@ def builtin_text(
                 f"stream.vocabulary is {vocabulary!r}, which nothing has while stream.tokenizer is 'bytes'; "
                 f"it must be {VOCABULARY} unless stream.tokenizer is bpe"
             )
-        chosen = Bytes()
+        chosen: Bytes | Subwords = Bytes()
     elif tokenizer == "bpe":
         require_integer("stream.vocabulary", vocabulary, smallest=258)
-        documents = _part(sources.docs(), is_train=True, eval_on="test")
-        chosen = trained_bpe((text for text, _ in documents), vocabulary, folder, key)
+        read = _part(sources.docs(), is_train=True, eval_on="test")
+        chosen = trained_bpe((text for text, _ in read), vocabulary, folder, key)
     else:
         raise UserError(f"stream.tokenizer is {tokenizer!r}; it must be bytes or bpe")
     texts = []
     for name, documents in DOMAINS.items():
-        corpora = [
+        taught, measured = (
             corpus_of(name, _part(documents(), is_train, eval_on), chosen, folder, f"{key}-{name}-{is_train}-{eval_on}")
             for is_train in (True, False)
-        ]
-        texts.append(Text(name, *corpora, tokens=budgets.get(name)))
+        )
+        texts.append(Text(name, taught, measured, tokens=budgets.get(name)))
     if general:
         anchors, measured = (
             corpus_of("general", _alternate(first), chosen, folder, f"{key}-general-{first}") for first in (0, 1)

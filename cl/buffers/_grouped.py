@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, MutableSequence, Sequence
-from typing import Any, ClassVar
+from collections.abc import Iterable, Mapping, MutableSequence, Sequence
+from typing import Any
 
 import torch
 
@@ -18,9 +18,6 @@ class Grouped(Buffer):
 
     Classes of different heads are different groups.
     """
-
-    # what the slots of a group are held in
-    holder: ClassVar[Callable[[Iterable[int]], Members]] = list
 
     def __init__(self, capacity: int) -> None:
         super().__init__(capacity)
@@ -52,6 +49,11 @@ class Grouped(Buffer):
                 pairs.append((slot, row))
         self.seen += len(batch)
         return pairs
+
+    @staticmethod
+    def holder(slots: Iterable[int]) -> Members:
+        """What the slots of a group are held in."""
+        return list(slots)
 
     def _expect(self, groups: list[int]) -> None:
         """Told the groups of a batch before its first row is placed."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterable
 
 from cl.buffers._grouped import Members
 from cl.buffers.class_balanced import ClassBalanced
@@ -11,7 +12,9 @@ from cl.buffers.class_balanced import ClassBalanced
 class Ring(ClassBalanced):
     """As `ClassBalanced`, first in, first out within a class."""
 
-    holder = deque
+    @staticmethod
+    def holder(slots: Iterable[int]) -> Members:
+        return deque(slots)
 
     def _evicted(self, members: Members, uniform: float) -> int:
         oldest = members[0]

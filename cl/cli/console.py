@@ -53,7 +53,7 @@ class Pulse(Observer):
         self._tell(state, measured=sum(values) / len(values) if values else None)
 
     def _tell(self, state: TrainState, **news: Any) -> None:
-        experience = state.experience.id + 1 if state.experience else 0
+        experience = state.experience.id + 1 if state.has_begun else 0
         self._message |= {"done": state.step, "total": state.total_steps, "experience": experience, **news}
         self.sink(dict(self._message))
 

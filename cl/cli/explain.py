@@ -105,7 +105,7 @@ class Tail(Strategy):
         self.seen = seen
 
     def penalty(self, state: TrainState, batch: Batch, output: Output) -> None:
-        if state.step == self.seen.at and state.experience is not None:
+        if state.step == self.seen.at:
             self.seen.experience = state.experience.name
             for place, part in enumerate(batch.parts):
                 key = (place, part.source.value, part.owner)

@@ -46,7 +46,7 @@ class Snapshots(Strategy):
 
     def on_step_end(self, state: TrainState, batch: Batch, output: Output) -> None:
         steps = state.step - self.start
-        if steps % self.every or state.experience is None:
+        if steps % self.every:
             return
         now, place = _weights(state), (state.experience.id, steps // self.every - 1)
         self.changes.append(Change(*place, mean_change(self.before, now)))

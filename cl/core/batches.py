@@ -92,6 +92,16 @@ class Batch:
     def num_current(self) -> int:
         return self.parts[0].stop
 
+    @property
+    def heads(self) -> Tensor:
+        """(B,) the head of each row that has one class; 0 where the setting gives no task label."""
+        return torch.zeros_like(self.targets) if self.task_id is None else self.task_id
+
+    @property
+    def stored(self) -> Tensor:
+        """(B, ...) the rows as stored; what the backbone reads where nothing else was kept."""
+        return self.inputs if self.raw is None else self.raw
+
     def __getitem__(self, rows: slice | Tensor) -> Batch:
         """The given rows as a batch of one current part."""
         return Batch(
@@ -166,6 +176,17 @@ class Output:
     loss: Tensor | None = None
     state: Any = None
     auxiliary: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def features(self) -> Tensor:
+        """`hidden`, for those that cannot do without.
+
+        Raises:
+            ValueError: the backbone does not say what its head reads.
+        """
+        if self.hidden is None:
+            raise ValueError("the backbone does not say what its head reads (`Output.hidden` is None)")
+        return self.hidden
 
 
 class Data(Protocol):

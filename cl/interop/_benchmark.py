@@ -172,7 +172,7 @@ class Minibatch(list[Tensor]):
 
 def minibatch(rows: Batch) -> Minibatch:
     """Prepared rows as the list (inputs, classes, tasks) that Avalanche unpacks."""
-    tasks = torch.zeros_like(rows.targets) if rows.task_id is None else rows.task_id
+    tasks = rows.heads
     made = Minibatch([rows.inputs, rows.targets, tasks])
     made.rows = rows
     return made

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import nn
 
 from cl.core import Batch, Output
@@ -27,7 +26,7 @@ class Learner(nn.Module):
         self.model = model
 
     def forward(self, batch: Batch) -> Output:
-        tasks = torch.zeros_like(batch.targets) if batch.task_id is None else batch.task_id
+        tasks = batch.heads
         return Output(avalanche_forward(self.model, batch.inputs, tasks))
 
 

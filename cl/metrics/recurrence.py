@@ -26,12 +26,12 @@ class RevisitCurve(NamedTuple):
     Args:
         lag: [L] experiences since the last practice, rising; 0 is the end of an experience that practised the domain.
         value: [L] mean measure over all pairs of that lag.
-        count: [L] how many pairs that are.
+        num_pairs: [L] how many pairs that are.
     """
 
     lag: IntArray
     value: FloatArray
-    count: IntArray
+    num_pairs: IntArray
 
 
 class PowerLaw(NamedTuple):
@@ -65,7 +65,7 @@ def revisit_curve(table: EvalTable) -> RevisitCurve:
 
     Example:
         >>> curve = revisit_curve(EvalTable.from_rows([[1.0, 0.0], [0.5, 0.75], [0.25, 0.5]], trained=[0, 1, 1]))
-        >>> curve.lag.tolist(), curve.value.tolist(), curve.count.tolist()
+        >>> curve.lag.tolist(), curve.value.tolist(), curve.num_pairs.tolist()
         ([0, 1, 2], [0.75, 0.5, 0.25], [3, 1, 1])
     """
     T, D = table.R.shape

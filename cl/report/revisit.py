@@ -41,8 +41,8 @@ def retention(tables: Iterable[EvalTable]) -> Revisit | None:
         return None
     count, total = np.zeros(longest + 1, dtype=np.int64), np.zeros(longest + 1)
     for curve in curves:
-        count[curve.lag] += curve.count
-        total[curve.lag] += curve.count * curve.value
+        count[curve.lag] += curve.num_pairs
+        total[curve.lag] += curve.num_pairs * curve.value
     (lag,) = np.nonzero(count)
     value = total[lag] / count[lag]
     late = lag > 0

@@ -62,8 +62,8 @@ def check(lab, monkeypatch, mixup=0.0, **options):
     drawn = []
     stored = Remind._stored
 
-    def noted(self, slots, state, generator):
-        rows = stored(self, slots, state, generator)
+    def noted(self, *given):
+        rows = stored(self, *given)
         drawn.append((len(recorder_of.steps), rows))
         return rows
 

@@ -78,7 +78,7 @@ def test_lags_count_from_the_last_practice():
     lags = revisit_curve(REHEARSED)
     # lag 0: every practised cell; lag 1: task 0 after the last experience
     assert lags.lag.tolist() == [0, 1]
-    assert lags.count.tolist() == [5, 1]
+    assert lags.num_pairs.tolist() == [5, 1]
     assert lags.value == pytest.approx([(0.9 + 0.8 + 0.9 + 0.85 + 0.9) / 5, 0.7])
     # by visits, which rehearsal is not, both older tasks have aged
     assert metrics.forgetting_by_lag(REHEARSED) == pytest.approx({1: (0.1 + 0.05) / 2, 2: 0.2})
@@ -87,7 +87,7 @@ def test_lags_count_from_the_last_practice():
 def test_lags_of_several_domains_at_once():
     found = revisit_curve(SCOLE)
     assert found.lag.tolist() == [0, 1]
-    assert found.count.tolist() == [8, 3]
+    assert found.num_pairs.tolist() == [8, 3]
     assert found.value[1] == pytest.approx((0.4 + 0.5 + 0.5) / 3)
     assert metrics.forgetting_by_lag(SCOLE) == pytest.approx({1: (0.4 + 0.4 + 0.2) / 3})
 
@@ -95,7 +95,7 @@ def test_lags_of_several_domains_at_once():
 def test_cells_that_were_not_evaluated_are_left_out():
     table = EvalTable.from_rows([[0.9, None], [None, 0.8], [0.5, None]], trained=[0, 1, 1])
     found = revisit_curve(table)
-    assert (found.lag.tolist(), found.count.tolist()) == ([0, 2], [2, 1])
+    assert (found.lag.tolist(), found.num_pairs.tolist()) == ([0, 2], [2, 1])
     assert found.value == pytest.approx([0.85, 0.5])
     nothing = revisit_curve(EvalTable.from_rows([[0.9]]).upto(0))
     assert nothing.lag.size == nothing.value.size == 0
