@@ -54,6 +54,10 @@ class DataImportance(Quadratic):
         group = self.batch_size if self.convention == "avalanche" else 1
         return mean_over_rows(state, index, loss, function, labels, generator, group, is_likelihood)
 
+    @property
+    def seals(self) -> str:
+        return "" if self.strength == 0 else "added the importance of weights"
+
     def state_dict(self) -> dict[str, Any]:
         return super().state_dict() | {"batch_size": self.batch_size}
 

@@ -82,7 +82,7 @@ class Generator:
     def __init__(self, owner: str, hidden: int, latent: int, lr: float) -> None:
         self.owner, self.hidden, self.latent, self.lr = owner, hidden, latent, lr
         self.form: dict[str, Any] = {}
-        """Shape, smallest and largest number of a stored row, and whether its numbers are integers."""
+        """Shape and type of a stored row, its smallest and its largest number."""
         self.vae: Vae | None = None
         self.old: Vae | None = None
         self.adam: torch.optim.Adam | None = None
@@ -97,7 +97,7 @@ class Generator:
             "shape": list(sample.shape[1:]),
             "low": low,
             "high": high,
-            "is_integer": not sample.is_floating_point(),
+            "dtype": sample.dtype,
             "num_labels": num_labels,
         }
         with state.seeds.as_global(self.owner, "vae"):
@@ -127,8 +127,8 @@ class Generator:
         pixels_BX = self.old.decode(z_BD, labels).sigmoid()
         raw = self.form["low"] + (self.form["high"] - self.form["low"]) * pixels_BX
         raw = raw.view(num_rows, *self.form["shape"])
-        # uint8 holds what images are stored in
-        return raw.round().to(torch.uint8) if self.form["is_integer"] else raw
+        is_integer = not self.form["dtype"].is_floating_point
+        return raw.round().to(self.form["dtype"]) if is_integer else raw
 
     def update(self, loss: Tensor) -> None:
         """One step of Adam."""

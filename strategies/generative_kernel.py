@@ -11,7 +11,7 @@ of the last experience:
     bound(current) / k + (1 - 1 / k) bound(made) + contrast * SupCon(latent means of both, by class)
 
 k counts the running experience and the finished tasks. At evaluation the VAE makes the coreset of each past task anew,
-so that no row is stored; the running experience is judged by its own rows.
+so that no row is stored; classes of the running experience are judged by its own rows, also where a task came back.
 
 Source: Derakhshani et al., "Generative Kernel Continual Learning", arXiv 2112.13410; the classifier is that of the same
 authors' "Kernel Continual Learning", ICML 2021. No official code was found: shares, the prior of the VAE by class, unit
@@ -94,6 +94,8 @@ class GenerativeKernel(Strategy):
         self.learnt: dict[int, list[int]] = {}
         """Classes of every task that was finished."""
         self._core: Batch | None = None
+        self.is_running = False
+        """Whether an experience is being trained on."""
 
     def check(self, stream: Stream) -> None:
         for experience in stream.experiences:
@@ -157,14 +159,16 @@ class GenerativeKernel(Strategy):
         return Output(logits_BC, output.hidden)
 
     def _coreset(self, state: TrainState, task: int) -> Batch | None:
-        """The same rows of a task until the VAE is another one."""
+        """The same rows of a task until the VAE is another one, or its experience over."""
         draws = state.seeds.fresh(self.name, "coreset", task)
-        if task in self.learnt:
-            targets_N = torch.tensor(self.learnt[task], device=state.device).repeat_interleave(self.coreset_size)
-            return self._made(state, torch.full_like(targets_N, task), targets_N, draws)
-        if state.has_begun and state.experience.task_id == task:
-            return self._own_rows(state, draws)
-        return None
+        is_own = self.is_running and state.has_begun and state.experience.task_id == task
+        own = state.experience.classes if is_own else ()
+        rows = [self._own_rows(state, draws)] if is_own else []
+        past = [label for label in self.learnt.get(task, ()) if label not in own]
+        if past:
+            targets_N = torch.tensor(past, device=state.device).repeat_interleave(self.coreset_size)
+            rows.append(self._made(state, torch.full_like(targets_N, task), targets_N, draws))
+        return Batch.cat(rows) if rows else None
 
     def _own_rows(self, state: TrainState, draws: torch.Generator) -> Batch:
         """A coreset of the running experience."""
@@ -174,6 +178,7 @@ class GenerativeKernel(Strategy):
     # the memory
 
     def on_experience_start(self, state: TrainState) -> None:
+        self.is_running = True
         self.generator.prepare(state, num_labels=state.info.num_heads * state.info.num_outputs)
 
     def on_step_end(self, state: TrainState, batch: Batch, output: Output) -> None:
@@ -208,6 +213,7 @@ class GenerativeKernel(Strategy):
         return state.seeds.named(self.name)
 
     def on_experience_end(self, state: TrainState) -> None:
+        self.is_running = False
         self.generator.keep()
         task = state.experience.task_id
         self.learnt[task] = sorted({*self.learnt.get(task, ()), *state.experience.classes})
@@ -220,8 +226,9 @@ class GenerativeKernel(Strategy):
         return Cost(rows, rows, self.generator.num_bytes)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"generator": self.generator.state_dict(), "learnt": self.learnt}
+        return {"generator": self.generator.state_dict(), "learnt": self.learnt, "is_running": self.is_running}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.generator.load_state_dict(state["generator"])
         self.learnt = {task: list(classes) for task, classes in state["learnt"].items()}
+        self.is_running = state["is_running"]

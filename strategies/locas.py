@@ -20,6 +20,7 @@ it has none of these, the head.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -29,13 +30,15 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from cl.core import Batch, Setting, StreamInfo, UserError
 from cl.hooks import Contract, Strategy, overrides
-from cl.state import TrainState
-from strategies._backbone import in_float
+from cl.state import TrainState, shares
 from strategies._checks import require_at_rest, require_count, require_number
 from strategies._episodic import EpisodicMemory
 from strategies._lora import LoraStrategy
 from strategies._modes import evaluation_mode
 from strategies.update_periods import require_no_carry
+
+ROWS_AT_A_TIME, TEXTS_AT_A_TIME = 256, 16
+"""Rows of an experience in one pass when a side memory begins."""
 
 
 class Locas(Strategy):
@@ -127,22 +130,29 @@ class Locas(Strategy):
         """Fill the side memories of one experience from rows of it."""
         generator = state.seeds.named(self.name)
         index = torch.randperm(len(state.data), generator=generator)[: self.rows]
-        batch, found = state.prepare(state.data.rows(index)), list(sides(state.model).values())
+        at_a_time = TEXTS_AT_A_TIME if state.info.setting == Setting.CONTINUAL_PRETRAINING else ROWS_AT_A_TIME
+        pieces = [state.prepare(state.data.rows(some)) for some in index.split(at_a_time)]
+        found = list(sides(state.model).values())
+        downs = [side.down[number] for side in found]
+        steps = [torch.zeros_like(down) for down in downs]
         with evaluation_mode(state.model):
             for side in found:
-                side.seen = []
+                side.seen = Seen()
             with torch.no_grad():
-                state.forward(batch)
+                for batch in pieces:
+                    state.forward(batch)
             for side in found:
                 side.turn(number, generator)
             self.started = number + 1
             self._tell(state)
-            loss = state.label_loss(state.forward(batch), batch)
-            gradients = state.gradients(loss, [side.down[number] for side in found])
+            for batch, share in zip(pieces, shares(pieces), strict=True):
+                loss = share * state.label_loss(state.forward(batch), batch)
+                for step, gradient in zip(steps, state.gradients(loss, downs), strict=True):
+                    if gradient is not None:
+                        step.add_(gradient)
         with torch.no_grad():
-            for side, gradient in zip(found, gradients, strict=True):
-                if gradient is not None:
-                    side.down[number].sub_(self.step_size * gradient)
+            for down, step in zip(downs, steps, strict=True):
+                down.sub_(self.step_size * step)
 
     def _tell(self, state: TrainState) -> None:
         for side in sides(state.model).values():
@@ -155,12 +165,28 @@ class Locas(Strategy):
         self.started = state["started"]
 
 
+@dataclass
+class Seen:
+    """Of all that a layer has read: the sum of x^T x (d_in, d_in), that of x, and how many; the rows are not kept."""
+
+    products: Tensor | float = 0.0
+    total: Tensor | float = 0.0
+    count: int = 0
+
+    def add(self, x: Tensor) -> None:
+        # squares are summed: double precision holds what single precision read
+        x_NI = x.detach().flatten(0, -2).double()
+        self.products = x_NI.T @ x_NI + self.products
+        self.total = x_NI.sum(0) + self.total
+        self.count += len(x_NI)
+
+
 class Side(nn.Module):
     """Side memories of one layer; those that have not begun are not computed.
 
     Attributes:
         started: how many have begun.
-        seen: inputs of the layer are put here, when it is a list.
+        seen: inputs of the layer are added here, when it is there.
     """
 
     def __init__(self, read: int, written: int, rank: int, count: int) -> None:
@@ -168,7 +194,7 @@ class Side(nn.Module):
         self.up = nn.ParameterList(torch.zeros(rank, read) for _ in range(count))
         self.down = nn.ParameterList(torch.zeros(written, rank) for _ in range(count))
         self.started = 0
-        self.seen: list[Tensor] | None = None
+        self.seen: Seen | None = None
 
     def memory(self, number: int) -> tuple[Tensor, Tensor]:
         """A and B."""
@@ -181,15 +207,13 @@ class Side(nn.Module):
     @torch.no_grad()
     def turn(self, number: int, generator: torch.Generator) -> None:
         """Turn A to the main directions of what was seen, all readings together; missing ones are drawn. B stays 0."""
-        up = self.up[number]
-        if self.seen:
-            # half precision has no singular value decomposition
-            x_NI = torch.cat([in_float(x).flatten(0, -2) for x in self.seen])
-            found = torch.linalg.svd(x_NI, full_matrices=False).Vh[: len(up)]
+        up, seen = self.up[number], self.seen
+        if seen is not None and isinstance(seen.products, Tensor):
+            found = torch.linalg.eigh(seen.products).eigenvectors.flip(1).T[: min(len(up), seen.count)]
             drawn = F.normalize(torch.randn(len(up) - len(found), up.shape[1], generator=generator), dim=1).to(found)
             a_RI = torch.cat((found, drawn))
             # a direction and its opposite are one: take the one in which it fires
-            up.copy_(a_RI * torch.where((x_NI @ a_RI.T).sum(0) < 0, -1.0, 1.0).unsqueeze(1))
+            up.copy_(a_RI * torch.where(a_RI @ seen.total < 0, -1.0, 1.0).unsqueeze(1))
         self.seen = None
 
 
@@ -200,7 +224,7 @@ def add_side(layer: nn.Module, inputs: tuple[Tensor, ...], output: Any) -> Any:
     if side.started:
         y = y + side(inputs[0])
     if side.seen is not None:
-        side.seen.append(inputs[0].detach())
+        side.seen.add(inputs[0])
     return (y, *output[1:]) if isinstance(output, tuple) else y
 
 

@@ -36,7 +36,7 @@ from cl.core import Batch, StreamInfo
 from cl.hooks import Contract, Strategy
 from cl.state import Cost, TrainState, tensor_bytes
 from strategies._backbone import in_float, require_backbone, require_own_weights
-from strategies._checks import require_choice, require_count, require_number
+from strategies._checks import require, require_choice, require_count, require_number
 from strategies._modes import evaluation_mode
 from strategies._quadratic import Vectors, copied
 from strategies.update_periods import require_no_carry
@@ -51,7 +51,7 @@ class RecallMerge(Strategy):
 
     Args:
         temperature: of the softmax; large averages all models alike, small takes the new one where they differ.
-        clusters: of k-means; as many typical rows are compared.
+        clusters: of k-means, 2 at least; as many typical rows are compared.
         num_rows: rows of the new experience that are clustered.
         start: experiences are trained from the network after the "first" one, or from what was "merged" last.
 
@@ -76,6 +76,9 @@ class RecallMerge(Strategy):
         require_number("recall_merge.temperature", temperature, above=0.0)
         require_count("recall_merge.clusters", clusters)
         require_count("recall_merge.num_rows", num_rows)
+        for name, count in (("clusters", clusters), ("num_rows", num_rows)):
+            # the width of the kernel is how far rows are from each other
+            require(count >= 2, f"recall_merge.{name}", count, "an integer of at least 2")
         require_choice("recall_merge.start", start, STARTS)
         self.temperature, self.clusters, self.num_rows, self.start = temperature, clusters, num_rows, start
         self.models: list[Vectors] = []
@@ -120,7 +123,7 @@ class RecallMerge(Strategy):
         rows = state.prepare(state.data.rows(index))
         with torch.no_grad(), evaluation_mode(state.model):
             hidden_NF = in_float(state.forward(rows).features)
-        nearest = torch.cdist(centres(hidden_NF, min(self.clusters, len(index)), draws), hidden_NF).argmin(1)
+        nearest = distances(centres(hidden_NF, min(self.clusters, len(index)), draws), hidden_NF).argmin(1)
         return rows[nearest.unique()]
 
     def _layers(self, state: TrainState) -> dict[str, set[str]]:
@@ -177,11 +180,16 @@ def similarity(own_NF: Tensor, other_NF: Tensor) -> Tensor:
     return torch.exp(-distance_N / (2 * apart).clamp(min=1e-12)).mean()
 
 
+def distances(a_NF: Tensor, b_KF: Tensor) -> Tensor:
+    """(N, K), from differences: products of rows far from zero have no digits left for what is between them."""
+    return torch.cdist(a_NF, b_KF, compute_mode="donot_use_mm_for_euclid_dist")
+
+
 def centres(rows_NF: Tensor, count: int, generator: torch.Generator) -> Tensor:
     """Centres (count, F) of k-means, begun at random rows; a cluster that runs empty keeps its centre."""
     centres_KF = rows_NF[torch.randperm(len(rows_NF), generator=generator)[:count].to(rows_NF.device)]
     for _ in range(ITERATIONS):
-        member_NK = F.one_hot(torch.cdist(rows_NF, centres_KF).argmin(1), count).to(rows_NF)
+        member_NK = F.one_hot(distances(rows_NF, centres_KF).argmin(1), count).to(rows_NF)
         size_K1 = member_NK.sum(0).unsqueeze(1)
         centres_KF = torch.where(size_K1 > 0, member_NK.T @ rows_NF / size_K1.clamp(min=1), centres_KF)
     return centres_KF

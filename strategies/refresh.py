@@ -29,6 +29,7 @@ micro-batch are unlearnt, once per step, so that all micro-batches see the same 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -67,8 +68,8 @@ class Refresh(Strategy):
         UserError: in paper mode, a strategy behind this one still changes the batch, so its loss is not known yet; or
             the stream has one experience, so that no Fisher information is ever measured before it would be used.
 
-    Cost: num_unlearn times the rows of the batch forward and backward per step (paper mode: with the rows that other
-    strategies add); at the end of an experience importance_rows rows forward and backward.
+    Cost: num_unlearn times the rows of the first micro-batch forward and backward per step (paper mode: with the rows
+    that other strategies add to it); at the end of an experience importance_rows rows forward and backward.
     """
 
     moves_weights = True
@@ -184,8 +185,10 @@ class Refresh(Strategy):
             others = [strategy for strategy in state.strategies if not isinstance(strategy, Refresh)]
             adding = [s for s in others if overrides(s, "on_batch") or overrides(s, "penalty")]
             rows = sum((strategy.cost(state, batch_size) for strategy in adding), start=rows)
-        times = 0 if self.is_off else self.num_unlearn
-        return Cost(times * rows.forwards, times * rows.backwards, tensor_bytes(self.fisher))
+        # of a step that is cut, the first piece: others spread what they add evenly
+        times, pieces = 0 if self.is_off else self.num_unlearn, state.micro_steps
+        forwards, backwards = (times * math.ceil(count / pieces) for count in (rows.forwards, rows.backwards))
+        return Cost(forwards, backwards, tensor_bytes(self.fisher))
 
     def state_dict(self) -> dict[str, Any]:
         return {"fisher": self.fisher}

@@ -36,6 +36,8 @@ from strategies._checks import require, require_at_rest, require_choice, require
 from strategies._relevance import RelevanceNet
 
 BOUNDARIES = ("given", "detected")
+UNRESOLVED = 1e-12
+"""Variance, as a share of the mean square, that sums in double precision may not tell from 0."""
 
 
 class Rmn(Strategy):
@@ -266,14 +268,18 @@ def _net(model: nn.Module) -> RelevanceNet:
 def _jump(inputs: Tensor, kept: dict[str, Tensor]) -> float:
     """How far the mean of some rows is from that of others, in units of what chance explains; about 1 if they agree.
 
-    Infinity beside less than two rows, which say nothing of chance.
+    Infinity beside less than two rows, which say nothing of chance. Rows that are all the same leave nothing to chance:
+    0 for the same ones again, and more than any bound for others.
     """
     count = kept.get("count", 0)
     if count < 2:
         return float("inf")
     mean = kept["sum"] / count
     # summed over inputs before the ratio is taken: pixels that are hardly ever lit say nothing of a batch
-    variance = (kept["squares"] / count - mean.square()).sum() * count / (count - 1)
+    squares = kept["squares"] / count
+    # what the difference of two sums cannot resolve is neither negative nor a ratio of nothing to nothing
+    least = (UNRESOLVED * squares.sum()).clamp(min=torch.finfo(squares.dtype).tiny)
+    variance = torch.maximum((squares - mean.square()).sum(), least) * count / (count - 1)
     return float((inputs.mean(0) - mean).square().sum() / (variance * (1 / len(inputs) + 1 / count)))
 
 

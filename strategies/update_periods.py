@@ -4,7 +4,8 @@
     theta_s <- theta_s                                                        at the steps between
 
 What moves seldom remembers longer: a continuum of memories by parameter group, for any backbone and any optimizer. At
-the steps between, the optimizer leaves a slow parameter alone altogether: no momentum, no weight decay.
+the steps between, the optimizer leaves a slow parameter alone altogether: no momentum, no weight decay. A step whose
+float16 gradients overflowed, which updates nothing, is none of the C.
 
     strategy=update_periods 'strategy.update_periods.periods={*.mlp.levels.1.*: 4, *.mlp.levels.2.*: 16}'
 
@@ -59,6 +60,8 @@ class UpdatePeriods(Strategy):
         self.periods, self.reduce = dict(periods), reduce
         self.slow: dict[str, int] = {}
         self.gathered: dict[str, Tensor] = {}
+        self.taken = 0
+        """Steps since the run began, without those that overflowed."""
 
     def check_model(self, model: nn.Module, info: StreamInfo) -> None:
         names = [name for name, p in model.named_parameters() if p.requires_grad]
@@ -78,6 +81,7 @@ class UpdatePeriods(Strategy):
         self.on_run_start(state)
 
     def step(self, state: TrainState, batch: Batch, update: Callable[[], None]) -> None:
+        self.taken += 1
         parameters = {name: p for name, p in state.parameters().items() if name in self.slow}
         for name, p in parameters.items():
             period = self.slow[name]
@@ -85,7 +89,7 @@ class UpdatePeriods(Strategy):
                 gathered = self.gathered.get(name)
                 self.gathered[name] = p.grad.detach().clone() if gathered is None else gathered.add_(p.grad)
             p.grad = None
-            if (state.step + 1) % period == 0 and name in self.gathered:
+            if self.taken % period == 0 and name in self.gathered:
                 total = self.gathered.pop(name)
                 p.grad = total / period if self.reduce == "mean" else total
         update()
@@ -94,10 +98,10 @@ class UpdatePeriods(Strategy):
         return Cost(buffer_bytes=tensor_bytes(self.gathered))
 
     def state_dict(self) -> dict[str, Any]:
-        return {"gathered": self.gathered}
+        return {"gathered": self.gathered, "taken": self.taken}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.gathered = copied(state["gathered"])
+        self.gathered, self.taken = copied(state["gathered"]), state["taken"]
 
 
 def require_no_carry(other: Strategy, strategies: Sequence[Strategy], does: str) -> None:

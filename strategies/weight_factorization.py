@@ -10,7 +10,8 @@ Source: Ugan, Pham & Waibel, "Weight Factorization and Centralization for Contin
 Interspeech 2025. No code was found. The paper begins with a pretrained model; a network that begins at random has to be
 trained first, so here the first experience makes the base. Which weights are factorised, the rank and alpha are choices
 of ours: all linear and convolutional ones, the head's too. Biases and normalisation stay as the first experience left
-them, but running statistics move. Heads of single tasks are trained as they are.
+them, but running statistics move. Heads of single tasks are trained as they are, those of finished tasks too where
+another strategy shows rows of theirs: what lies below them changes with every merge.
 """
 
 from __future__ import annotations

@@ -115,9 +115,10 @@ def test_what_a_projection_holds_stays_held_when_the_run_is_extended(strategy: s
         assert whole.abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("strategy", ["rmn", "weight_factorization", "recall_merge"])
+@pytest.mark.parametrize("strategy", ["rmn", "weight_factorization", "recall_merge", "ewc", "mas"])
 def test_what_was_merged_for_good_is_not_trained_on(strategy: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """rmn took steps that changed nothing, and weight_factorization went on as naive training, without a word."""
+    """rmn took steps that changed nothing, weight_factorization went on as naive training, and ewc held the weights
+    where the experience had left them, and added its importance once more, without a word."""
     words = ("tracking=none", "debug=tiny", "limit_experiences=2", f"strategy={strategy}", "trainer.max_steps=2")
     assert main(("run", *words, "trainer.checkpoint_every=1", "hydra.run.dir=short")) == 0
     for verb, options in {"extend": ["trainer.max_steps=4"], "fork_anneal": ["steps=2"]}.items():

@@ -132,6 +132,26 @@ def test_controller_follows_what_is_measured(lab, setting, signs):
     assert [(p.step, p.value) for p in curve] == [(step, value) for _, step, value in traces]
 
 
+def test_all_but_the_last_are_the_old_ones(lab, monkeypatch):
+    """Four domains that are left: the mean of the first three against the fourth."""
+    _, trainer = lab.run([strategy := stated()], max_steps=1, epochs=None)
+    phis, told = {0: 0.1, 1: 0.6, 2: 0.2, 3: 0.7}, []
+    monkeypatch.setattr(strategy.forgetting, "of", lambda *_: phis)
+    monkeypatch.setattr(strategy.control, "update", lambda *numbers: told.append(numbers[:3]))
+    strategy.on_evaluation(trainer.state, [0.0] * 3, None)
+    assert told == [pytest.approx((0.4, 0.3, 0.7))]
+
+
+def test_a_step_is_the_same_in_four_pieces(lab):
+    """Of which some show more stored rows than others: 6 beside 16."""
+    ends = []
+    for accumulation in (1, 4):
+        cut = {"batch_size": 16 // accumulation, "accumulation": accumulation}
+        _, trainer = lab.run([stated(is_fixed=True, most=0.8)], max_steps=4, epochs=None, **cut)
+        ends.append(lab.weights(trainer.state.model))
+    lab.close(ends[1], ends[0], 1e-5, 1e-8)
+
+
 def test_rows_drawn_are_what_the_controller_asks_for(lab):
     strategy = Watched(**SIZES)
     recorder, _ = lab.run([strategy], eval_every=4)

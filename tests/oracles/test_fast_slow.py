@@ -25,8 +25,8 @@ def fisher_of(lab, model, rows):
     return total
 
 
-def check(lab, setting=Setting.CLASS_INCREMENTAL, epsilon=EPSILON):
-    strategy = FastSlow(STRENGTH, epsilon, GAMMA, importance_rows=None)
+def check(lab, setting=Setting.CLASS_INCREMENTAL, epsilon=EPSILON, strength=STRENGTH):
+    strategy = FastSlow(strength, epsilon, GAMMA, importance_rows=None)
     recorder, trainer = lab.run([strategy], setting)
     state, model = trainer.state, deepcopy(recorder.start)
     slow, importance = lab.weights(model), None
@@ -37,7 +37,7 @@ def check(lab, setting=Setting.CLASS_INCREMENTAL, epsilon=EPSILON):
             loss = lab.label_loss(model, step.batch)
             if importance:
                 pulls = [(importance[n] * (p - slow[n]) ** 2).sum() for n, p in model.named_parameters()]
-                loss = loss + STRENGTH / 2 * sum(pulls)
+                loss = loss + strength / 2 * sum(pulls)
             gradients = lab.gradient(model, loss)
             with torch.no_grad():
                 for name, p in model.named_parameters():
@@ -58,6 +58,16 @@ def check(lab, setting=Setting.CLASS_INCREMENTAL, epsilon=EPSILON):
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_fast_slow_is_the_plain_loop(lab, setting):
     check(lab, setting)
+
+
+def test_a_weak_pull_is_one_too(lab):
+    check(lab, strength=0.5)
+
+
+def test_nothing_is_kept_where_it_does_nothing(lab):
+    recorder, trainer = lab.run([strategy := FastSlow(0.0, 1.0)])
+    assert not strategy.anchor and not strategy.importance
+    lab.close(lab.weights(trainer.state.model), recorder.steps[-1].after, rtol=0, atol=0)
 
 
 def test_epsilon_1_keeps_the_fast_weights(lab):

@@ -121,11 +121,54 @@ def test_a_task_never_seen_is_not_guessed(lab):
     assert strategy.eval_forward(trainer.state, rows).logits.abs().sum() == 0
 
 
+def cores(lab, stream, **options):
+    """Coreset of every task, inside each experience and after it; made rows come from nowhere, -1."""
+    strategy, found = GenerativeKernel(**SMALL), []
+
+    class Keeper(lab.Recorder):
+        def note(self, state, place):
+            found.append((state.experience.id, place, [strategy._coreset(state, task) for task in range(3)]))
+
+        def on_step_end(self, state, batch, output):
+            if not found or found[-1][0] != state.experience.id:
+                self.note(state, "inside")
+
+        def on_experience_end(self, state):
+            self.note(state, "after")
+
+    lab.run([strategy, Keeper()], stream, **options)
+    return found
+
+
 def test_the_running_experience_is_judged_by_its_own_rows(lab):
-    _, trainer = lab.run([strategy := GenerativeKernel(**SMALL)], TASK)
-    del strategy.learnt[2]
-    core = strategy._coreset(trainer.state, 2)
-    assert set(core.experience_id.tolist()) == {2} and core.sample_ids.min() >= 0
+    """Also one of a task that came back, here with half of its classes; what was learnt before is made."""
+    stream = toy_stream(TASK)
+    again = replace(stream.experiences[0], id=3, name="again", classes=(0, 1))
+    stream = replace(stream, experiences=[*stream.experiences, again], info=replace(stream.info, num_experiences=4))
+    found = cores(lab, stream)
+    assert [place for _, place, _ in found] == ["inside", "after"] * 4
+    for k, place, rows in found:
+        for task, core in enumerate(rows):
+            if core is None:
+                assert task > k
+                continue
+            own = [] if place == "after" or task != k % 3 else [0, 1] if k == 3 else [0, 1, 2, 3]
+            made = sorted({0, 1, 2, 3} - set(own))
+            # the data of a task that comes back are called as before
+            assert core.experience_id.tolist() == [task] * SIZE * len(own) + [-1] * SIZE * len(made)
+            assert core.targets[core.experience_id == -1].tolist() == [c for c in made for _ in range(SIZE)]
+            assert set(core.task_id.tolist()) == {task}
+
+
+def test_classes_that_a_task_brings_when_it_comes_back_are_not_unknown(lab):
+    """Learnt before were 0 and 1 only: inside the experience that brings 2 and 3 these have rows."""
+    stream = toy_stream(TASK)
+    first, again = replace(stream.experiences[0], classes=(0, 1)), replace(stream.experiences[0], id=1, name="again")
+    again = replace(again, classes=(2, 3))
+    stream = replace(stream, experiences=[first, again], info=replace(stream.info, num_experiences=2))
+    inside = next(rows[0] for k, place, rows in cores(lab, stream) if (k, place) == (1, "inside"))
+    assert inside.experience_id.tolist() == [0] * 2 * SIZE + [-1] * 2 * SIZE
+    assert sorted({*inside[inside.experience_id == -1].targets.tolist()}) == [0, 1]
 
 
 def test_fourier_features_are_the_gaussian_kernel(lab):

@@ -188,6 +188,26 @@ def test_rows_of_floats_stay_floats(lab):
     assert recorder.steps[-1].experience == 2
 
 
+@pytest.mark.parametrize(("dtype", "factor", "shift"), [(torch.int16, 100, -6000), (torch.int64, 300, 0)], ids=str)
+def test_integers_that_are_no_bytes_stay_what_they_are(lab, dtype, factor, shift):
+    """Bytes would wrap around: -6,000 is 144 there."""
+    stream = toy_stream(CLASS)
+
+    def wide(load):
+        data = load()
+        return TensorData(data.inputs.to(dtype) * factor + shift, data.targets, data.experience_id)
+
+    experiences = [replace(e, load=lambda load=e.load: wide(load)) for e in stream.experiences]
+    _, trainer = lab.run([strategy := GenerativeReplay(**SMALL)], replace(stream, experiences=experiences))
+    generator, stored = strategy.generator, trainer.state.stream.experiences[0].load().inputs
+    raw = generator.rows(5, torch.Generator().manual_seed(1), torch.device("cpu"))
+    assert raw.dtype == dtype and stored.min() <= raw.min() and raw.max() <= stored.max()
+    noise = torch.randn(5, 4, generator=torch.Generator().manual_seed(1))
+    low, high = float(stored.min()), float(stored.max())
+    wanted = low + (high - low) * generator.old.decoder(noise).sigmoid().detach()
+    assert (raw.flatten(1) - wanted).abs().max() <= 0.51
+
+
 def test_bad_arguments_are_refused():
     for name, value in (("labels", "firm"), ("weighting", "odd"), ("hidden", 0), ("generator_lr", 0), ("weight", -1)):
         with pytest.raises(UserError, match=rf"generative_replay\.{name} is {value!r}"):

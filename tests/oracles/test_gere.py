@@ -178,6 +178,7 @@ def check(lab, kind, weight, general_weight=None, source="first"):
     [
         ("ce", 1.0, None, "general"),
         ("kl", WEIGHT, 0.3, "first"),
+        ("kl", WEIGHT, 0.0, "first"),
         ("l1", WEIGHT, None, "general"),
         ("l2", "dynamic", None, "first"),
         ("tm", WEIGHT, None, "first"),

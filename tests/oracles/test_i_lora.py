@@ -49,6 +49,16 @@ def test_i_lora_is_the_plain_loss_and_the_moving_mean(lab, lora, target):
     i_lora_check(lab, lora, target)
 
 
+def test_a_step_is_the_same_in_four_pieces(lab, lora):
+    """Of which two show two stored rows and two show three."""
+    ends = []
+    for accumulation in (1, 4):
+        cut = {"batch_size": 16 // accumulation, "accumulation": accumulation}
+        _, trainer = lora.trained(ILora(40, 10, 0.5, 0.8, 0.9), max_steps=4, epochs=None, **cut)
+        ends.append(lab.weights(trainer.state.model))
+    lab.close(ends[1], ends[0], 1e-5, 1e-8)
+
+
 @pytest.mark.parametrize("part", ["pull", "mean"])
 def test_the_oracle_needs_the_slow_adapter(lab, lora, monkeypatch, part):
     if part == "pull":

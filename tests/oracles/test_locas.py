@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import strategies.locas as module
 from cl.backbones.gpt import Gpt
 from cl.core import Setting, UserError
 from cl.hooks import Strategy
@@ -16,7 +17,7 @@ from strategies.fpf import Fpf
 from strategies.gdumb import Gdumb
 from strategies.gem import Gem
 from strategies.hypernet import Hypernet
-from strategies.locas import Locas, Side, places, sides
+from strategies.locas import Locas, Seen, Side, places, sides
 from strategies.prd import Prd
 from strategies.refresh import Refresh
 from strategies.update_periods import UpdatePeriods
@@ -80,8 +81,10 @@ def test_only_the_newest_moves_and_the_head_where_it_grows(lab, setting):
         assert moved == base | {name.format(k=step.experience) for name in head}
 
 
-def test_begins_from_main_directions_and_a_gradient_step(lab):
+@pytest.mark.parametrize("at_a_time", [256, 7, 1])
+def test_begins_from_main_directions_and_a_gradient_step(lab, monkeypatch, at_a_time):
     """The rows are those that the strategy's own generator draws; the gradient is that of B in the wider layer."""
+    monkeypatch.setattr(module, "ROWS_AT_A_TIME", at_a_time)
     _, trainer, starts = trained(lab)
     stream, seeds = trainer.state.stream, type(trainer.state.seeds)(trainer.state.seeds.root)
     for experience, model in list(zip(stream.experiences, starts.models, strict=True))[1:]:
@@ -102,6 +105,26 @@ def test_begins_from_main_directions_and_a_gradient_step(lab):
         assert gradient.abs().max() > 0
         after = wide(found, x, k + 1)
         assert F.cross_entropy(after, batch.targets) < F.cross_entropy(wide(found, x, k), batch.targets)
+
+
+def test_texts_are_read_a_few_at_a_time(lab, monkeypatch):
+    """As a language model can hold them, and as if all were read at once."""
+    begun, sizes, forward = {}, [], ToyNet.forward
+
+    def counted(self, batch):
+        sizes.append(len(batch))
+        return forward(self, batch)
+
+    monkeypatch.setattr(ToyNet, "forward", counted)
+    for at_a_time in (16, 1000):
+        monkeypatch.setattr(module, "TEXTS_AT_A_TIME", at_a_time)
+        sizes.clear()
+        _, trainer, starts = trained(lab, Setting.CONTINUAL_PRETRAINING, rows=40)
+        begun[at_a_time] = {name: p.detach() for name, p in starts.models[1].named_parameters()}
+        assert sizes.count(40) == (4 if at_a_time == 1000 else 0) and sizes.count(8) == (0 if at_a_time == 1000 else 4)
+        assert trainer.state.spent.forwards == 12 * lab.batch_size + 2 * 2 * 40
+    lab.close(begun[16], begun[1000])
+    assert begun[16]["head.side.down.0"].any()
 
 
 def test_the_first_experience_is_naive(lab):
@@ -146,7 +169,8 @@ def test_running_statistics_stand_still_after_the_first_experience(lab):
 def test_directions_that_are_missing_are_drawn(dtype):
     side = Side(read=6, written=2, rank=5, count=1).to(dtype)
     x = torch.randn(2, 6, generator=torch.Generator().manual_seed(1)).to(dtype)
-    side.seen = [x]
+    side.seen = Seen()
+    side.seen.add(x)
     side.turn(0, torch.Generator().manual_seed(0))
     a = side.up[0].detach().float()
     torch.testing.assert_close(a.norm(dim=1), torch.ones(5), atol=0.01, rtol=0)

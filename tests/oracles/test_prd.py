@@ -142,6 +142,13 @@ def test_prediction_is_the_nearest_prototype_of_a_class_seen(lab):
     lab.close(logits[:, 2].detach(), torch.stack([h @ prototype / h.norm() / prototype.norm() for h in hidden]))
 
 
+def test_prototypes_begin_at_about_length_one(lab):
+    """Whatever the width: it sets how far a step of the optimizer turns them."""
+    recorder, _ = lab.run([Prd(**ARGUMENTS)], CLASS, max_steps=1, epochs=None)
+    lengths = recorder.start.prototypes_HCF.detach().norm(dim=-1)
+    assert 0.6 < float(lengths.min()) < 1 < float(lengths.max()) < 1.5
+
+
 def test_prototypes_have_neither_momentum_nor_decay(lab):
     sgd = lambda groups: torch.optim.SGD(groups, lr=0.1, momentum=0.9, weight_decay=0.1)  # noqa: E731
     _, trainer = lab.run([Prd()], optimizer=sgd, setting=CLASS)

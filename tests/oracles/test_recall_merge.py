@@ -12,7 +12,7 @@ import strategies.recall_merge as module
 from cl.backbones import Backbone, Stage
 from cl.core import Setting, UserError
 from cl.testing import ToyNet
-from strategies.recall_merge import RecallMerge, centres, similarity
+from strategies.recall_merge import RecallMerge, centres, distances, similarity
 
 
 def watched(lab, setting=Setting.DOMAIN_INCREMENTAL, **options):
@@ -169,6 +169,18 @@ def test_similarity_far_from_zero(count):
     assert float(similarity(rows, other)) == pytest.approx(kernel(rows.double(), other.double()), rel=1e-4)
 
 
+@pytest.mark.parametrize("count", [20, 60])
+def test_centres_far_from_zero(count):
+    """Two clusters that are a unit apart, 10,000 from zero: float32 against float64, each row with its own."""
+    generator = torch.Generator().manual_seed(0)
+    rows = 0.1 * torch.randn(count, 64, generator=generator) + 1e4
+    rows[::2] += 0.5
+    found = centres(rows, 2, torch.Generator().manual_seed(3))
+    wanted = centres(rows.double(), 2, torch.Generator().manual_seed(3))
+    torch.testing.assert_close(found.double(), wanted, rtol=0, atol=5e-3)
+    assert torch.equal(distances(found, rows).argmin(0), torch.cdist(wanted, rows.double()).argmin(0))
+
+
 def test_centres_are_those_of_the_clusters():
     generator = torch.Generator().manual_seed(0)
     corners = torch.tensor([[0.0, 0.0], [9.0, 0.0], [0.0, 9.0]])
@@ -188,6 +200,8 @@ def test_centres_are_those_of_the_clusters():
     [
         ({"temperature": 0}, r"recall_merge.temperature is 0"),
         ({"clusters": 0}, r"recall_merge.clusters is 0"),
+        ({"clusters": 1}, r"recall_merge.clusters is 1; it must be an integer of at least 2"),
+        ({"num_rows": 1}, r"recall_merge.num_rows is 1; it must be an integer of at least 2"),
         ({"start": "last"}, r"recall_merge.start is 'last'; it must be one of first, merged"),
     ],
 )

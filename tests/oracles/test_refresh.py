@@ -283,8 +283,11 @@ COMPOSITIONS = {
 
 @pytest.mark.parametrize("others", COMPOSITIONS)
 @pytest.mark.parametrize("mode", ["official", "paper"])
-def test_cost_of_a_composition_is_declared(mode, others):
-    run = train(CLASS, [*COMPOSITIONS[others](), Refresh(mode=mode, num_unlearn=2)])
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_cost_of_a_composition_is_declared(mode, others, accumulation):
+    """For steps of 16 rows, however they are cut."""
+    cut = {"batch_size": 16 // accumulation, "accumulation": accumulation}
+    run = train(CLASS, [*COMPOSITIONS[others](), Refresh(mode=mode, num_unlearn=2)], **cut)
     declared = [(cost.forwards, cost.backwards) for cost in run.declared]
     assert declared == [(cost.forwards, cost.backwards) for cost in run.counted]
     assert (run.trainer.state.spent.forwards, run.trainer.state.spent.backwards) == (

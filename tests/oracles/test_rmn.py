@@ -206,6 +206,36 @@ def test_jump_by_hand():
     assert _jump(row.repeat(4, 1), kept) == pytest.approx(25 / (10 * (1 / 4 + 1 / 2)))
 
 
+@pytest.mark.parametrize("level", [0.0, 0.1, 1 / 3, -7.3])
+@pytest.mark.parametrize("num_rows", [1, 3])
+def test_jump_of_rows_that_are_all_the_same(level, num_rows):
+    """Nothing is left to chance: the same rows are no jump, also where sums do not give 0, and others are one."""
+    kept = {}
+    for _ in range(7):
+        _add(kept, torch.full((3, 40), level, dtype=torch.float64))
+    assert abs(_jump(torch.full((num_rows, 40), level, dtype=torch.float64), kept)) < 1e-6
+    for other in (level + 0.01, level - 2.0):
+        assert _jump(torch.full((num_rows, 40), other, dtype=torch.float64), kept) > 1e6
+
+
+def test_tasks_of_constant_rows_are_recognised():
+    """A grey of one kind, of another, and both again: two maps."""
+    rmn, visits = Rmn(boundaries="detected"), []
+    rmn.moments = [{}]
+
+    def enter(state, known):
+        rmn.moments += [{}] if known is None else []
+        rmn.active = len(rmn.moments) - 1 if known is None else known
+
+    rmn._enter = enter
+    state = SimpleNamespace(micro_step=0, note=lambda name, value: None)
+    for level in (0.0, 0.0, 0.1, 0.1, 0.0, 0.1, 0.1, 0.0):
+        blank = torch.zeros(4, dtype=torch.int64)
+        rmn._look(state, Batch(torch.full((4, 40), level, dtype=torch.float64), blank, blank, blank))
+        visits.append(rmn.active)
+    assert visits == [0, 0, 1, 1, 0, 1, 1, 0]
+
+
 @pytest.mark.parametrize(("batch_size", "accumulation"), [(1, 1), (4, 4)])
 def test_every_row_is_counted_and_one_row_is_no_task(lab, batch_size, accumulation):
     """The rows of one domain, one at a time, or four to a micro-batch."""

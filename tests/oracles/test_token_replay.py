@@ -216,6 +216,15 @@ def test_stored_rows_are_those_of_the_stream_in_equal_shares(lab):
         assert torch.equal(same.inputs[0], rows.inputs[row]) and torch.equal(same.targets[0], rows.targets[row])
 
 
+@pytest.mark.parametrize(("count", "distinct"), [(19, 19), (20, 20), (21, None)])
+def test_rows_are_distinct_while_there_are_enough(lab, count, distinct):
+    _, trainer = trained(lab, strategy := TokenReplay(10.0, capacity=60))
+    strategy.planned = {1: count}
+    rows = strategy._drawn(trainer.state)
+    assert rows.experience_id.tolist() == [1] * count
+    assert distinct in (None, len(set(rows.sample_ids.tolist())))
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [

@@ -83,6 +83,13 @@ def test_rows_are_kept_once_and_are_those_of_the_stream(lab):
         assert torch.equal(source.rows(rows.sample_ids[row : row + 1]).inputs[0], rows.inputs[row])
 
 
+@pytest.mark.parametrize(("rate", "count"), [(0.2, 0), (0.3, 1), (50.0, 96), (100.0, ROWS)])
+def test_the_rate_is_a_percentage(lab, rate, count):
+    _, _, trainer = trained(lab, general=False, rate=rate)
+    kept = trainer.strategies[1].kept
+    assert (kept["experience_id"].bincount().tolist() if kept else [0] * 3) == [count] * 3
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [({"rate": 101}, "trace_replay.rate is 101"), ({"general": "lima"}, "trace_replay.general is 'lima'")],

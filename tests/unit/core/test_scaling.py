@@ -197,6 +197,36 @@ def test_gathered_gradients_outlive_an_overflow():
     assert watch.kept == {"first.weight", "first.bias"}
 
 
+@pytest.mark.parametrize("at", [1, 3], ids=["inside", "at the end"])
+@pytest.mark.parametrize("reduce", ["sum", "mean"])
+def test_a_period_has_as_many_gradients_after_an_overflow(at, reduce):
+    """Of four steps, of which one overflows: the next one is the fourth that counts."""
+    trainer, seen, steps = made([UpdatePeriods({"first.*": 4}, reduce)], max_steps=6), [], []
+
+    class Watch(Strategy):
+        def on_batch(self, state, batch):
+            if state.step in (at, at + 1):
+                state.scaler.update(2.0 ** (40 if state.step == at else 16))
+            return batch
+
+        def on_gradients(self, state):
+            seen.append((state.step, state.model.first.weight.grad.double()))
+
+        def step(self, state, batch, update):
+            before = state.model.first.weight.detach().clone()
+            update()
+            if not torch.equal(before, state.model.first.weight):
+                steps.append((state.step, state.model.first.weight.grad.double()))
+
+    trainer.compose([*trainer.strategies, Watch()])
+    trainer.run()
+    number, found = steps[0]
+    own = [(step, gradient) for step, gradient in seen if step <= number]
+    assert number == 4 and [step for step, _ in own] == [k for k in range(5) if k != at]
+    wanted = sum(gradient for _, gradient in own) / (4 if reduce == "mean" else 1)
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-9)
+
+
 class Broken(Strategy):
     """A term that is 0 and whose gradient is not a number."""
 
