@@ -66,6 +66,16 @@ def agreed(value: Any) -> Any:
     return box[0]
 
 
+def reason(error: Exception) -> str:
+    """What an error says; one sentence where gloo tells, in words of its own, that another process is gone."""
+    if isinstance(error, RuntimeError) and "gloo/transport" in str(error):
+        return (
+            "another process of this run ended or does not answer; what it said itself tells why, and `cl resume` goes "
+            "on from the last checkpoint"
+        )
+    return str(error)
+
+
 @dataclass(frozen=True)
 class World:
     """The processes of a run.

@@ -20,6 +20,7 @@ from cl.backbones import Backbone
 from cl.checkpoint import Keeper
 from cl.config import TrainerConfig, is_due
 from cl.core import Batch, Experience, Output, Stream, StreamInfo
+from cl.distributed import reason
 from cl.evaluation import Evaluator
 from cl.hooks import Strategy, overrides
 from cl.ledger import Ledger, new_result
@@ -116,7 +117,7 @@ class Trainer:
                 if all(self._learn(each, steps_done if each.id == start else 0) for each in remaining):
                     result.status = "done"
             except Exception as error:
-                result.status, result.error = "failed", str(error)
+                result.status, result.error = "failed", reason(error)
                 raise
             finally:
                 self.keeper.finish()
@@ -245,5 +246,4 @@ class Trainer:
         return makers[-1].make_optimizer(model, self.optimizer) if makers else self.optimizer(model.parameters())
 
     def _set_learning_rate(self, step: int) -> float:
-        place = self.span.at(self.state.experience.id, step)
-        return set_learning_rate(self.state.optimizer, self.schedule(*place))
+        return set_learning_rate(self.state.optimizer, self.schedule(*self.span.at(self.state.experience.id, step)))

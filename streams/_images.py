@@ -6,8 +6,10 @@ import gzip
 import math
 import zlib
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -64,15 +66,27 @@ def _loaded(name: str, root: str | None, download: bool) -> Images:
 
 def _digits(root: str | None, download: bool) -> Images:
     """scikit-learn's 1,797 handwritten digits of 8x8 pixels; every fifth image is held out."""
-    from sklearn.datasets import load_digits
-
-    digits = load_digits()
-    inputs = torch.from_numpy(digits.images.astype(np.uint8)).unsqueeze(1)
-    targets = torch.from_numpy(digits.target.astype(np.int64))
+    rows = torch.from_numpy(_digit_rows())
+    inputs, targets = rows[:, :-1].reshape(-1, 1, 8, 8), rows[:, -1].long()
     held_out = torch.arange(len(targets)) % 5 == 0
     return Images(
         "digits", inputs[~held_out], targets[~held_out], inputs[held_out], targets[held_out], num_classes=10, largest=16
     )
+
+
+def _digit_rows() -> np.ndarray:
+    """64 pixels and a label in each row, from scikit-learn's file: to import the library takes a second."""
+    package = find_spec("sklearn")
+    for folder in (package.submodule_search_locations or ()) if package else ():
+        with suppress(OSError, ValueError):
+            rows = np.loadtxt(Path(folder, "datasets", "data", "digits.csv.gz"), np.uint8, delimiter=",")
+            if rows.shape == (1797, 65):
+                return rows
+    # another version may keep it elsewhere
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    return np.column_stack([digits.data, digits.target]).astype(np.uint8)
 
 
 def _mnist_like(root: str | None, download: bool, folder: str, name: str) -> Images:

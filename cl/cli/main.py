@@ -129,6 +129,11 @@ def _require_each_once(words: Sequence[str]) -> None:
 
 def said(error: Exception) -> str:
     """The sentence of an error; of one that nobody wrote a sentence for, also what it is and where it came from."""
+    if "RANK" in os.environ:
+        from cl.distributed import reason
+
+        if (sentence := reason(error)) != str(error):
+            return sentence
     if isinstance(error, ValueError | OSError) or type(error).__module__ != "builtins" or not error.__traceback__:
         return str(error) or type(error).__name__
     place = traceback.extract_tb(error.__traceback__)[-1]

@@ -18,8 +18,8 @@ from typing import Any
 from cl.cli.main import said
 
 PRELOADED = ["cl.cli.execute", "cl.trainer", "cl.tracking.mlflow", "cl.report.figures", "mlflow", "omegaconf"]
-# the first optimizer imports the one and the embedded digits the other, a second or more in every job
-PRELOADED += ["torch._dynamo", "sklearn.datasets"]
+# the first optimizer imports it, a second or more in every job
+PRELOADED += ["torch._dynamo"]
 THREADS = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 
 

@@ -37,6 +37,7 @@ TWICE = ("stream.order=[one, one]",)
 @pytest.fixture(autouse=True)
 def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("CL_DATA_ROOT", raising=False)
     monkeypatch.setenv("CL_CACHE", str(tmp_path / "cache"))
     Path("one.txt").write_text(TEXT)
 

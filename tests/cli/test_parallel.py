@@ -11,10 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from cl.cli.main import main
 from cl.config import TrainerConfig
 from cl.core import UserError
+from cl.ledger import Ledger
 from cl.result import Result
 
 RUN = ("run", "tracking=none", "debug=tiny", "limit_experiences=2", "strategy=replay", "trainer.batch_size=17")
@@ -69,6 +71,40 @@ def test_processes_without_a_wrapper_are_refused_in_one_sentence(
     said = [line for line in done.stderr.splitlines() if line.startswith("cl: ")]
     assert said == ["cl: 2 processes were started and trainer.parallel is 'none'; set it to ddp or fsdp"]
     assert not list(Path("runs").glob("*/*")), "nothing was begun"
+
+
+def meet(store: Path, rank: int) -> None:
+    dist.init_process_group("gloo", store=dist.FileStore(str(store), 2), rank=rank, world_size=2)
+    dist.barrier()
+
+
+def test_a_process_that_is_gone_is_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Gloo names a line of its source and wishes good luck."""
+    monkeypatch.chdir(tmp_path)
+    child = os.fork()
+    if child == 0:
+        meet(Path("store"), 1)
+        os._exit(0)
+    try:
+        meet(Path("store"), 0)
+        os.waitpid(child, 0)
+        with pytest.raises(RuntimeError, match="gloo/transport") as caught:
+            dist.all_reduce(torch.ones(1))
+    finally:
+        dist.destroy_process_group()
+
+    def watch(*details: object) -> None:
+        raise caught.value
+
+    monkeypatch.setattr(Ledger, "watch", watch)
+    monkeypatch.setenv("RANK", "0")
+    assert main((*RUN, "out=run")) == 1
+    result = Result.load(Path("run/result.json"))
+    assert result.error.startswith("another process of this run ended or does not answer")
+    assert capsys.readouterr().err == f"cl: {result.error}\n"
+    assert "gloo/transport" in Path("run/run.log").read_text(), "for whoever looks into it"
 
 
 def test_one_process_may_ask_for_a_wrapper_and_trains_alone(

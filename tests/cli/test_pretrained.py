@@ -44,6 +44,7 @@ LLAMA = {
 def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A folder with text and a model of float32 weights."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("CL_DATA_ROOT", raising=False)
     monkeypatch.setenv("CL_CACHE", str(tmp_path / "cache"))
     torch.set_num_threads(1)
     Path("one.txt").write_text(TEXT)

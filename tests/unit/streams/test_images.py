@@ -1,6 +1,7 @@
 """Files on disk become tensors, or one sentence."""
 
 import gzip
+import sys
 from functools import partial
 
 import numpy as np
@@ -28,6 +29,25 @@ def test_digits_are_scikit_learns():
     assert (len(images.targets), len(images.eval_targets)) == (1437, 360)
     assert torch.equal(images.eval_inputs[1, 0], torch.tensor(whole.images[5]).to(torch.uint8))
     assert images.eval_targets[1] == whole.target[5]
+
+
+@pytest.mark.parametrize("is_elsewhere", [False, True])
+def test_digits_need_scikit_learn_only_where_it_keeps_them_elsewhere(is_elsewhere, tmp_path, monkeypatch):
+    from sklearn.datasets import load_digits
+
+    whole = load_digits()
+    if is_elsewhere:
+        monkeypatch.setattr("sklearn.__spec__.submodule_search_locations", [str(tmp_path)])
+    else:
+        monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    images = LOADERS["digits"](None, False)
+    is_held_out = np.arange(1797) % 5 == 0
+    for inputs, targets, rows in (
+        (images.inputs, images.targets, ~is_held_out),
+        (images.eval_inputs, images.eval_targets, is_held_out),
+    ):
+        assert np.array_equal(inputs[:, 0], whole.images[rows])
+        assert np.array_equal(targets, whole.target[rows])
 
 
 @pytest.mark.parametrize("suffix", ["", ".gz"])
