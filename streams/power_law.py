@@ -95,7 +95,7 @@ def counts(
     if kind in BUDGETED:
         rehearsed = n.sum(dim=0)[1:]
         assert (rehearsed == budget).all(), "schedules are compared at equal rehearsal"
-    assert n.max() <= num_rows or num_experiences == 1, "more rows than there are"
+    assert n.max() <= num_rows, "more rows than there are"
     n.fill_diagonal_(num_rows)
     return n
 

@@ -50,8 +50,6 @@ def steps_to_reach(table: EvalTable, level: float = LEVEL) -> dict[int, float]:
         >>> steps_to_reach(EvalTable.from_rows([[1.0, 0.0], [1.0, 1.0]], within=courses), level=0.75)
         {0: 20.0, 1: 10.0}
     """
-    if not table.within:
-        return {}
     period, first = period_of(table), table.first_visit
     found: dict[int, float] = {}
     for i, (domain, points) in enumerate(zip(table.trained, _by_experience(table), strict=True)):
@@ -81,7 +79,7 @@ def forward_facilitation(table: EvalTable, level: float = LEVEL) -> float:
     """
     steps = steps_to_reach(table, level) if table.measure == "accuracy" else {}
     later = [value for i, value in steps.items() if i > 0]
-    if not later or not math.isfinite(steps.get(0, math.inf)):
+    if not math.isfinite(steps.get(0, math.inf)):
         return math.nan
     return steps[0] / mean(later)
 

@@ -19,6 +19,9 @@ from cl.metrics.matrix import EvalTable, FloatArray, IntArray
 MIN_POINTS = 3
 """Lags that a fitted law needs: through two points every law goes."""
 
+# of log values that agree in twelve digits: what is left between them is rounding
+_LEVEL_VARIANCE = 1e-24
+
 
 class RevisitCurve(NamedTuple):
     """The measure against the time since the last practice.
@@ -75,8 +78,8 @@ def revisit_curve(table: EvalTable) -> RevisitCurve:
         last[practised] = i
         lags[i] = np.where(last >= 0, i - last, -1)
     known = (lags >= 0) & ~np.isnan(table.R)
-    count = np.bincount(lags[known], minlength=1)
-    total = np.bincount(lags[known], weights=table.R[known], minlength=1)
+    count = np.bincount(lags[known])
+    total = np.bincount(lags[known], weights=table.R[known])
     (lag,) = np.nonzero(count)
     return RevisitCurve(lag, total[lag] / count[lag], count[lag])
 
@@ -106,8 +109,9 @@ def fit_power_law(lag: ArrayLike, value: ArrayLike, weight: ArrayLike | None = N
     x0, y0 = w @ x, w @ y
     slope = w @ ((x - x0) * (y - y0)) / (w @ (x - x0) ** 2)
     spread, left = w @ (y - y0) ** 2, w @ (y - y0 - slope * (x - x0)) ** 2
-    # a level line is explained fully by the exponent 0
-    return PowerLaw(float(np.exp(y0 - slope * x0)), float(-slope), float(1 - left / spread) if spread > 0 else 1.0)
+    # a level line, whose mean may be off in the last digit, is explained fully by the exponent 0
+    r2 = float(1 - left / spread) if spread > _LEVEL_VARIANCE else 1.0
+    return PowerLaw(float(np.exp(y0 - slope * x0)), float(-slope), r2)
 
 
 def retention_exponent(table: EvalTable) -> float:

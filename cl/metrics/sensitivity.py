@@ -103,6 +103,6 @@ def _mean(changes: Sequence[Mapping[str, float]], name: str) -> float:
 
 
 def _ratio(first: float, late: float) -> float:
-    if math.isnan(first) or math.isnan(late) or first == late == 0:
+    if math.isnan(first) or first == late == 0:
         return math.nan
     return math.inf if late == 0 else first / late

@@ -51,9 +51,9 @@ def bootstrap_ci(values: ArrayLike, *, seed: int = 0) -> Interval:
     values = np.asarray(values, dtype=np.float64)
     if values.size < 2 or np.isnan(values).any():
         return Interval()
-    if np.ptp(values) == 0:
-        # every resample is the same, and BCa divides by the spread
-        return Interval(float(values[0]), float(values[0]))
+    if nonzero(np.ptp(values)).size == 0:
+        # every resample is the same, but for rounding, and BCa divides by the spread
+        return Interval(float(values.min()), float(values.max()))
     from scipy.stats import bootstrap
 
     found = bootstrap(
@@ -96,10 +96,8 @@ def wilcoxon_signed_rank(differences: ArrayLike) -> float:
     informative = nonzero(differences)
     if np.size(differences) == 0 or np.isnan(informative).any():
         return math.nan
-    if informative.size == 0:
-        return 1.0
     # midranks are multiples of one half: doubled, they are whole numbers that can index the distribution of W
-    ranks = np.rint(2 * rankdata(np.abs(informative))).astype(int)
+    ranks = (2 * rankdata(np.abs(informative))).astype(int)
     distribution = np.ones(1)
     for rank in ranks:
         distribution = (np.pad(distribution, (0, rank)) + np.pad(distribution, (rank, 0))) / 2

@@ -130,7 +130,8 @@ def _recurring(section: Section, rows: Sequence[StrategyRow], unit: Unit) -> lis
 
     note = f"{unit.name.lower()} over all domains, mean over the last fifth of the experiences"
     law = (
-        "b of the power law value ~ lag^-b, lag in experiences since a domain was last practised; larger forgets faster"
+        f"b of the power law value ~ lag^{'-' if unit.higher_is_better else ''}b, lag in experiences since a domain "
+        "was last practised; larger forgets faster"
     )
     return [
         Column("late_average", "Late average", note, unit, of_all(metrics.late_average)),

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from cl.buffers.base import Buffer, make_buffer, stored_rows
 from cl.core import Batch, TensorData, UserError
 
-POLICIES = ["reservoir", "class_balanced", "experience_balanced", "ring"]
+POLICIES = ["reservoir", "class_balanced", "experience_balanced", "ring", "fifo"]
 SHAPES = [(), (3,), (8,), (1, 4, 4), (2, 3, 5)]
 
 
@@ -58,7 +58,7 @@ def test_holds_distinct_rows_as_they_were_and_never_too_many(policy, capacity, b
     assert torch.equal(
         buffer.take("extra", torch.arange(len(buffer))), held.inputs.view(len(held), -1).double().sum(1, keepdim=True)
     )
-    assert len(buffer) == min(capacity, len(offered)) or policy != "reservoir"
+    assert len(buffer) == min(capacity, len(offered)) or policy not in ("reservoir", "fifo")
     assert buffer.seen == len(offered)
 
 
@@ -71,11 +71,13 @@ def test_a_batch_larger_than_the_capacity(policy):
         assert len(contents(buffer).sample_ids.unique()) == len(buffer)
 
 
+@pytest.mark.parametrize("capacity", [20, 10], ids=["all taken", "some taken"])
 @pytest.mark.parametrize("policy", POLICIES)
-def test_rows_are_detached_copies(policy):
-    buffer, generator = make_buffer(policy, 20), torch.Generator().manual_seed(0)
+def test_rows_are_detached_copies(policy, capacity):
+    buffer, generator = make_buffer(policy, capacity), torch.Generator().manual_seed(0)
     rows = batch_of(0, [0, 1] * 8, dtype=torch.float32)
-    logits = torch.ones(16, 4, requires_grad=True) * 2
+    # three: what fills whole words is copied as such, which has no gradient
+    logits = torch.ones(16, 3, requires_grad=True) * 2
     buffer.add(rows, generator, logits=logits)
     before = {name: column.clone() for name, column in buffer.columns.items()}
     rows.raw.zero_()
@@ -86,7 +88,7 @@ def test_rows_are_detached_copies(policy):
     assert torch.equal(buffer.columns["raw"], before["raw"])
 
 
-@pytest.mark.parametrize("policy", [*POLICIES, "fifo"])
+@pytest.mark.parametrize("policy", POLICIES)
 def test_parts_of_wider_rows_are_held_as_they_are(policy):
     """Eight bytes that do not begin at a whole word once could not be written."""
     buffer, generator = make_buffer(policy, 10), torch.Generator().manual_seed(0)
@@ -137,8 +139,9 @@ def test_the_task_of_a_row_stays_with_it():
 
 
 def test_wrong_requests_are_named():
-    with pytest.raises(UserError, match="buffer capacity is 0; it must be an integer of at least 1"):
-        make_buffer("reservoir", 0)
+    for capacity in (0, True, 2.0):
+        with pytest.raises(UserError, match=f"buffer capacity is {capacity}; it must be an integer of at least 1"):
+            make_buffer("reservoir", capacity)
     with pytest.raises(UserError, match="buffer policy is 'base'; the policies are class_balanced, "):
         make_buffer("base", 1)
     text = batch_of(0, [0, 1])

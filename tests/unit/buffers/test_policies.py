@@ -136,6 +136,17 @@ def test_ring_is_first_in_first_out_within_a_class(share, num_classes, stream, b
         assert sorted(held) == sorted(number for queue in model.values() for number in queue)
 
 
+@settings(max_examples=60, deadline=None)
+@given(capacity=st.integers(1, 12), sizes=st.lists(st.integers(1, 30), min_size=1, max_size=6))
+def test_fifo_holds_the_newest_rows(capacity, sizes):
+    buffer, seen = make_buffer("fifo", capacity), 0
+    for size in sizes:
+        buffer.add(offered(list(range(seen, seen + size)), [0] * size), torch.Generator())
+        seen += size
+        held = buffer.columns["sample_ids"][: len(buffer)].tolist()
+        assert sorted(held) == list(range(max(0, seen - capacity), seen))
+
+
 def test_a_shrinking_ring_gives_up_its_oldest_rows():
     buffer, generator = make_buffer("ring", 6), torch.Generator().manual_seed(0)
     buffer.add(offered(list(range(10)), [0] * 10), generator)

@@ -39,6 +39,27 @@ def test_bootstrap_against_a_plain_loop():
     assert interval == pytest.approx(np.percentile(resampled, [2.5, 97.5]), abs=0.02)
 
 
+@pytest.mark.parametrize(
+    ("scores", "bounds"),
+    [
+        # of two runs a resample is either one twice or both: the mean is 0.2, 0.4 or 0.6
+        ({"digits": [0.2, 0.6]}, (0.2, 0.6)),
+        ({"digits": [0.5], "mnist": [0.2, 0.6, 0.7]}, (math.nan, math.nan)),
+        ({"digits": [0.5, 0.5], "mnist": [0.7, 0.7, 0.7]}, ((0.5 + 0.7 + 0.7) / 3,) * 2),
+    ],
+    ids=["two runs", "a stream with one run", "streams of unlike length"],
+)
+def test_interval_of_few_runs(scores, bounds):
+    _, interval = interquartile_mean(scores)
+    assert interval == pytest.approx(bounds, nan_ok=True)
+
+
+def test_iqm_interval_is_deterministic_and_follows_its_seed():
+    scores = {"digits": np.random.default_rng(0).uniform(size=10)}
+    assert interquartile_mean(scores) == interquartile_mean(scores)
+    assert interquartile_mean(scores)[1] != interquartile_mean(scores, seed=1)[1]
+
+
 def test_iqm_edges():
     iqm, interval = interquartile_mean({"digits": [0.5], "mnist": [0.7]})
     assert iqm == pytest.approx(0.6)

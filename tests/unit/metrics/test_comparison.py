@@ -23,6 +23,12 @@ def test_description_of_each_strategy():
     assert math.isnan(row.difference)
 
 
+@pytest.mark.parametrize(("values", "sd"), [([0.5], math.nan), ([0.2, 0.6], 0.4 / math.sqrt(2)), ([0.5, 0.5], 0.0)])
+def test_spread_of_few_runs(values, sd):
+    (row,) = compare({"naive": dict(enumerate(values))})
+    assert row.sd == pytest.approx(sd, nan_ok=True)
+
+
 def test_ten_seeds_three_rivals():
     noise = {seed: value + (0.01 if seed % 2 else -0.0101) for seed, value in NAIVE.items()}
     rows = compare({"replay": shifted(0.5), "naive": NAIVE, "noise": noise, "worse": shifted(-0.1)}, "naive")
@@ -51,11 +57,11 @@ def test_pairing_ignores_the_spread_between_seeds():
 
 
 def test_missing_runs_and_undefined_values_leave_the_pairing_and_are_reported():
-    values = {"naive": NAIVE, "replay": {**shifted(0.5, range(7)), 3: math.nan, 12: 0.9}}
+    values = {"naive": NAIVE, "replay": {**shifted(0.5, range(7)), 3: math.nan, 40: 0.9}}
     _, row = compare(values, "naive")
     assert row.num_seeds == 7
     assert row.num_pairs == 6
-    assert row.unpaired_seeds == (3, 7, 8, 9, 12)
+    assert row.unpaired_seeds == (3, 7, 8, 9, 40)
     assert row.p_value == 2 / 64
 
 

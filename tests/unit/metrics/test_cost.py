@@ -16,4 +16,5 @@ def test_losses_are_better_when_lower():
 
 def test_ties_share_the_front_and_the_unknown_stays_off():
     assert pareto_front({"a": (0.5, 1.0), "b": (0.5, 1.0), "c": (math.nan, 0.1), "d": (0.9, math.nan)}) == ["a", "b"]
+    assert pareto_front({"worse": (0.4, 1.0), "best": (0.5, 1.0), "dearer": (0.5, 2.0)}) == ["best"]
     assert pareto_front({}) == []

@@ -5,6 +5,7 @@ import math
 import pytest
 
 from cl.metrics import EvalTable, forward_facilitation, steps_to_reach
+from cl.metrics.facilitation import period_of
 
 # evaluated every 10 steps; experiences of 40 steps; experience 3 teaches domain 0 again
 COURSES = [
@@ -51,6 +52,34 @@ def test_one_evaluation_in_each_experience():
     unknown = EvalTable.from_rows(R[:3], within=once[1:])
     assert steps_to_reach(unknown, 0.8) == {}
     assert math.isnan(forward_facilitation(unknown, 0.8))
+
+
+@pytest.mark.parametrize(
+    ("within", "period"),
+    [
+        # the first experience was shorter than the time between two evaluations
+        ([(1, 40, 1, 0.5), (1, 50, 1, 0.6), (1, 70, 1, 0.7), (2, 80, 2, 0.5)], 10),
+        ([(1, 40, 1, 0.5), (2, 80, 2, 0.5)], 0),
+        ([], 0),
+    ],
+)
+def test_the_period_where_the_first_experience_does_not_say_it(within, period):
+    table = EvalTable.from_rows(R[:3], within=within)
+    assert period_of(table) == period
+    assert steps_to_reach(table, 0.5) == ({1: 10.0, 2: 10.0} if period else {})
+    assert math.isnan(forward_facilitation(table, 0.5))
+    assert period_of(table.upto(0)) == 0
+
+
+def test_the_first_must_have_learnt_it_for_others_to_be_compared():
+    table = EvalTable.from_rows([[0.5, 0.1], [0.5, 0.9]], within=[(0, 10, 0, 0.4), (1, 30, 1, 0.9)])
+    assert steps_to_reach(table, 0.8) == {0: math.inf, 1: 10.0}
+    assert math.isnan(forward_facilitation(table, 0.8))
+
+
+def test_an_experience_that_teaches_several_has_no_domain_of_its_own():
+    table = EvalTable.from_rows(R[:2], trained=[0, -1], practises=[[0], [1, 2]], within=COURSES[:9])
+    assert steps_to_reach(table, 0.8) == {0: 30.0}
 
 
 def test_losses_are_reached_from_above():

@@ -196,6 +196,8 @@ def test_diaz_rodriguez_by_hand():
             "fwt": (0.20 + 0.10 + 0.30) / 3,
         }
     )
+    better = diaz_rodriguez(EvalTable.from_rows([[0.5, 0.25], [0.75, 1.0]]))
+    assert (better["bwt"], better["bwt_plus"], better["rem"]) == (0.25, 0.25, 1.0)
     assert math.isnan(diaz_rodriguez(ONE)["rem"])
     with pytest.raises(ValueError, match="defined for accuracies"):
         diaz_rodriguez(LOSS)

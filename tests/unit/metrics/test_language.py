@@ -27,6 +27,7 @@ TABLE = EvalTable.from_rows(
 )
 
 
+@pytest.mark.filterwarnings("error")
 def test_perplexity_averages_in_nats():
     assert perplexity([math.log(2), math.log(8)]) == pytest.approx(4)
     assert perplexity([math.log(2), math.log(8)], num_tokens=[3, 1]) == pytest.approx(2 * math.sqrt(2))

@@ -50,11 +50,12 @@ def test_none_nan_and_infinity_are_not_evaluated():
 
 def test_the_table_is_read_only_and_leaves_its_input_alone():
     rows = np.array([[0.9, 0.1], [0.7, 0.8]])
-    table = EvalTable.from_rows(rows)
+    table = EvalTable.from_rows(rows, practises=[[0], [0, 1]])
     rows[0, 0] = 0.0
     assert table.R[0, 0] == 0.9
-    with pytest.raises(ValueError, match="read-only"):
-        table.R[0, 0] = 0.0
+    for array in (table.R, table.R_init, table.taught, table.practised):
+        with pytest.raises(ValueError, match="read-only"):
+            array.flat[0] = 0
 
 
 def test_result_round_trip_through_json():
@@ -99,6 +100,9 @@ def test_result_of_an_interrupted_run_is_cut_to_its_rows():
 def test_result_without_domains_takes_every_experience_for_one():
     table = EvalTable.from_result({"R": [[0.9, 0.1]], "experiences": ["a", "b"]})
     assert (table.trained, table.domains) == ((0,), ("a", "b"))
+    backwards = EvalTable.from_result({"R": [[0.1, 0.9], [0.8, 0.7]], "experiences": ["a", "b"], "trained": [1, 0]})
+    assert backwards.learned.tolist() == [0.8, 0.9]
+    assert EvalTable.from_result({"R": [[0.9, 0.1], [0.7, 0.8]]}).learned.tolist() == [0.9, 0.8]
 
 
 def test_upto_is_the_table_of_that_moment():
@@ -141,7 +145,8 @@ def test_direction_of_the_measure():
         ({"R": []}, "R has no columns"),
         ({"R": [[0.9, 0.1]]}, "R has 1 rows and 2 columns; `trained` must say which domain each row teaches"),
         ({"R": [[90.0]]}, r"accuracy 90 is impossible; accuracies are fractions in \[0, 1\]"),
-        ({"R": [[0.9]], "R_init": [-0.1]}, r"accuracy -0.1 is impossible"),
+        ({"R": [[1.001]]}, "accuracy 1.001 is impossible"),
+        ({"R": [[0.9]], "R_init": [-0.001]}, "accuracy -0.001 is impossible"),
         ({"R": [[0.9]], "R_init": [0.1, 0.1]}, "R_init has 2 entries; expected 1, one per column of R"),
         ({"R": [[0.9]], "trained": [0, 0]}, "trained has 2 entries; expected 1, one per row of R"),
         ({"R": [[0.9]], "trained": [1]}, "trained points at domain 1; there are 1, counted from 0"),

@@ -59,6 +59,14 @@ def test_only_where_domains_come_back(make_result, tmp_path):
     assert not {column.key for column in straight.more} & {"late_average", "retention_exponent"}
 
 
+@pytest.mark.parametrize(("measure", "law", "sign"), [("accuracy", "~ lag^-b,", 1), ("loss", "~ lag^b,", -1)])
+def test_the_exponent_is_that_of_the_law_beside_it(make_result, measure, law, sign):
+    made = view_of([make_result("naive", 0, ROWS, measure=measure, **SCOLE)])
+    (column,) = (column for column in made.more if column.key == "retention_exponent")
+    assert law in column.note
+    assert column.get("naive").mean == pytest.approx(sign * made.find("naive").revisit.law.exponent)
+
+
 def test_page_and_table_hold_the_points(make_result, tmp_path):
     runs = [make_result(name, 0, ROWS, **SCOLE) for name in ("naive", "<b>")]
     text = page([view_of(runs)], "t")

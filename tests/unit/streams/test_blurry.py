@@ -35,6 +35,31 @@ def test_the_ramp_is_linear():
     assert 60 < z[:width].square().sum() < 150
 
 
+def test_the_narrowest_ramp_has_a_quarter_on_either_side():
+    """Two places, at which a row is of the new experience with probability 1/4 and 3/4."""
+    early = sum(int(gradual([2, 2], 1.0, seed)[0][1] >= 2) for seed in range(800))
+    assert abs(early - 200) < 5 * (800 * 0.25 * 0.75) ** 0.5
+
+
+@pytest.mark.parametrize("sizes", [[20, 200], [200, 20]])
+def test_the_smaller_neighbour_decides_the_width(sizes):
+    left, right = gradual(sizes, 1.0, seed=0)
+    assert (left[:-10] < sizes[0]).all() and (right[10:] >= sizes[0]).all()
+
+
+@pytest.mark.parametrize(("blur", "given"), [(0.4, 6), (1.0, 15), (0.01, 1)])
+def test_mixed_gives_as_many_to_each_of_the_others(blur, given):
+    for k, places in enumerate(mixed([30, 30, 30], blur, seed=0)):
+        expected = [given] * 3
+        expected[k] = 30 - 2 * given
+        assert (places // 30).bincount(minlength=3).tolist() == expected
+
+
+def test_two_experiences_are_enough():
+    stream = blurry(permuted("digits", 2))
+    assert (stream.info.name, len(stream.experiences)) == ("gradual_permuted_digits", 2)
+
+
 def test_rows_far_from_a_boundary_stay():
     left, right = gradual([200, 200], 0.2, seed=0)
     assert (left[:180] < 200).all()

@@ -28,6 +28,8 @@ def test_published_schedules():
     for t, total in PUBLISHED_TOTALS.items():
         # the closed form fits the code's list within 0.024 %
         assert totals[t].item() == pytest.approx(total, rel=2.4e-4)
+    # 1.1, 1.2 and 1.3 to the power of -5.6: 0.586, 0.360 and 0.230, to whole rows
+    assert counts("power_law_unrestricted", 4, 100)[:, 3].tolist() == [23, 36, 59, 100]
 
 
 @pytest.mark.parametrize("kind", SHAPES)
@@ -172,6 +174,8 @@ WRONG = [
     ({"offset": 0}, "stream.offset is 0; it must be a finite number above 0"),
     ({"scale": 0, "kind": "exponential"}, "stream.scale is 0; it must be a finite number above 0"),
     ({"exponent": 1, "kind": "uniform"}, "stream.exponent is 1, which kind uniform does not have; it has no parameter"),
+    ({"scale": 1}, "stream.scale is 1, which kind power_law does not have; it has exponent, offset"),
+    ({"ratio": True}, "stream.ratio is True; it must be above 0 and at most 1"),
     ({"kind": "cubic"}, "stream.kind is 'cubic'; it must be one of power_law, lag_power"),
     ({"num_rows": 2000}, "stream.num_rows is 2000; the smallest experience of the base has 1437 rows"),
     ({"num_rows": 0}, "stream.num_rows is 0; it must be an integer of at least 1"),
