@@ -73,8 +73,9 @@ def main(words: list[str]) -> int:
     # argparse wants flags and overrides unmixed
     settings = [word for word in words if "=" in word and not word.startswith("-")]
     logs = [] if any("hydra/job_logging=" in word for word in settings) else ["hydra/job_logging=own"]
-    sys.argv = ["cl run", *(word for word in words if word not in settings), *open_signatures(settings), *logs]
-    _check_flags(sys.argv[1:])
+    flags = [word for word in words if word not in settings]
+    _check_flags(flags)
+    sys.argv = ["cl run", *flags, *open_signatures(settings), *logs]
     try:
         with one_sentence():
             _app()

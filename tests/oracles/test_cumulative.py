@@ -46,7 +46,7 @@ def test_nothing_seen_is_ever_out_of_practice(lab, make, practised):
     _, trainer = lab.run([Cumulative()], make(), max_steps=1, epochs=None)
     assert trainer.ledger.result.practises == practised
     curve = revisit_curve(EvalTable.from_result(vars(trainer.ledger.result)))
-    assert (curve.lag.tolist(), curve.count.tolist()) == ([0], [sum(map(len, practised))])
+    assert (curve.lag.tolist(), curve.num_pairs.tolist()) == ([0], [sum(map(len, practised))])
 
 
 def test_every_row_is_trained_on_once_per_epoch(lab):

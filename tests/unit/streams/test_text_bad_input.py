@@ -83,7 +83,7 @@ BAD = [
 def test_bad_requests_are_one_sentence(text_root, options, words):
     (text_root / "empty.jsonl").write_text('{"text": ""}\n')
     (text_root / "broken.jsonl").write_text('{"text": "a"\nnot json\n')
-    (text_root / "latin.txt").write_bytes("na\u00efve".encode("latin1"))
+    (text_root / "latin.txt").write_bytes("r\u00e9sum\u00e9".encode("latin1"))
     (text_root / "plain.txt.gz").write_text("text")
     (text_root / "nothing.jsonl").write_text("")
     arguments = {"domains": [NEWS_DOMAIN, CODE_DOMAIN], "root": str(text_root), "context": CONTEXT} | options
