@@ -13,6 +13,8 @@ Shape legend: B rows of a batch, D inputs of a unit, O units, R directions held.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -83,12 +85,12 @@ class HeldInputs:
         self.seen = (inputs.detach(), rows_BD, outside_BD)
         inputs = _as_computed(inputs)
         width = inputs.shape[-1]
-        answer = _linear_with_traces(inputs, layer.weight, outside_BD[:, :width].view(inputs.shape).to(inputs.dtype))
+        traces = outside_BD[:, :width].view(inputs.shape).to(inputs.dtype)
         if layer.bias is None:
-            return answer
+            return _linear_with_traces(inputs, layer.weight, traces)
         # the constant input has its part outside too
-        shift = torch.outer(outside_BD[:, width], layer.bias - layer.bias.detach()).view(answer.shape)
-        return answer + (layer.bias.detach() + shift).to(answer.dtype)
+        answer = _linear_with_traces(inputs, layer.weight, traces, layer.bias.detach())
+        return _BiasWithTraces.apply(answer, layer.bias, outside_BD[:, width])
 
     # by answers
 
@@ -136,7 +138,21 @@ def _as_computed(inputs: Tensor) -> Tensor:
     return inputs.contiguous()
 
 
-def _linear_with_traces(inputs: Tensor, weight: Tensor, traces: Tensor) -> Tensor:
+class _BiasWithTraces(torch.autograd.Function):
+    """A bias that the answer holds already, and that learns from other inputs (B,) than the constant 1."""
+
+    @staticmethod
+    def forward(ctx: Any, answer: Tensor, bias: Tensor, traces_B: Tensor) -> Tensor:
+        ctx.save_for_backward(traces_B)
+        return answer.view_as(answer)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
+        (traces_B,) = ctx.saved_tensors
+        return gradient, traces_B @ gradient.flatten(0, -2).to(traces_B.dtype), None
+
+
+def _linear_with_traces(inputs: Tensor, weight: Tensor, traces: Tensor, bias: Tensor | None = None) -> Tensor:
     """A linear layer whose weights learn from other inputs than it answers.
 
     What autograd keeps of the inputs is exchanged, so that the gradient is torch's own, which is not copied again.
@@ -147,4 +163,4 @@ def _linear_with_traces(inputs: Tensor, weight: Tensor, traces: Tensor) -> Tenso
         return traces.view(kept.shape) if is_inputs else kept
 
     with torch.autograd.graph.saved_tensors_hooks(exchanged, lambda kept: kept):
-        return F.linear(inputs, weight)
+        return F.linear(inputs, weight, bias)
