@@ -4,9 +4,9 @@
         [out=benchmarks/results/projection_overhead.md]
 
 `hebbian` projects as `gpm` does, and learns the next directions besides: 70 lateral neurons a layer, one step for every
-batch, or the published five. Naive and projected steps take turns in one process, so that both see the same
-machine; the ratio is that of the means, folds included. `ranks` are the directions held in each layer; by default those
-of HLOP's first experience.
+batch, or the published five. Naive and projected steps take turns in one process, so that both see the same machine, and
+freed memory is kept, as `cl` keeps it; the ratio is that of the means, folds included. `ranks` are the directions held in
+each layer; by default those of HLOP's first experience.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import torch
 from _random_images import images, stream_of
 
 from cl.backbones.mlp import Mlp
+from cl.cli.allocation import keep_freed_memory
 from cl.config import TrainerConfig
 from cl.hooks import Strategy
 from cl.result import write_text
@@ -77,6 +78,7 @@ class Stepper:
 
 def main(words: list[str]) -> None:
     """Print a line of the table for each method."""
+    keep_freed_memory()
     options = OPTIONS | dict(word.split("=", 1) for word in words)
     ranks = [int(rank) for rank in options["ranks"].split(",")]
     methods = {
