@@ -4,9 +4,9 @@
         [out=benchmarks/results/projection_overhead.md]
 
 `hebbian` projects as `gpm` does, and learns the next directions besides: 70 lateral neurons a layer, one step for every
-batch, or the published five. Naive and projected steps take turns in one process, so that both see the same machine, and
-freed memory is kept, as `cl` keeps it; the ratio is that of the means, folds included. `ranks` are the directions held in
-each layer; by default those of HLOP's first experience.
+batch, or the published five. Naive and projected steps take turns in one process, so that both see the same machine;
+freed memory is kept, as `cl` keeps it. The ratio is that of the means, folds included. `ranks` are the directions held
+in each layer; by default those of HLOP's first experience.
 """
 
 from __future__ import annotations
