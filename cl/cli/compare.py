@@ -29,7 +29,7 @@ from cl.cli import build
 from cl.cli.compose import composed, import_from_here, node_name, plain, seeded
 from cl.cli.console import Pulse, progress_bars, progress_line
 from cl.cli.execute import execute
-from cl.cli.folder import RESULT, check_writable, is_begun, is_done
+from cl.cli.folder import RESULT, check_writable, is_done, make_ready
 from cl.cli.pool import Job, run_jobs
 from cl.core import StreamInfo, UserError
 
@@ -243,7 +243,7 @@ def run_one(send: Callable[[Mapping[str, Any]], None], config: dict[str, Any], f
     run_dir = Path(folder)
     import_from_here()
     result = execute(
-        config, run_dir, resume=is_begun(run_dir), observers=[Pulse(send)], suite=suite, say=lambda sentence: None
+        config, run_dir, resume=make_ready(run_dir), observers=[Pulse(send)], suite=suite, say=lambda sentence: None
     )
     if result.status != "done":
         send({"error": f"{result.status}; the same command goes on with it"})

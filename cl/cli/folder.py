@@ -47,8 +47,12 @@ def saved_config(run_dir: Path) -> dict:
 
 def is_over(run_dir: Path, result: Result) -> bool:
     """Whether nothing is left to do; a run that was killed after its last result has yet to tell its trackers."""
-    can_resume = any((run_dir / "checkpoints").glob("step-*.pt"))
-    return result.status == "done" and (has_ended(run_dir) or not can_resume)
+    return result.status == "done" and (has_ended(run_dir) or not has_checkpoint(run_dir))
+
+
+def has_checkpoint(run_dir: Path) -> bool:
+    """Whether there is something to go on from."""
+    return any((run_dir / "checkpoints").glob("step-*.pt"))
 
 
 def is_done(folder: Path, config: Mapping[str, Any]) -> bool:
@@ -67,10 +71,14 @@ def is_done(folder: Path, config: Mapping[str, Any]) -> bool:
         raise UserError(f"{error}; delete it, and the same command goes on with that run from its checkpoint") from None
 
 
-def is_begun(run_dir: Path) -> bool:
-    """Whether an unfinished run of a comparison goes on from a checkpoint; what it left without one is taken away."""
+def make_ready(run_dir: Path) -> bool:
+    """Make a folder ready for an unfinished run of a comparison: a result without a checkpoint is taken away.
+
+    Returns:
+        whether the run goes on from a checkpoint.
+    """
     lock.require_free(run_dir)
-    if any((run_dir / "checkpoints").glob("step-*.pt")):
+    if has_checkpoint(run_dir):
         return True
     (run_dir / RESULT).unlink(missing_ok=True)
     return False

@@ -35,7 +35,7 @@ from cl import distributed
 from cl.cli.compose import check_folders, composed, import_from_here, one_sentence, open_signatures, plain
 from cl.cli.console import Pulse, matrix_table, matrix_title, metrics_line, progress_bars, progress_line, ui_command
 from cl.cli.execute import execute
-from cl.cli.folder import is_begun, is_done, remove_if_empty
+from cl.cli.folder import is_done, make_ready, remove_if_empty
 from cl.core import UserError
 from cl.result import Result
 
@@ -107,7 +107,7 @@ def _run(config: dict[str, Any], run_dir: Path) -> Result:
     if run_dir.is_relative_to(Path.cwd()):
         run_dir = run_dir.relative_to(Path.cwd())
     is_first, is_compared = distributed.rank() == 0, bool(config.get("suite"))
-    goes_on = is_first and is_compared and not is_done(run_dir, config) and is_begun(run_dir)
+    goes_on = is_first and is_compared and not is_done(run_dir, config) and make_ready(run_dir)
     return run_with_progress(config, run_dir, resume=distributed.agreed(goes_on))
 
 

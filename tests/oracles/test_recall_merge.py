@@ -15,8 +15,9 @@ from cl.testing import ToyNet
 from strategies.recall_merge import RecallMerge, centres, distances, similarity
 
 
-def watched(lab, setting=Setting.DOMAIN_INCREMENTAL, **options):
-    """Weights before and after each end of an experience, the typical rows, and the strategy."""
+def watched(lab, setting=Setting.DOMAIN_INCREMENTAL, read=None, backbone=None, **options):
+    """Weights (or what `read` takes of the model) before and after each end of an experience, the typical rows, and the
+    run."""
     before, after, typical = [], [], []
     recall = RecallMerge(clusters=12, num_rows=80, **options)
     found = recall._typical
@@ -28,9 +29,10 @@ def watched(lab, setting=Setting.DOMAIN_INCREMENTAL, **options):
             self.name, self.kept = name, kept
 
         def on_experience_end(self, state):
-            self.kept.append(lab.weights(state.model))
+            self.kept.append((read or lab.weights)(state.model))
 
-    recorder, trainer = lab.run([Keeper("before", before), recall, Keeper("after", after)], setting, epochs=2)
+    more = {} if backbone is None else {"backbone": backbone}
+    recorder, trainer = lab.run([Keeper("before", before), recall, Keeper("after", after)], setting, epochs=2, **more)
     return before, after, typical, recorder, trainer
 
 
@@ -93,20 +95,11 @@ class Deep(ToyNet):
 
 def test_every_stage_has_shares_of_its_own(lab):
     """And running statistics are averaged with the stage that they belong to; counts are those of the new model."""
-    before, after, typical = [], [], []
-    recall = RecallMerge(0.2, clusters=12, num_rows=80)
-    found = recall._typical
-    recall._typical = lambda state: typical.append(found(state)) or typical[-1]
 
-    class Keeper(lab.Recorder):
-        def __init__(self, name, kept):
-            super().__init__()
-            self.name, self.kept = name, kept
+    def everything(model):
+        return {name: value.clone() for name, value in model.state_dict().items()}
 
-        def on_experience_end(self, state):
-            self.kept.append({name: value.clone() for name, value in state.model.state_dict().items()})
-
-    lab.run([Keeper("before", before), recall, Keeper("after", after)], backbone=Deep, epochs=2)
+    before, after, typical, _, _ = watched(lab, read=everything, backbone=Deep, temperature=0.2)
     for t in (1, 2):
         x, shares = typical[t - 1].inputs.flatten(1), []
         seen = []
