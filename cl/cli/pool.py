@@ -11,6 +11,7 @@ import os
 import signal
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from typing import Any
@@ -76,31 +77,56 @@ def _work(channel: Connection, job: Job) -> None:
 
 def run_jobs(
     jobs: Iterable[Job], num_workers: int, on_message: Callable[[str, Mapping[str, Any]], None]
-) -> Iterable[Ending]:
+) -> Iterator[Ending]:
     """Run all jobs, at most `num_workers` at a time; yield each as it ends, in the order in which they end.
 
-    A job that raises ends with its sentence; one that is killed ends with the signal's number.
+    A job that raises ends with its sentence; one that is killed ends with the signal's number. Ctrl-C tells the running
+    ones to end, and is raised when they have; a second one does not wait for what they may still have to write.
     """
     os.environ.update(THREADS)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     waiting, running = deque(jobs), {}
+
+    def end_all() -> None:
+        for left in running.values():
+            left.process.terminate()
+
     try:
-        while waiting or running:
-            while waiting and len(running) < num_workers:
-                started = _start(context, waiting.popleft())
-                running[started.channel] = started
-            yield from _ended(running, on_message)
-    except KeyboardInterrupt:
-        # the jobs may still have to write what they know; a second Ctrl-C does not wait for it
-        for left in running.values():
-            left.process.terminate()
-        while running:
-            yield from _ended(running, on_message)
-        raise
+        with _interruption(end_all) as is_interrupted:
+            while running or (waiting and not is_interrupted()):
+                while waiting and len(running) < num_workers and not is_interrupted():
+                    started = _start(context, waiting.popleft())
+                    running[started.channel] = started
+                    if is_interrupted():  # while it started
+                        started.process.terminate()
+                yield from _ended(running, on_message)
+            if is_interrupted():
+                raise KeyboardInterrupt
     finally:
-        for left in running.values():
-            left.process.terminate()
+        end_all()
+
+
+@contextmanager
+def _interruption(act: Callable[[], None]) -> Iterator[Callable[[], bool]]:
+    """Let the first Ctrl-C call `act` and be remembered, wherever it comes; raised there, it could split a message."""
+    before = signal.getsignal(signal.SIGINT)
+    pressed = False
+
+    def handler(number: int, frame: Any) -> None:
+        nonlocal pressed
+        signal.signal(signal.SIGINT, before)
+        pressed = True
+        act()
+
+    if before is not signal.default_int_handler:  # ignored, as in a shell's background, or somebody else's
+        yield lambda: False
+        return
+    signal.signal(signal.SIGINT, handler)
+    try:
+        yield lambda: pressed
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _ended(
