@@ -130,7 +130,7 @@ def environment() -> dict[str, Any]:
 def _versions() -> dict[str, str]:
     """Looked for once a process: they are read from files."""
     versions = {}
-    for name in ("cl-lab", "torch", "torchvision", "avalanche-lib", "mlflow", "hydra-core", "triton", "numpy"):
+    for name in ("cl-lab", "torch", "torchvision", "avalanche-lib", "mlflow", "hydra-core", "triton", "numba", "numpy"):
         try:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:

@@ -22,7 +22,7 @@ Check = tuple[str, str, str]
 """(status, what was looked at, what was found); status is "ok", "absent" (optional) or "broken"."""
 
 NEEDED = ("torch", "numpy", "scipy", "scikit-learn", "matplotlib", "rich", "hydra-core", "mlflow")
-OPTIONAL = ("torchvision", "avalanche-lib", "datasets", "peft", "transformers", "triton")
+OPTIONAL = ("torchvision", "avalanche-lib", "datasets", "peft", "transformers", "triton", "numba")
 
 
 def main(words: list[str]) -> int:

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-BACKENDS: Final = ("auto", "reference", "chunked", "triton")
+BACKENDS: Final = ("auto", "reference", "chunked", "numba", "triton")
 CPU_CHUNK: Final = 32
 TRITON_CHUNKS: Final = (16, 32, 64)
-# looked up, not imported: a CPU user never pays for triton
+# looked up, not imported: a CPU user never pays for triton, nor anybody for a loop that is not run
 HAS_TRITON: Final = importlib.util.find_spec("triton") is not None
+HAS_NUMBA: Final = importlib.util.find_spec("numba") is not None
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -50,6 +51,8 @@ def choose(
     triton_chunk: int = 64,
     any_chunk: bool = False,
     is_traced: bool = False,
+    has_numba: bool = False,
+    is_wide: bool = False,
 ) -> Decision:
     """Decide the backend of one call; an explicit choice is never replaced by another.
 
@@ -64,10 +67,12 @@ def choose(
         any_chunk: the op takes any length of a chunk on a CPU.
         is_traced: autograd goes through the chunked backend. In forward mode torch takes what has a backward by hand
             for a constant, without a word.
+        has_numba: the op has loops compiled for a CPU.
+        is_wide: so much happens in a step that torch's products are worth their calls: "auto" takes them.
 
     Raises:
-        ValueError: unknown backend or chunk, an explicit "triton" that cannot run, or forward-mode derivatives of what
-            has none.
+        ValueError: unknown backend or chunk, an explicit "triton" or "numba" that cannot run, or forward-mode
+            derivatives of what has none.
     """
     wish = os.environ.get("KERNELS_BACKEND", "auto") if backend == "auto" else backend
     if wish not in BACKENDS:
@@ -89,6 +94,12 @@ def choose(
             raise ValueError(f"{op}: backend 'triton' {obstacle}; use backend='chunked'")
         why = "asked for" if wish == "triton" else "CUDA tensors and shapes are supported"
         return Decision(op, "triton", triton_chunk if chunk is None else chunk, why)
+    missing = _numba_obstacle(tensor, has_numba)
+    if wish == "numba" and missing is not None:
+        raise ValueError(f"{op}: backend 'numba' {missing}; use backend='chunked'")
+    if wish == "numba" or (wish == "auto" and missing is None and not is_wide):
+        why = "asked for" if wish == "numba" else "CPU tensors, and the steps are small"
+        return Decision(op, "numba", _cpu_chunk(chunk, length), why)
     why = "asked for" if wish == "chunked" else f"backend 'triton' {obstacle or 'is only automatic on CUDA'}"
     return Decision(op, "chunked", _cpu_chunk(chunk, length), why)
 
@@ -121,6 +132,14 @@ def _triton_obstacle(tensor: Tensor, chunk: int | None) -> str | None:
     if chunk is not None and chunk not in TRITON_CHUNKS:
         return f"has chunks {', '.join(map(str, TRITON_CHUNKS))}, got {chunk}"
     return None
+
+
+def _numba_obstacle(tensor: Tensor, has_numba: bool) -> str | None:
+    if not has_numba:
+        return "has no loops of this op"
+    if not HAS_NUMBA:
+        return "needs the package numba, which is not installed"
+    return None if tensor.device.type == "cpu" else f"needs CPU tensors, got {tensor.device.type}"
 
 
 def too_many(what: str, number: int, tile: int) -> str | None:

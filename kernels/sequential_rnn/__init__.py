@@ -1,6 +1,7 @@
 """Nonlinear recurrences that must run in order: GRU, LSTM, sLSTM with a matrix per head, and the M2RNN."""
 
 from dataclasses import replace
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -23,6 +24,8 @@ __all__ = ["m2rnn", "sequential_rnn"]
 OP = "sequential_rnn"
 # widest head whose recurrent matrices Triton keeps next to the state
 MOST_D = {torch.float32: 64, torch.float16: 128, torch.bfloat16: 128}
+# numbers of a head's state in all sequences: beyond, one product for all is faster on a CPU than a loop for each
+WIDE = 2048
 
 
 def _plan(
@@ -53,8 +56,10 @@ def _plan(
     require_reset(OP, reset, x)
     most = MOST_D.get(x.dtype, 0)
     refusal = f"needs D <= {most} in {str(x.dtype).removeprefix('torch.')}, got {width}" if width > most else None
-    refusal = refusal or too_many("sequences", x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1, 16)
-    decision = choose(OP, backend, x, refusal=refusal)
+    sequences = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    refusal = refusal or too_many("sequences", sequences, 16)
+    is_wide = sequences * width > WIDE
+    decision = choose(OP, backend, x, refusal=refusal, has_numba=True, is_wide=is_wide)
     return replace(decision, chunk=0)
 
 
@@ -91,7 +96,8 @@ def sequential_rnn(
             empty memory, whatever m says; per sequence when packed; zeros when None.
         reset: bool [B, T], True where the state is forgotten before the token is read.
         cu_seqlens: offsets [S + 1] of sequences packed into one row (B == 1); empty sequences are allowed.
-        backend: "auto", "reference", "chunked" (the fused loop in torch) or "triton" (D <= 128, in float32 <= 64).
+        backend: "auto", "reference", "chunked" (the fused loop in torch), "numba" (compiled for a CPU, the automatic
+            one there up to 2048 numbers of a head in all sequences) or "triton" (D <= 128, in float32 <= 64).
 
     Returns:
         h: [B, T, H, D] in the dtype of `x`; computed and kept in float32.
@@ -128,9 +134,7 @@ def sequential_rnn(
 def _engine(backend: str) -> Any:
     if backend == "chunked":
         return chunked
-    from kernels.sequential_rnn import triton
-
-    return triton
+    return import_module(f"kernels.sequential_rnn.{backend}")
 
 
 @torch.library.custom_op("cl_kernels::sequential_rnn", mutates_args=())

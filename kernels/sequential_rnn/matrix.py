@@ -1,5 +1,6 @@
 """The M2RNN: a nonlinear recurrence whose state is a matrix per head."""
 
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -63,7 +64,7 @@ def _plan(
     require_reset(OP, reset, q)
     require_numbers(OP, above_zero=True, clip=clip)
     refusal = f"needs V <= {MOST_V}, got {values} (or more heads)" if values > MOST_V else None
-    decision = choose(OP, backend, v, chunk=chunk, length=q.shape[1], refusal=refusal, triton_chunk=32)
+    decision = choose(OP, backend, v, chunk=chunk, length=q.shape[1], refusal=refusal, triton_chunk=32, has_numba=True)
     if clip is not None and decision.backend == "reference":
         raise ValueError(f"{OP}: clip changes the gradient, the reference has autograd's; use another backend")
     return decision
@@ -96,7 +97,8 @@ def m2rnn(
         clip: bound on every element of the gradient of S_t on its way back; None leaves it alone.
         chunk: steps between two kept states, a power of two; None takes the backend's own (32). Trades memory for
             nothing else: every step is computed twice whatever it is.
-        backend: "auto", "reference", "chunked" (the fused loop in torch) or "triton" (V <= 64).
+        backend: "auto", "reference", "chunked" (the fused loop in torch), "numba" (compiled for a CPU, the automatic
+            one there) or "triton" (V <= 64).
 
     Returns:
         o: [B, T, H, V] in the dtype of `v`.
@@ -142,9 +144,7 @@ def m2rnn(
 def _engine(backend: str) -> Any:
     if backend == "chunked":
         return m2rnn_chunked
-    from kernels.sequential_rnn import triton_m2rnn
-
-    return triton_m2rnn
+    return import_module(f"kernels.sequential_rnn.{backend}_m2rnn")
 
 
 @torch.library.custom_op("cl_kernels::m2rnn", mutates_args=())

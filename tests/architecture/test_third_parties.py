@@ -11,6 +11,7 @@ HOMES = {
     "mlflow": r"cl\.tracking(\..*)?",
     "avalanche": r"cl\.interop(\..*)?",
     "triton": r"kernels\.\w+\.triton\w*|kernels\.(common|aot)(\..*)?",
+    "numba": r"kernels\.\w+\.numba\w*",
     "datasets": r"streams(\..*)?",
     "torchvision": r"streams(\..*)?",
     "lm_eval": r"cl\.interop\.harness",
@@ -19,7 +20,9 @@ HOMES = {
 }
 FIRST_USE = (set(HOMES) - {"hydra", "omegaconf"}) | {"sklearn", "matplotlib"}
 """Imported inside functions, or in files that are themselves imported inside functions."""
-MAY_BE_HEAVY = r"cl\.(report|tracking|interop|cli)\.(?!main$|listing$)\w+|cl\.backbones\.hf|kernels\.\w+\.triton\w*"
+MAY_BE_HEAVY = (
+    r"cl\.(report|tracking|interop|cli)\.(?!main$|listing$)\w+|cl\.backbones\.hf|kernels\.\w+\.(triton|numba)\w*"
+)
 
 LIGHT = ("cl", "cl.cli.main", "cl.cli.listing")
 """What answers `cl --help` and `cl list` in half a second."""
@@ -35,7 +38,7 @@ class Without:
     def __getattr__(self, name):
         return getattr(self.finder, name)
     def find_spec(self, name, path=None, target=None):
-        is_absent = name.split(".")[0] in ("mlflow", "hydra", "omegaconf", "avalanche", "triton", "datasets", "peft")
+        is_absent = name.split(".")[0] in ("mlflow", "hydra", "omegaconf", "avalanche", "triton", "numba", "datasets", "peft")
         return None if is_absent else self.finder.find_spec(name, path, target)
 
 sys.meta_path[:] = [Without(finder) for finder in sys.meta_path]
@@ -98,7 +101,7 @@ def test_help_imports_nothing_heavy(root):
 
 
 def test_everything_trains_on_a_bare_box(root):
-    """The trainer, the strategies and the kernels run where mlflow, hydra, avalanche and triton are not installed."""
+    """The trainer, the strategies and the kernels run where mlflow, hydra, avalanche, triton and numba are not installed."""
     assert "trained" in python(BARE_BOX, root)
 
 

@@ -19,6 +19,8 @@ Inputs = dict[str, Tensor]
 TOLERANCE = {
     ("chunked", torch.float64): 1e-10,
     ("chunked", torch.float32): 1e-5,
+    ("numba", torch.float64): 1e-10,
+    ("numba", torch.float32): 1e-5,
     ("triton", torch.float32): 1e-5,
     ("triton", torch.float16): 2e-3,
     ("triton", torch.bfloat16): 1e-2,

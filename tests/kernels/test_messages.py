@@ -325,6 +325,7 @@ def test_explain_nonlinear_recurrences(monkeypatch):
     found = explain(newton_rnn, x, r)
     assert (found.op, found.backend, found.chunk) == ("newton_rnn", "chunked", 64)
     assert "CUDA" in found.reason
+    monkeypatch.setattr("kernels.common.dispatch.HAS_NUMBA", False)
     assert explain(sequential_rnn, x, torch.ones(3, 2, 4, 4)).as_tags()["kernel.sequential_rnn.backend"] == "chunked"
     q = torch.ones(1, 40, 2, 4)
     assert explain(m2rnn, q, q, q, q[..., 0], torch.ones(4, 4)).chunk == 32
