@@ -14,11 +14,11 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from cl.core import UserError
-from cl.distributed import optimizer_shards
 from cl.frozen import frozen_weights, unchanged
 from cl.hooks import Strategy
 from cl.ledger import Ledger
 from cl.result import replacing
+from cl.shards import optimizer_shards
 from cl.state import TrainState
 
 FORMAT = "cl-lab checkpoint 1"

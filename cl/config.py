@@ -108,8 +108,16 @@ class TrainerConfig:
 
     def torch_device(self) -> torch.device:
         if self.device == "auto":
+            if not torch.cuda.is_available():
+                return CPU
             # torchrun gives every process of a machine a number
-            return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if torch.cuda.is_available() else CPU
+            number, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+            if number >= count:
+                raise UserError(
+                    f"this machine has {count} GPUs and process {number}, counted from 0, has none; start at most "
+                    f"{count} processes here, or set trainer.device=cpu"
+                )
+            return torch.device("cuda", number)
         try:
             device = torch.device(self.device)
             torch.empty(0, device=device)

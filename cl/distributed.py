@@ -3,46 +3,43 @@
     torchrun --nproc_per_node=2 -m cl run trainer.parallel=ddp ...
 
 Every process draws the same batches, lets the strategies prepare them, and keeps its share of every part. So buffers,
-generators and data order are the same everywhere, and the run can be resumed by another number of processes. A part
-with weight a and n of whose N rows (or tokens to learn) are here gets the weight a W n / N: the mean over W processes
-of what they compute is then the loss of the whole batch, and so is its gradient.
+generators and data order are the same everywhere (torch's own generators, which dropout draws from, are each process's
+own, and checkpoints hold all of them), and the run can be resumed by another number of processes. A part with weight a
+and n of whose N rows (or tokens to learn) are here gets the weight a W n / N: the mean over W processes of what they
+compute is then the loss of the whole batch, and so is its gradient.
 """
 
 from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.optim import Optimizer
-from torch.utils._pytree import tree_map_only
 
 from cl.core import IGNORED, Batch, UserError
 
 KINDS = ("none", "ddp", "fsdp")
-BLOCKS = ("blocks", "layers", "h")
-"""Names of the lists whose modules are sharded one by one: ours, and those of transformers."""
-
-
-@runtime_checkable
-class Sharded(Protocol):
-    """A model that `World.shard` has spread, known by what it can do: to import FSDP takes a second."""
-
-    def set_requires_gradient_sync(self, requires_gradient_sync: bool) -> None: ...
-
-    def reshard(self) -> None: ...
+EXPECTED = (
+    # blocks return views of their states, which nobody changes in place
+    "FSDP2-wrapped module",
+    # of several heads a batch may use one, or all
+    "find_unused_parameters=True was specified",
+)
+"""Beginnings of what torch warns of in runs where all is well."""
 
 
 def start() -> None:
     """Meet the other processes that torchrun started; nothing where there are none."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
-        if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        # more processes than devices may train on the CPU
+        if (number := int(os.environ.get("LOCAL_RANK", "0"))) < torch.cuda.device_count():
+            torch.cuda.set_device(number)
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
 
 
@@ -116,6 +113,24 @@ class World:
         """What tells the generators of this process from those of a single one; the first has its own."""
         return (self.rank,) if self.rank else ()
 
+    @contextmanager
+    def quietly(self) -> Iterator[None]:
+        """Run inside without the warnings that belong to how these processes work together."""
+        if self.size == 1:
+            yield
+            return
+        with warnings.catch_warnings():
+            for beginning in EXPECTED:
+                warnings.filterwarnings("ignore", message=beginning)
+            yield
+
+    def every(self, value: Any) -> list[Any]:
+        """What each process has, in the order of their ranks; all must ask."""
+        found = [value] * self.size
+        if self.size > 1:
+            dist.all_gather_object(found, value)
+        return found
+
     def any(self, flag: bool) -> bool:
         """Whether it is so in any process."""
         return self.anywhere([flag])[0]
@@ -162,12 +177,15 @@ class World:
         """
         if self.size == 1:
             return batch
+        is_text = batch.targets.dim() > 1
+        learnt = (batch.targets != IGNORED).flatten(1).sum(1).tolist() if is_text else [1] * len(batch)
         parts, rows, stop = [], [], 0
-        for part, low, high, share in zip(batch.parts, *self._shares(batch), strict=True):
-            rows.append(torch.arange(low, high))
-            shown = replace(part, start=stop, stop=stop + high - low, weight=part.weight * share)
-            parts.append(replace(shown, share=share, elsewhere=len(part) - len(shown)))
-            stop = shown.stop
+        for part in batch.parts:
+            here, share = self.shown(len(part)), self._share(learnt[part.rows])
+            rows.append(torch.arange(part.start + here.start, part.start + here.stop))
+            kept = replace(part, start=stop, stop=stop + len(rows[-1]), weight=part.weight * share, share=share)
+            parts.append(replace(kept, elsewhere=len(part) - len(kept)))
+            stop = kept.stop
         own = batch[torch.cat(rows).to(batch.inputs.device)]
         own.parts = tuple(parts)
         return own
@@ -205,43 +223,10 @@ class World:
         rank = self.rank if rank is None else rank
         return num_rows * rank // self.size, num_rows * (rank + 1) // self.size
 
-    def _shares(self, batch: Batch) -> tuple[list[int], list[int], list[float]]:
-        """First and last row of each part's share, and the factor of its weight."""
-        lows, highs, weights = [], [], []
-        learnt = None if batch.targets.dim() == 1 else (batch.targets != IGNORED).flatten(1).sum(1).tolist()
-        for part in batch.parts:
-            low, high = self._bounds(len(part))
-            count, whole = high - low, len(part)
-            if learnt is not None:
-                count, whole = sum(learnt[part.start + low : part.start + high]), sum(learnt[part.rows])
-            weights.append(self.size * count / max(1, whole))
-            shown = self.shown(len(part))
-            lows.append(part.start + shown.start)
-            highs.append(part.start + shown.stop)
-        return lows, highs, weights
-
-    # the model
-
-    def shard(self, model: nn.Module) -> None:
-        """Spread the weights over the processes (FSDP2): blocks in lists one by one, and the rest together.
-
-        What is sharded by itself must be called as a whole, and by all processes alike: other lists hold heads of
-        tasks, levels inside a block, or memories that are read by parts.
-        """
-        if self.kind != "fsdp":
-            return
-        from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.fsdp import fully_shard
-
-        # blocks return views of their states, which nobody changes in place
-        warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
-        mesh = init_device_mesh(next(model.parameters()).device.type, (self.size,))
-        lists = [module for name, module in model.named_modules() if name.rpartition(".")[2] in BLOCKS]
-        # from the inside out, as FSDP wants it
-        for module in reversed(lists):
-            for block in module if isinstance(module, nn.ModuleList) else ():
-                fully_shard(block, mesh=mesh)
-        fully_shard(model, mesh=mesh)
+    def _share(self, learnt: Sequence[int]) -> float:
+        """W n / N, of N that all rows of a part have to learn and n that this process's have."""
+        low, high = self._bounds(len(learnt))
+        return self.size * sum(learnt[low:high]) / max(1, sum(learnt))
 
     def network(self, model: nn.Module, num_heads: int = 1) -> Callable[[Batch], Any] | None:
         """What training rows are sent through where that is not the model itself."""
@@ -251,7 +236,6 @@ class World:
         ids = [device.index] if device.type == "cuda" else None
         # of several heads a batch may use one, and of a memory nothing
         leaves_out = num_heads > 1 or any(getattr(module, "leaves_out", False) for module in model.modules())
-        warnings.filterwarnings("ignore", message="find_unused_parameters=True was specified")
         with warnings.catch_warnings():
             # `broadcast_buffers` has another name from torch 2.14 on
             warnings.simplefilter("ignore", FutureWarning)
@@ -264,54 +248,3 @@ class World:
         """Exchange the gradients of a step once, in its last micro-batch; shards would have to be whole until then."""
         if self.kind == "ddp":
             network.require_backward_grad_sync = is_last
-
-
-# full states: what a checkpoint holds, whatever the number of processes
-
-
-def own(value: Tensor) -> Tensor:
-    """What this process has of a tensor: all of it, unless it is spread over the processes."""
-    found: Tensor = value.to_local() if hasattr(value, "to_local") else value
-    return found
-
-
-def gathered(tree: Any) -> Any:
-    """Nested dicts and lists with every shard replaced by the whole tensor; all processes must ask."""
-    if not dist.is_initialized():
-        return tree
-    from torch.distributed.tensor import DTensor
-
-    return tree_map_only(DTensor, lambda shard: shard.full_tensor(), tree)
-
-
-def model_shards(saved: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """A whole state dict as this process's model takes it."""
-    like = model.state_dict() if dist.is_initialized() else {}
-    return {name: _as(value, like.get(name)) for name, value in saved.items()}
-
-
-def optimizer_shards(saved: Mapping[str, Any], optimizer: Optimizer) -> dict[str, Any]:
-    """The same for an optimizer's state, where what is shaped like its parameter is spread like it."""
-    if not dist.is_initialized():
-        return dict(saved)
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    indices = [index for group in saved["param_groups"] for index in group["params"]]
-    of = dict(zip(indices, parameters, strict=True))
-    state = {
-        index: {
-            name: _as(value, of[index]) if isinstance(value, Tensor) and value.shape == of[index].shape else value
-            for name, value in entry.items()
-        }
-        for index, entry in saved["state"].items()
-    }
-    return {**saved, "state": state}
-
-
-def _as(value: Tensor, like: Any) -> Tensor:
-    from torch.distributed.tensor import DTensor, distribute_tensor
-
-    if not isinstance(like, DTensor):
-        return value
-    # every process read the same file
-    whole = value.detach().to(like.device)
-    return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)

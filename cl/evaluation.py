@@ -12,10 +12,10 @@ from torch import nn
 
 from cl.config import TrainerConfig
 from cl.core import IGNORED, Batch, EvalSet, Output, Setting
-from cl.distributed import Sharded
 from cl.hooks import Strategy, overrides
 from cl.ledger import TOKEN_ACCURACY, Ledger
 from cl.loader import tokens_per_row
+from cl.shards import Sharded
 from cl.state import TrainState
 
 MAX_LOGITS = 1 << 26

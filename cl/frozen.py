@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from cl.core import UserError
-from cl.distributed import gathered
+from cl.shards import gathered
 
 
 @dataclass(frozen=True)

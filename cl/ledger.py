@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from cl.core import Setting
-from cl.distributed import own
 from cl.loader import tokens_per_row
 from cl.metrics import EvalTable, aufc_log_perplexity, language_summary, summary
 from cl.observe import Observer
 from cl.result import Result, environment
 from cl.scaling import SMALLEST_SCALE
+from cl.shards import own
 from cl.state import TrainState
 
 WATCH_EVERY = {"cpu": 1}

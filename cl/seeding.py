@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -19,6 +19,19 @@ def derive_seed(root: int, *names: str | int) -> int:
     """
     text = "/".join(map(str, (root, *names)))
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+
+
+def global_states(device: torch.device) -> dict[str, Tensor]:
+    """States of torch's own generators in this process: the CPU's and, where a run is on one, its GPU's."""
+    states = {"cpu": torch.get_rng_state()}
+    return states | {"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else states
+
+
+def set_global_states(states: Mapping[str, Tensor], device: torch.device) -> None:
+    """Go on drawing from where the generators stood; the run may have been on another kind of device."""
+    torch.set_rng_state(states["cpu"])
+    if "cuda" in states and device.type == "cuda":
+        torch.cuda.set_rng_state(states["cuda"], device)
 
 
 class Seeds:

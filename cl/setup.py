@@ -19,6 +19,7 @@ from cl.hooks import Strategy, check_all, overrides
 from cl.loader import require_rows, steps_in
 from cl.scaling import LossScaler
 from cl.seeding import Seeds
+from cl.shards import shard
 from cl.state import TrainState
 
 
@@ -54,7 +55,8 @@ def prepare(
     model.to(device)
     world = World.of(config.parallel)
     check_world(world, strategies, model, masks_absent, stream.info.num_heads)
-    world.shard(model)
+    if world.kind == "fsdp":
+        shard(model, world.size)
     if config.compile:
         model.compile()
     dtype = PRECISIONS[config.precision]

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from cl.core import IGNORED, Batch, Data, Experience, Output, Part, Stream, StreamInfo
-from cl.distributed import World, gathered, model_shards, optimizer_shards
+from cl.distributed import World
 from cl.frozen import require_unchanged
 from cl.scaling import LossScaler
-from cl.seeding import Seeds, derive_seed
+from cl.seeding import Seeds, derive_seed, global_states, set_global_states
+from cl.shards import gathered, model_shards, optimizer_shards
 
 
 @dataclass
@@ -160,9 +161,7 @@ class TrainState:
         return own
 
     def label_loss(self, output: Output, batch: Batch) -> Tensor:
-        """The loss without penalties: the backbone's own, or the cross-entropy of the batch's parts."""
-        if output.loss is not None:
-            return output.loss
+        """The loss without penalties: the cross-entropy of the batch's parts."""
         if self.masks_absent:
             output = Output(without_absent(output.logits, batch))
         return cross_entropy(output, batch)
@@ -206,8 +205,7 @@ class TrainState:
             "frozen": frozen,
             "optimizer": gathered(self.optimizer.state_dict()),
             "seeds": self.seeds.state_dict(),
-            "torch_rng": torch.get_rng_state(),
-            "cuda_rng": torch.cuda.get_rng_state_all() if self.device.type == "cuda" else [],
+            "generators": self.world.every(global_states(self.device)),
             "counters": [self.step, self.tokens, self.spent.forwards, self.spent.backwards],
             "classes_seen": list(self.classes_seen),
         }
@@ -216,15 +214,22 @@ class TrainState:
         self.load_weights(saved)
         self.optimizer.load_state_dict(optimizer_shards(saved["optimizer"], self.optimizer))
         self.seeds.load_state_dict(saved["seeds"])
-        torch.set_rng_state(saved["torch_rng"])
-        if saved["cuda_rng"] and self.device.type == "cuda":
-            # a checkpoint may come from a machine with more devices
-            torch.cuda.set_rng_state_all(saved["cuda_rng"][: torch.cuda.device_count()])
-        if self.world.rank:
-            torch.manual_seed(derive_seed(self.seeds.root, "torch", self.world.rank, saved["counters"][0]))
+        self._load_generators(saved)
         self.step, self.tokens, forwards, backwards = saved["counters"]
         self.spent = Cost(forwards, backwards)
         self.classes_seen = tuple(saved["classes_seen"])
+
+    def _load_generators(self, saved: Mapping[str, Any]) -> None:
+        """Torch's generators of this process; one that was not there when the state was saved draws anew."""
+        if "generators" in saved:
+            states = saved["generators"]
+        else:  # a state of before holds those of the first process, and of all devices that it saw
+            cuda = saved["cuda_rng"][self.device.index or 0 :][:1]
+            states = [{"cpu": saved["torch_rng"]} | ({"cuda": cuda[0]} if cuda else {})]
+        if self.world.rank < len(states):
+            set_global_states(states[self.world.rank], self.device)
+        else:
+            torch.manual_seed(derive_seed(self.seeds.root, "torch", self.world.rank, saved["counters"][0]))
 
     def load_weights(self, saved: Mapping[str, Any]) -> None:
         """The model of a saved state.

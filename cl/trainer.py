@@ -106,7 +106,7 @@ class Trainer:
             NonFiniteLoss: and any error of a hook; `result.status` is then "failed" and the file says why.
         """
         result = self.ledger.result
-        with self.state.seeds.as_global("torch", *self.state.world.names):
+        with self.state.seeds.as_global("torch", *self.state.world.names), self.state.world.quietly():
             start, steps_done = self.keeper.restore() if resume else (0, 0)
             self.ledger.open(self.settings)
             result.status, result.error = "interrupted", ""

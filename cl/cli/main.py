@@ -83,9 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         if is_debug:
             traceback.print_exc()
-        code = _exit_code(error)
-        # of several processes all make the same request, and one says what is wrong with it
-        return code if code == 2 and os.environ.get("RANK", "0") != "0" else _complain(said(error), code)
+        return _complain(said(error), _exit_code(error))
 
 
 def usage() -> str:
@@ -148,8 +146,29 @@ def _exit_code(error: Exception) -> int:
 
 
 def _complain(sentence: str, code: int = 2) -> int:
-    print(f"cl: {sentence}", file=sys.stderr)
+    if _is_first_to_say(sentence):
+        print(f"cl: {sentence}", file=sys.stderr)
     return code
+
+
+def _is_first_to_say(sentence: str) -> bool:
+    """Whether no other process of a run has said it: what all find wrong is heard once, and what one finds as well.
+
+    Nobody waits for the others here: they may be gone, or wait for this one. Where torchrun keeps no store, all say it.
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return True
+    from datetime import timedelta
+
+    from torch.distributed import TCPStore
+
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    try:
+        store = TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=5))
+        return store.add(f"cl said in attempt {attempt}: {sentence}", 1) == 1
+    except RuntimeError:  # the store is gone
+        return True
 
 
 if __name__ == "__main__":

@@ -5,8 +5,9 @@ Usage: cl resume RUN_DIR [trainer.parallel=none|ddp|fsdp]
 The run continues from its last good checkpoint, with the settings it was started with; the result is the same, bit
 for bit on a CPU, as that of a run that was never interrupted. A finished run is left as it is.
 
-Another number of processes may go on: `torchrun --nproc_per_node=2 -m cl resume RUN_DIR trainer.parallel=ddp`. More
-steps are `cl extend`, another learning-rate schedule is `cl rewarm`.
+Another number of processes may go on: `torchrun --nproc_per_node=2 -m cl resume RUN_DIR trainer.parallel=ddp`, with
+the same losses up to rounding and dropout, which processes that are new draw anew. More steps are `cl extend`, another
+learning-rate schedule is `cl rewarm`.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from cl.cli.folder import RESULT, is_over, saved_config
 from cl.cli.run import run_with_progress, show_result
 from cl.config import TrainerConfig
 from cl.core import UserError
+from cl.distributed import rank
 from cl.result import Result
 
 
@@ -42,7 +44,7 @@ def main(words: list[str]) -> int:
         except ValueError as error:
             raise UserError(f"{error}; delete it, and the same command goes on from the checkpoint") from None
         if is_over(run_dir, result):
-            console = Console(markup=False)
+            console = Console(quiet=rank() > 0, markup=False)
             console.print("this run is done")
             show_result(console, result, run_dir, (config.get("tracking") or {}).get("uri"))
             return 0

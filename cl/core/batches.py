@@ -166,14 +166,12 @@ class Output:
     Args:
         logits: (B, C) for classification, (B, T, vocabulary) for language.
         hidden: (B, F) input of the head, for strategies that work on features.
-        loss: scalar, for backbones that compute their own; None leaves it to the trainer.
         state: recurrent state after the last step, for backbones that carry one.
         auxiliary: terms that the backbone adds to the loss, by name, such as the load balance of experts.
     """
 
     logits: Tensor
     hidden: Tensor | None = None
-    loss: Tensor | None = None
     state: Any = None
     auxiliary: dict[str, Tensor] = field(default_factory=dict)
 

@@ -3,7 +3,7 @@
 from graphlib import CycleError, TopologicalSorter
 
 # from low to high; names on a line are siblings, names in a tuple are one group whose members see those before them
-NOUNS = ("cl.seeding", "cl.hub", "cl.core", "cl.result", "cl.distributed", "cl.frozen", "cl.scaling")
+NOUNS = ("cl.seeding", "cl.hub", "cl.core", "cl.result", "cl.distributed", "cl.shards", "cl.frozen", "cl.scaling")
 FOUNDATION = (*NOUNS, "cl.state", "cl.hooks", "cl.observe")
 BOOKS = ("cl.loader", "cl.config", "cl.ledger", "cl.checkpoint", "cl.branch")
 TRAINER = (*BOOKS, "cl.evaluation", "cl.setup", "cl.trainer")

@@ -73,6 +73,42 @@ def test_processes_without_a_wrapper_are_refused_in_one_sentence(
     assert not list(Path("runs").glob("*/*")), "nothing was begun"
 
 
+@pytest.mark.slow
+def test_what_one_process_alone_finds_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the other, which waits for it in training, ends too."""
+    monkeypatch.chdir(tmp_path)
+    Path("text-0.txt").write_text("to be or not to be\n" * 200)
+    Path("eval.txt").write_text("that is the question\n" * 200)
+    domain = "{name: a, path: 'text-${oc.env:RANK}.txt', eval_path: eval.txt}"
+    words = ("run", "tracking=none", "debug=tiny", "backbone=gpt", "stream=text_domains", "trainer.parallel=ddp")
+    done = torchrun(*words, f"stream.domains=[{domain}]", "out=run")
+    assert done.returncode != 0
+    said = [line for line in done.stderr.splitlines() if line.startswith("cl: ")]
+    assert [line for line in said if "another process of this run ended" not in line] == [
+        "cl: domain 'a': no txt, jsonl or parquet at text-1.txt; "
+        "data.root is not set, so it is looked for from the working directory"
+    ], done.stderr
+
+
+def test_what_several_find_is_said_once(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """By whichever comes first, since torchrun ends the others then; what one finds alone is heard of any."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    setting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": store.port, "TORCHELASTIC_USE_AGENT_STORE": True}
+    for name, value in (setting | {"WORLD_SIZE": 2}).items():
+        monkeypatch.setenv(name, str(value))
+
+    def said(rank: int, folder: str, attempt: int = 0) -> str:
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(attempt))
+        assert main(("resume", folder)) == 2
+        return capsys.readouterr().err
+
+    sentence = "cl: nowhere is not a run folder: it has no config.yaml\n"
+    assert [said(rank, "nowhere") for rank in (1, 0, 2)] == [sentence, "", ""]
+    assert said(1, "elsewhere") == sentence.replace("nowhere", "elsewhere")
+    assert said(0, "nowhere", attempt=1) == sentence, "torchrun starts processes again, and they have not said it"
+
+
 def meet(store: Path, rank: int) -> None:
     dist.init_process_group("gloo", store=dist.FileStore(str(store), 2), rank=rank, world_size=2)
     dist.barrier()
@@ -117,6 +153,13 @@ def test_one_process_may_ask_for_a_wrapper_and_trains_alone(
     said = capsys.readouterr()
     assert f"note: {told}" in " ".join(said.out.split()) and not said.err
     assert said.out.count("trainer.parallel is") == Path("run/run.log").read_text().count(told) == 1
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    heard = []
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        assert main(("resume", "run")) == 0
+        heard.append(capsys.readouterr().out.count("this run is done"))
+    assert heard == [1, 0], "the first process speaks for all"
 
 
 def test_options_are_checked() -> None:

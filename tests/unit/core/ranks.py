@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import sys
+import warnings
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -22,11 +23,12 @@ from cl.backbones.gpt import Gpt
 from cl.backbones.memoria import Memoria
 from cl.config import TrainerConfig
 from cl.core import IGNORED, Setting, TensorData
-from cl.distributed import own
+from cl.distributed import World
 from cl.hooks import Strategy
 from cl.ledger import NonFiniteLoss
 from cl.observe import Observer
 from cl.schedules import cosine
+from cl.shards import own
 from cl.testing import ToyNet, toy_stream
 from cl.testing.plugins import discover
 from cl.trainer import Trainer
@@ -154,30 +156,28 @@ def run(strategies, setting, parallel="none", run_dir=None, resume=False, stop_a
     """(losses by step, R, weights, rows counted) of a toy run. A batch of 17 rows makes uneven shares."""
     watch = Watch()
     strategies = [*strategies, Stop(stop_at)]
-    trainer = Trainer(
-        stream_of(setting),
-        backbone,
-        strategies,
-        optimizer=partial(torch.optim.AdamW, lr=0.01),
-        schedule=cosine,
-        config=TrainerConfig(
-            **(
-                {"max_steps": 6, "batch_size": 17, "accumulation": 2, "clip_norm": 0.5, "device": "cpu"}
-                | config
-                | {"parallel": parallel}
-            )
-        ),
-        observers=[watch],
-        run_dir=run_dir,
-        fingerprint="one",
-    )
+    options = {"max_steps": 6, "batch_size": 17, "accumulation": 2, "clip_norm": 0.5, "device": "cpu"}
+    # `cl run` makes it in a context of its own as well
+    with warnings.catch_warnings(record=True):
+        trainer = Trainer(
+            stream_of(setting),
+            backbone,
+            strategies,
+            optimizer=partial(torch.optim.AdamW, lr=0.01),
+            schedule=cosine,
+            config=TrainerConfig(**(options | config | {"parallel": parallel})),
+            observers=[watch],
+            run_dir=run_dir,
+            fingerprint="one",
+        )
     for strategy in strategies:
         strategy.trainer = trainer
     exchanges = []
     if parallel == "ddp":
         trainer.state.network.register_comm_hook(exchanges, counted)
     try:
-        result = trainer.run(resume=resume)
+        with warnings.catch_warnings(record=True) as told:
+            result = trainer.run(resume=resume)
     except NonFiniteLoss as error:
         return {"error": str(error)}
     state = trainer.state.state_dict()
@@ -185,6 +185,7 @@ def run(strategies, setting, parallel="none", run_dir=None, resume=False, stop_a
         "losses": watch.losses,
         "R": result.R,
         "traces": result.traces,
+        "told": [str(warning.message) for warning in told],
         "exchanges": len(exchanges),
         "status": result.status,
         "weights": state["model"],
@@ -233,6 +234,21 @@ BACKBONES = {
 }
 
 
+def verbs(world):
+    """What two processes say to each other, of which the second knows twice as much."""
+    known = torch.tensor([1.0 + world.rank], requires_grad=True)
+    pooled = world.pooled(known.sum() * 6, torch.tensor(world.rank))
+    return {
+        "every": world.every({"rank": world.rank, "rows": torch.arange(world.rank)}),
+        "anywhere": world.anywhere([False, world.rank == 1, world.rank == 0]),
+        "mean": world.mean({"a": known.sum(), "b": torch.tensor([2.0, 4.0]) * world.rank}),
+        "pooled": (pooled.item(), *torch.autograd.grad(pooled, known)),
+        "nothing": world.pooled(known.sum() * 0, torch.tensor(0)).item(),
+        "firsts": world.firsts(known.detach().clone()),
+        "joined": {rows: world.joined(torch.arange(rows)[world.shown(rows)], rows) for rows in (1, 2, 5)},
+    }
+
+
 def made_gere(name):
     from strategies.gere import Gere
 
@@ -255,6 +271,7 @@ def main(folder):
     for kind in (Agem, Gem):
         found[f"dropped-{kind.name}"] = run(made(kind), IMAGES, "ddp", backbone=Dropped)
     found["heads"] = run([Replay(capacity=40)], Setting.TASK_INCREMENTAL, "ddp")
+    found["verbs"] = verbs(World.of("ddp"))
     for wrapper in ("ddp", "fsdp"):
         found[f"reset-{wrapper}"] = run([Naive()], IMAGES, wrapper, reset_optimizer=True)
         found |= {
@@ -269,6 +286,10 @@ def main(folder):
             [Replay(capacity=40)], TEXT, wrapper, folder / f"two-{wrapper}", stop_at=STOP, checkpoint_every=4
         )
         found[f"resumed-{wrapper}"] = run([Replay(capacity=40)], TEXT, wrapper, folder / f"one-{wrapper}", resume=True)
+        drops = partial(run, [Replay(capacity=40)], TEXT, wrapper, folder / f"drops-{wrapper}", backbone=Dropped)
+        found[f"drops-{wrapper}"] = run([Replay(capacity=40)], TEXT, wrapper, backbone=Dropped)
+        found[f"drops-stopped-{wrapper}"] = drops(stop_at=STOP)
+        found[f"drops-resumed-{wrapper}"] = drops(resume=True)
     rank = torch.distributed.get_rank()
     torch.save(found, folder / f"found-{rank}.pt")
     torch.distributed.destroy_process_group()

@@ -1,6 +1,7 @@
 """A trainer config checks itself, in sentences that name the value and what is allowed."""
 
 import pytest
+import torch
 
 from cl.config import TrainerConfig
 from cl.core import UserError
@@ -37,6 +38,17 @@ def test_what_is_wrong_is_named(arguments, words):
 def test_a_device_that_cannot_be_used_is_named(device):
     with pytest.raises(UserError, match=f"trainer.device is {device!r}.*use auto or cpu"):
         TrainerConfig(device=device).torch_device()
+
+
+def test_every_process_has_a_gpu_of_its_own(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert TrainerConfig().torch_device() == torch.device("cuda", 1)
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(UserError, match=r"has 2 GPUs and process 2, .* start at most 2 processes here"):
+        TrainerConfig().torch_device()
+    assert TrainerConfig(device="cpu").torch_device() == torch.device("cpu")
 
 
 def test_auto_finds_a_device():

@@ -6,6 +6,7 @@ import shutil
 import socket
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,9 +14,11 @@ import torch
 
 from cl.core import IGNORED, Batch, Setting, Source, UserError
 from cl.distributed import World
+from cl.seeding import derive_seed, global_states
 from cl.setup import check_world
 from cl.state import Output, cross_entropy
 from cl.testing import equal
+from cl.trainer import Trainer
 from strategies.der import Der
 from strategies.derpp import Derpp
 from strategies.gdumb import Gdumb
@@ -26,7 +29,7 @@ SCRIPT = Path(__file__).with_name("ranks.py")
 ROOT = Path(__file__).resolve().parents[3]
 ranks = runpy.run_path(str(SCRIPT))
 run, STOP, TEXT, IMAGES, made = (ranks[name] for name in ("run", "STOP", "TEXT", "IMAGES", "made"))
-Overflow, Break, Given = (ranks[name] for name in ("Overflow", "Break", "Given"))
+Overflow, Break, Given, Blocks, stream_of = (ranks[n] for n in ("Overflow", "Break", "Given", "Blocks", "stream_of"))
 CASES = {f"{name}-{setting}-{wrapper}": (kind, setting) for name, kind, setting, wrapper in ranks["cases"]()}
 
 
@@ -77,7 +80,9 @@ def test_two_processes_compute_what_one_does(case, found):
     assert_same_run(first, alone)
     assert first["counted"] == alone["counted"]
     assert equal(first["weights"], second["weights"])
+    assert equal(first["strategies"], second["strategies"]), "checkpoints hold those of the first process"
     assert second["losses"] == [], "observers are told by the first process only"
+    assert first["told"] == second["told"] == []
 
 
 @pytest.mark.slow
@@ -106,6 +111,7 @@ def test_backbones_of_many_parts(name, wrapper, found):
     )
     assert_same_run(first, alone)
     assert equal(first["weights"], second["weights"])
+    assert first["told"] == second["told"] == []
 
 
 @pytest.mark.slow
@@ -210,7 +216,65 @@ def test_a_run_of_one_goes_on_in_two(wrapper, found):
     assert rest["counted"] == whole["counted"]
 
 
-# one batch, by hand
+@pytest.mark.slow
+@pytest.mark.parametrize("wrapper", ["ddp", "fsdp"])
+def test_every_process_goes_on_drawing_dropout_from_where_it_stood(wrapper, found):
+    whole, stopped, rest = (found[0][f"drops{name}-{wrapper}"] for name in ("", "-stopped", "-resumed"))
+    assert len(stopped["losses"]) == STOP and stopped["losses"] + rest["losses"] == whole["losses"]
+    for name in ("R", "weights", "optimizer", "strategies"):
+        assert equal(rest[name], whole[name]), name
+
+
+# what processes say to each other, and one batch, by hand
+
+
+@pytest.mark.slow
+def test_what_processes_say_to_each_other(found):
+    """Sums of 6 and 12 over 0 and 1 things are 18 / 1 in the mean, 12 and 24 in each; so are their slopes, 12 each."""
+    for rank, said in enumerate(one["verbs"] for one in found):
+        assert equal(said["every"], [{"rank": k, "rows": torch.arange(k)} for k in range(2)])
+        assert said["anywhere"] == [False, True, True]
+        assert {name: term.item() for name, term in said["mean"].items()} == {"a": 1.5, "b": 1.5}
+        assert said["pooled"] == (12.0 * (1 + rank), torch.tensor([12.0])) and said["nothing"] == 0.0
+        assert said["firsts"].tolist() == [1.0]
+        assert {rows: joined.tolist() for rows, joined in said["joined"].items()} == {1: [0], 2: [0, 1], 5: [*range(5)]}
+
+
+@pytest.mark.parametrize("is_old", [False, True])
+def test_the_generator_of_the_runs_own_gpu_goes_on(is_old, monkeypatch):
+    """Once those of all GPUs were written down, by the first process."""
+    state = Trainer(stream_of(IMAGES), Blocks, [Naive()], optimizer=partial(torch.optim.SGD, lr=0.1)).state
+    saved, of_gpus, found = state.state_dict(), torch.arange(3)[:, None], []
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: of_gpus[device.index])
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda value, device: found.append((value.item(), device.index)))
+    card = torch.device("cuda", 1)
+    saved["generators"] = [global_states(card)]
+    if is_old:
+        saved |= {"torch_rng": saved.pop("generators")[0]["cpu"], "cuda_rng": list(of_gpus)}
+    state.device = card
+    with torch.random.fork_rng(devices=[]):
+        state.load_state_dict(saved)
+    assert found == [(1, 1)]
+
+
+@pytest.mark.parametrize(("rank", "drawn"), [(0, 1), (1, 2), (2, None)])
+@pytest.mark.parametrize("is_old", [False, True])
+def test_generators_of_another_number_of_processes(rank, drawn, is_old):
+    """Who was there goes on, who was not draws what its rank and the step say; once only the first was written down."""
+    trainer = Trainer(stream_of(IMAGES), Blocks, [Naive()], optimizer=partial(torch.optim.SGD, lr=0.1))
+    state, draws = trainer.state, [torch.Generator().manual_seed(k) for k in range(3)]
+    saved = state.state_dict() | {"counters": [7, 0, 0, 0], "generators": [{"cpu": g.get_state()} for g in draws[1:]]}
+    if is_old:
+        del saved["generators"]
+        saved |= {"torch_rng": draws[1].get_state(), "cuda_rng": []}
+    state.world = World("ddp", rank, 3)
+    with torch.random.fork_rng():
+        state.load_state_dict(saved)
+        found = torch.rand(3)
+    wanted = torch.Generator().manual_seed(derive_seed(0, "torch", rank, 7))
+    if drawn and not (is_old and rank):
+        wanted = draws[drawn]
+    assert torch.equal(found, torch.rand(3, generator=wanted))
 
 
 def rows(count, tokens=4):

@@ -330,7 +330,6 @@ def test_replayed_rows_have_the_weight_that_they_are_given(text_root):
         name = "check"
 
         def penalty(self, state, batch, output):
-            assert output.loss is None, "a backbone's own loss would forget the weights"
             means = [
                 torch.nn.functional.cross_entropy(output.logits[p.rows].flatten(0, 1), batch.targets[p.rows].flatten())
                 for p in batch.parts
