@@ -19,6 +19,8 @@ from numba import njit, types
 from numba.extending import overload
 from torch import Tensor
 
+# multiplications that take as long as it takes to start threads, a few hundred microseconds
+WORTH = 2**22
 # sums may be taken in another order and products fused; infinities and NaN stay what they are
 LOOSE = {"reassoc", "contract", "nsz", "arcp"}
 
@@ -42,10 +44,14 @@ def _exact(function: Callable[..., Any]) -> Callable[..., Any]:
     return njit(inline="always", fastmath={"contract"}, error_model="numpy")(function)
 
 
-def spread(loop: Callable[..., None], lanes: int, *arguments: Any) -> None:
-    """Call `loop(first, last, *arguments)` over all lanes, on as many threads as torch has; lanes must not meet."""
+def spread(loop: Callable[..., None], lanes: int, work: int, *arguments: Any) -> None:
+    """Call `loop(first, last, *arguments)` over all lanes, on as many threads as torch has; lanes must not meet.
+
+    Args:
+        work: multiplications of the whole call; below `WORTH` one thread does it.
+    """
     threads = min(torch.get_num_threads(), lanes)
-    if threads < 2:
+    if threads < 2 or work < WORTH:
         return loop(0, lanes, *arguments)
     ends = [lanes * n // threads for n in range(threads + 1)]
     # made for the call: a pool would not live through a fork, and threads cost less than a layer

@@ -40,7 +40,7 @@ class _Call:
         offsets = torch.arange(batch + 1) * length if cu_seqlens is None else cu_seqlens.long()
         forgets = torch.zeros(tokens, dtype=torch.bool) if reset is None else reset.flatten().bool()
         self.sequences = len(offsets) - 1
-        self.lanes = self.sequences * heads
+        self.lanes, self.work = self.sequences * heads, tokens * r.numel()
         if bias is None:
             bias = r.new_zeros(gates, heads, width)
         if s0 is None:
@@ -68,7 +68,7 @@ def forward(
     call = _Call(x, r, bias, s0, reset, cu_seqlens, cell)
     states = call.new(PARTS[cell], batch * length, heads, width)
     final = call.new(call.sequences, PARTS[cell], heads, width)
-    spread(loops.forward, call.lanes, *call.arguments, array(states), array(final))
+    spread(loops.forward, call.lanes, call.work, *call.arguments, array(states), array(final))
     return states[-1].view(batch, length, heads, width).clone(), final, states.flatten(2)
 
 
@@ -90,7 +90,7 @@ def backward(
     given = (kept.unflatten(2, (heads, width)), dh.to(call.dtype).flatten(0, 1), dfinal.to(call.dtype))
     dx, dpre = call.new(tokens, gates, heads, width), call.new(heads, tokens, gates * width)
     before, dstarts = call.new(heads, tokens, width), call.new(*dfinal.shape)
-    spread(loops.backward, call.lanes, *call.arguments, *map(array, (*given, dx, dpre, before, dstarts)))
+    spread(loops.backward, call.lanes, call.work, *call.arguments, *map(array, (*given, dx, dpre, before, dstarts)))
     dr = torch.bmm(before.mT, dpre).unflatten(2, (gates, width)).permute(2, 0, 1, 3)
     dbias = dpre.sum(1).unflatten(1, (gates, width)).transpose(0, 1)
     like = r if bias is None else bias

@@ -116,14 +116,14 @@ class _Call:
     """What both passes of one call read, as arrays in the order of the loops' arguments."""
 
     def __init__(self, tokens: list[Tensor], w: Tensor, reset: Tensor | None, cu_seqlens: Tensor | None, chunk: int):
-        batch, length, self.heads = tokens[0].shape[:3]
+        batch, length, heads = tokens[0].shape[:3]
         self.dtype, self.tokens = state_dtype(tokens[2].dtype), batch * length
         offsets = torch.arange(batch + 1) * length if cu_seqlens is None else cu_seqlens.long()
         lengths = offsets.diff()
         pieces = (lengths + chunk - 1) // chunk
         forgets = torch.zeros(self.tokens, dtype=torch.bool) if reset is None else reset.flatten().bool()
         self.sequences = len(lengths)
-        self.lanes = self.sequences * self.heads
+        self.lanes, self.work = self.sequences * heads, tokens[1].numel() * tokens[2].shape[3] ** 2
         places = [offsets[:-1], lengths, pieces.cumsum(0) - pieces, forgets]
         numbers = [*(x.flatten(0, 1) for x in tokens), w]
         self.arguments = (*map(array, places), chunk, *(array(x.to(self.dtype)) for x in numbers))
@@ -151,7 +151,7 @@ def forward(
     start = torch.zeros(call.sequences, *shape, dtype=call.dtype) if s0 is None else s0.to(call.dtype)
     out, final = call.new(*v.shape), call.new(call.sequences, *shape)
     kept = call.new(num_chunks(batch, length, chunk, cu_seqlens) if save else 0, *shape).zero_()
-    spread(_forward, call.lanes, *call.arguments, *map(array, (start, out.flatten(0, 1), final, kept)))
+    spread(_forward, call.lanes, call.work, *call.arguments, *map(array, (start, out.flatten(0, 1), final, kept)))
     return out, final, kept
 
 
@@ -171,19 +171,12 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, f, w and of the initial states [S, H, K, V]; `clip` bounds the state's, 0 does not."""
     call = _Call([q, k, v, f], w_HVV, reset, cu_seqlens, chunk)
-    given = (kept, do.to(call.dtype).flatten(0, 1), dfinal.to(call.dtype))
     grads = [call.new(call.tokens, *x.shape[2:]) for x in (q, k, v, f)]
     dw, dstart = call.new(call.sequences, *w_HVV.shape), call.new(*dfinal.shape)
-    bound = array(kept.new_full((), clip))[()]
-    spread(
-        _backward,
-        call.lanes,
-        *call.arguments,
-        *map(array, given),
-        bound,
-        tuple(map(array, grads)),
-        array(dw),
-        array(dstart),
-    )
+    given = map(array, (kept, do.to(call.dtype).flatten(0, 1), dfinal.to(call.dtype)))
+    # in the width of the others
+    bound = array(kept.new_tensor(clip))[()]
+    arguments = (*call.arguments, *given, bound, tuple(map(array, grads)), array(dw), array(dstart))
+    spread(_backward, call.lanes, call.work, *arguments)
     dq, dk, dv, df = (grad.view(x.shape).to(x.dtype) for grad, x in zip(grads, (q, k, v, f), strict=True))
     return dq, dk, dv, df, dw.sum(0).to(w_HVV.dtype), dstart
