@@ -39,11 +39,6 @@ def inner(function: Callable[..., Any]) -> Callable[..., Any]:
     return njit(inline="always", fastmath=LOOSE, error_model="numpy")(function)
 
 
-def _exact(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A function of one number, in which the order of sums is kept where it is called on its own."""
-    return njit(inline="always", fastmath={"contract"}, error_model="numpy")(function)
-
-
 def spread(loop: Callable[..., None], lanes: int, work: int, *arguments: Any) -> None:
     """Call `loop(first, last, *arguments)` over all lanes, on as many threads as torch has; lanes must not meet.
 
@@ -65,7 +60,7 @@ def array(tensor: Tensor) -> np.ndarray:
     return tensor.detach().contiguous().numpy()
 
 
-# functions of one number, exact to two units in the last place; the system's own do not vectorise in float32
+# functions of one number, exact to four units in the last place; the system's own do not vectorise in float32
 
 _LOG2E, _LN2_HIGH, _LN2_LOW = np.float32(1.44269504), np.float32(0.693359375), np.float32(-2.12194440e-4)
 _LEAST = np.float32(-87.3)
@@ -80,7 +75,7 @@ _TANH_SMALL = np.float32(0.625)
 _L = tuple(np.float32(1 / n) for n in (15, 13, 11, 9, 7, 5, 3))
 
 
-@_exact
+@inner
 def _exp32(x):
     bounded = x if x > _LEAST else _LEAST
     n = np.floor(bounded * _LOG2E + _HALF)
@@ -91,7 +86,7 @@ def _exp32(x):
     return np.float32(0) if x < _LEAST else full
 
 
-@_exact
+@inner
 def _tanh32(x):
     size = abs(x)
     e = _exp32(-_TWO * size)
@@ -102,7 +97,7 @@ def _tanh32(x):
     return -of_size if x < 0 else of_size
 
 
-@_exact
+@inner
 def _log1p32(y):
     s = y / (_TWO + y)
     z = s * s
