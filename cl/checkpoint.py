@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from cl.core import UserError
+from cl.core import Experience, UserError
 from cl.frozen import frozen_weights, unchanged
-from cl.hooks import Strategy
+from cl.hooks import Strategy, overrides
 from cl.ledger import Ledger
 from cl.result import replacing
 from cl.shards import optimizer_shards
@@ -29,17 +29,22 @@ KEPT = 2
 PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.Size, torch.dtype, torch.device)
 
 
-def save(folder: Path, step: int, payload: dict[str, Any], fingerprint: str) -> Path:
+CLOSING = ("on_experience_end", "on_evaluation")
+"""Hooks by which a strategy may close an experience, so that it cannot go on as if it had not ended."""
+
+
+def save(folder: Path, step: int, payload: dict[str, Any], fingerprint: str, is_open: bool = False) -> Path:
     """Write a checkpoint so that a crash at any moment leaves the earlier ones intact.
 
     Args:
         payload: tensors, numbers, strings, lists and dicts only.
         fingerprint: of the settings that the run must be resumed with.
+        is_open: an experience ends at this step, and nothing has closed it yet.
 
     Raises:
         OSError: the disk is full or the folder cannot be written; earlier checkpoints are untouched.
     """
-    path = _path(folder, step)
+    path = _path(folder, step, is_open)
     with replacing(path) as file:
         try:
             torch.save({"format": FORMAT, "fingerprint": fingerprint, **payload}, file)
@@ -54,8 +59,9 @@ def save(folder: Path, step: int, payload: dict[str, Any], fingerprint: str) -> 
     return path
 
 
-def _path(folder: Path, step: int) -> Path:
-    return folder / f"step-{step:09d}.pt"
+def _path(folder: Path, step: int, is_open: bool = False) -> Path:
+    """Names sort by age: an open checkpoint comes before the other one of its step."""
+    return folder / f"step-{step:09d}{'-open' * is_open}.pt"
 
 
 def _require_plain(value: Any, where: str) -> None:
@@ -91,22 +97,35 @@ def load_latest(folder: Path, fingerprint: str, device: torch.device | None = No
         UserError: there is none, or it belongs to a run with other settings.
     """
     for path in _newest_first(folder):
-        try:
-            payload = torch.load(path, map_location=device or "cpu", weights_only=True)
-        except Exception as error:  # a damaged file can fail in any way; the sentence says which file it was
-            reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
-            warnings.warn(f"checkpoint {path} cannot be read ({reason}); trying the one before it", stacklevel=2)
-            continue
-        if not isinstance(payload, dict) or payload.get("format") != FORMAT:
-            warnings.warn(f"{path} is not a checkpoint of this version; trying the one before it", stacklevel=2)
-            continue
-        if payload["fingerprint"] != fingerprint:
-            raise UserError(
-                f"checkpoint {path} belongs to a run with other settings (its fingerprint is "
-                f"{payload['fingerprint']}, this run's is {fingerprint}); resume with the config it was made with"
-            )
-        return path, payload
+        payload = _read(path, fingerprint, device)
+        if payload is not None:
+            return path, payload
     raise UserError(f"{folder} holds no readable checkpoint; remove {folder.parent} and start the run again")
+
+
+def load_open(folder: Path, step: int, fingerprint: str) -> dict[str, Any] | None:
+    """What a run was when its last experience had taken its steps and was not closed yet, where that was written."""
+    path = _path(folder, step, is_open=True)
+    return _read(path, fingerprint) if path.is_file() else None
+
+
+def _read(path: Path, fingerprint: str, device: torch.device | None = None) -> dict[str, Any] | None:
+    """A checkpoint; None and a warning where it is damaged."""
+    try:
+        payload = torch.load(path, map_location=device or "cpu", weights_only=True)
+    except Exception as error:  # a damaged file can fail in any way; the sentence says which file it was
+        reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
+        warnings.warn(f"checkpoint {path} cannot be read ({reason}); trying the one before it", stacklevel=3)
+        return None
+    if not isinstance(payload, dict) or payload.get("format") != FORMAT:
+        warnings.warn(f"{path} is not a checkpoint of this version; trying the one before it", stacklevel=3)
+        return None
+    if payload["fingerprint"] != fingerprint:
+        raise UserError(
+            f"checkpoint {path} belongs to a run with other settings (its fingerprint is "
+            f"{payload['fingerprint']}, this run's is {fingerprint}); resume with the config it was made with"
+        )
+    return payload
 
 
 def load_start(path: Path, state: TrainState) -> None:
@@ -128,7 +147,8 @@ def load_start(path: Path, state: TrainState) -> None:
 
 
 def _newest_first(folder: Path) -> list[Path]:
-    return sorted(folder.glob(f"step-{'[0-9]' * 9}.pt"), reverse=True)
+    digits = "[0-9]" * 9
+    return sorted([*folder.glob(f"step-{digits}.pt"), *folder.glob(f"step-{digits}-open.pt")], reverse=True)
 
 
 class Keeper:
@@ -169,7 +189,14 @@ class Keeper:
         finally:
             self.ledger.tell("on_end", self.ledger.result)
 
-    def save(self, next_experience: int, steps_done: int) -> None:
+    def save_open(self, experience: Experience, steps_done: int) -> None:
+        """What `cl extend` goes on from: the end of the run, before strategies close its last experience."""
+        self.ledger.flush(self.state)
+        is_closed = any(overrides(strategy, hook) for strategy in self.strategies for hook in CLOSING)
+        if self.folder is not None and is_closed and experience is self.state.stream.experiences[-1]:
+            self.save(experience.id, steps_done, is_open=True)
+
+    def save(self, next_experience: int, steps_done: int, is_open: bool = False) -> None:
         """The result so far, and everything that the rest of the run depends on: states, and its position."""
         self.ledger.flush(self.state)
         self.ledger.require_finite_weights(self.state)
@@ -180,7 +207,7 @@ class Keeper:
         state = self.state.state_dict(unchanged(self.state.model, self.frozen))
         if self.state.world.rank:
             # that the first process writes
-            self.ledger.last_checkpoint = _path(self.folder, self.state.step)
+            self.ledger.last_checkpoint = _path(self.folder, self.state.step, is_open)
             return
         kept = [strategy.state_dict() for strategy in self.strategies]
         for strategy, content in zip(self.strategies, kept, strict=True):
@@ -193,7 +220,7 @@ class Keeper:
             "position": [next_experience, steps_done],
             "content": self.state.stream.content,
         }
-        self.ledger.last_checkpoint = save(self.folder, self.state.step, payload, self.fingerprint)
+        self.ledger.last_checkpoint = save(self.folder, self.state.step, payload, self.fingerprint, is_open)
         self.ledger.tell("on_checkpoint", self.state, str(self.ledger.last_checkpoint))
 
     def restore(self) -> tuple[int, int]:

@@ -141,8 +141,9 @@ class Span:
     """
 
     def __init__(self, steps: Sequence[int], config: TrainerConfig) -> None:
-        listed = list(steps if config.schedule_steps is None else config.schedule_steps)
-        if len(listed) != len(steps) or not all(isinstance(count, int) and count >= 1 for count in listed):
+        listed = steps if config.schedule_steps is None else config.schedule_steps
+        is_list = isinstance(listed, list | tuple) and len(listed) == len(steps)
+        if not is_list or not all(type(count) is int and count >= 1 for count in listed):
             raise UserError(
                 f"trainer.schedule_steps is {config.schedule_steps!r}; it must be a list of {len(steps)} integers of "
                 "at least 1, the steps of each experience"

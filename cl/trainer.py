@@ -123,8 +123,6 @@ class Trainer:
                 self.keeper.finish()
         return result
 
-    # one run, one experience, one step
-
     def _begin(self) -> None:
         with self.ledger.charged("train_s"):
             for strategy in self.strategies:
@@ -141,6 +139,7 @@ class Trainer:
             state.experience, state.data = experience, experience.load()
             check_rows(state.data, experience)
             num_steps = steps_in(experience, config.budget, state.info)
+            state.epoch = max(0, steps_done - 1) // config.budget.steps_per_epoch(len(state.data))
             if steps_done == 0:
                 self._enter(experience)
         ledger.tell("on_experience_start", state, num_steps)
@@ -162,7 +161,7 @@ class Trainer:
                     self.keeper.save(experience.id, steps_done)
                 if self._is_stopping:
                     return False
-        ledger.flush(state)
+        self.keeper.save_open(experience, steps_done)
         with ledger.charged("train_s"):
             for strategy in self.strategies:
                 strategy.on_experience_end(state)

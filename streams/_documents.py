@@ -7,7 +7,7 @@ import json
 import logging
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from glob import escape
 from importlib.util import find_spec
@@ -116,10 +116,13 @@ class Source:
         part: "train" or "eval".
         root: folder that relative paths start from; None takes the working directory.
         download: fetch what is on the hub only.
+        hashed: file -> digest of its bytes; sources that may share files share one that remembers.
     """
 
-    def __init__(self, domain: Domain, part: str, root: str | None, download: bool) -> None:
-        self.domain, self.part, self.root, self.download = domain, part, root, download
+    def __init__(
+        self, domain: Domain, part: str, root: str | None, download: bool, hashed: Callable[[Path], str] = digest
+    ) -> None:
+        self.domain, self.part, self.root, self.download, self.hashed = domain, part, root, download, hashed
         has_own = domain.eval_path is not None or domain.eval_split is not None
         self.paths = domain.eval_path if part == "eval" and domain.eval_path is not None else domain.path
         self.split = domain.eval_split if part == "eval" and domain.eval_split is not None else domain.split
@@ -131,7 +134,7 @@ class Source:
         """Digest of everything that the documents depend on: local files by their bytes, the hub by its names."""
         domain = self.domain
         where = (
-            [(digest(file), kind_of(file)) for file in self.files]
+            [(self.hashed(file), kind_of(file)) for file in self.files]
             if self.files
             else [domain.hub, domain.config, self.split, domain.revision]
         )

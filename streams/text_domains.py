@@ -13,6 +13,7 @@ predicted from nothing, where most code predicts it from the document before.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 from cl.core import Setting, Stream, UserError
@@ -20,6 +21,7 @@ from streams._documents import Domain, Source, require_apart
 from streams._language import Entry, Text, language_stream, require_order
 from streams._settings import require_integer
 from streams._shards import SHARD_TOKENS, Corpus, cache_folder, corpus_of
+from streams._text_files import digest
 from streams._tokenizers import Bytes, Tokenizer, read_tokenizer, trained_bpe
 
 BPE_CHARS = 20_000_000
@@ -76,9 +78,11 @@ def text_domains(
     known = [Domain.of(node, f"stream.domains[{number}]") for number, node in enumerate(domains)]
     extra = [] if general is None else [Domain.of(general, "stream.general")]
     folder = cache_folder(cache)
+    # both parts of a domain, and its tokenizer, may be made of one file; for this stream only, as files may change
+    hashed = lru_cache(maxsize=None)(digest)
 
     def sources(part: str, which: Sequence[Domain]) -> list[Source]:
-        return [Source(domain, part, root, download) for domain in which]
+        return [Source(domain, part, root, download, hashed) for domain in which]
 
     train, held_out = sources("train", known), sources("eval", [*known, *extra])
     has_own = extra and (extra[0].eval_path is not None or extra[0].eval_split is not None)

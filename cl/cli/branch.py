@@ -7,13 +7,14 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from cl.branch import as_new_run, reopened
-from cl.checkpoint import load_latest, load_start, save
+from cl.checkpoint import load_latest, load_open, load_start, save
 from cl.cli import build
 from cl.cli.compose import composed, import_from_here, plain
 from cl.cli.folder import CONFIG, RESULT, require_own, saved_config
@@ -59,6 +60,12 @@ class Origin:
     def is_over(self) -> bool:
         return int(self.payload["position"][0]) == len(self.steps)
 
+    @cached_property
+    def unclosed(self) -> dict[str, Any] | None:
+        """The checkpoint of the same step before strategies closed the experience, where there is one."""
+        is_inside = self.payload["position"][1] > 0
+        return None if is_inside else load_open(self.path.parent, self.step, build.fingerprint(self.config))
+
     @property
     def trainer(self) -> TrainerConfig:
         made: TrainerConfig = build.make("trainer", self.config["trainer"])
@@ -94,6 +101,11 @@ class Origin:
             UserError: no step was taken yet, or a strategy cannot go on with an experience that has ended.
         """
         payload = reopened(self.payload, self.steps)
+        if self.unclosed is not None:
+            is_same = not any(each.moves_weights or overrides(each, "eval_forward") for each in self.strategies)
+            # a row of R that was measured on what strategies had made of the network is none of this network's
+            books = {name: payload["ledger"][name] for name in ("result", "course")} if is_same else {}
+            return {**self.unclosed, "ledger": self.unclosed["ledger"] | books}
         for strategy in self.strategies:
             if payload["position"] != self.payload["position"] and strategy.seals:
                 raise UserError(
@@ -104,8 +116,8 @@ class Origin:
         return payload
 
     def closing(self) -> list[str]:
-        """Strategies that act at the end of an experience, where the run stands at one."""
-        if self.payload["position"][1]:
+        """Strategies that acted at the end of an experience, where the run stands at one and cannot go back."""
+        if self.payload["position"][1] or self.unclosed is not None:
             return []
         return [strategy.name for strategy in self.strategies if overrides(strategy, "on_experience_end")]
 

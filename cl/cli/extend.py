@@ -9,8 +9,9 @@ The new budget counts for the experience that the run stands in (the last one, w
 what is behind it stays. Data order, optimizer and strategies go on as if nothing had happened. So does the schedule: it
 keeps the length that it was planned for, waits where a longer experience was to end and stays where all of it ends, so
 that no learning rate rises unasked. With stretch=true it is the schedule of the longer run, and the rate may jump; the
-command says from what to what. A strategy that had merged what the last experience learnt, or closed it otherwise for
-good, is refused. A new schedule is `cl rewarm`, the same plan `cl resume`.
+command says from what to what. Where strategies closed the last experience, the run goes on from the checkpoint that
+was written before they did; where there is none, one that had closed it for good is refused. A new schedule is
+`cl rewarm`, the same plan `cl resume`.
 """
 
 from __future__ import annotations

@@ -134,7 +134,7 @@ class OurPlugin(SupervisedPlugin):
             raise UserError(
                 f"{self.strategies[0].name} plans {len(state.stream.experiences)} experiences; train on no more of them"
             )
-        state.experience = state.stream.experiences[k]
+        state.experience, state.epoch = state.stream.experiences[k], 0
         is_planned = bool(self.hooked("plan"))
         state.data = template.experience.data if self._is_ours(template) and not is_planned else state.experience.load()
         if is_planned:

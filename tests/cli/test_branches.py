@@ -30,7 +30,7 @@ def stopped(folder: str, whole: str, step: int) -> None:
     """A copy of a run as it was after `step` steps."""
     shutil.copytree(whole, folder)
     for path in Path(folder).glob("checkpoints/*.pt"):
-        if int(path.stem.rpartition("-")[2]) > step:
+        if int(path.stem.split("-")[1]) > step:
             path.unlink()
     content = Path(folder, "result.json").read_text()
     Path(folder, "result.json").write_text(content.replace('"status": "done"', '"status": "interrupted"'))
@@ -52,10 +52,12 @@ def digest(folder: str) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run with a schedule, and what it was stopped half-way: checkpoints after steps 35 and 40."""
+    """A finished run with a schedule, and all that it was on its way: a checkpoint after every five steps."""
     folder = tmp_path_factory.mktemp("branches")
     torch.set_num_threads(1)
-    assert main((*RUN, *LINEAR, "trainer.checkpoint_every=5", f"hydra.run.dir={folder / 'run'}")) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("cl.checkpoint.KEPT", 99)
+        assert main((*RUN, *LINEAR, "trainer.checkpoint_every=5", f"hydra.run.dir={folder / 'run'}")) == 0
     return folder / "run"
 
 
@@ -101,26 +103,48 @@ def said(capsys: pytest.CaptureFixture[str]) -> str:
     return " ".join(capsys.readouterr().out.split())
 
 
-@pytest.mark.parametrize("strategy", ["gpm", "hebbian"])
-def test_what_a_projection_holds_stays_held_when_the_run_is_extended(strategy: str) -> None:
-    """The last experience had ended, so its own inputs are held, and the weights move beside them."""
-    words = ("tracking=none", "debug=tiny", "limit_experiences=2", f"strategy={strategy}", "optimizer=adam")
-    assert main(("run", *words, "trainer.max_steps=10", "hydra.run.dir=short")) == 0
-    assert main(("extend", "short", "trainer.max_steps=15", "out=more")) == 0
-    (old, held_in), (new, _) = ((c["state"]["model"], c["strategies"][0]) for c in map(checkpoint, ("short", "more")))
-    for name, held in held_in["subspaces"].items():
-        weight, bias = (new[f"{name}.{p}"] - old[f"{name}.{p}"] for p in ("weight", "bias"))
-        whole = torch.cat([weight, bias[:, None]], dim=1)
-        assert (whole @ held["basis"]).abs().max() < 1e-5
-        assert whole.abs().max() > 1e-3
+CLOSED = ["si", "lwf", "refresh", "ewc", "mas", "gpm", "hebbian", "agem", "fast_slow", "fpf"]
+CLOSED += ["rmn", "weight_factorization", "recall_merge", "replay strategy.replay.update=experience_end"]
+
+
+@pytest.mark.parametrize("strategy", CLOSED)
+def test_an_experience_that_strategies_had_closed_goes_on_as_if_it_had_not_ended(strategy: str) -> None:
+    """Importance was added twice, rows were stored twice, and the network held to where the shorter run had ended."""
+    words = ("tracking=none", "debug=tiny", "limit_experiences=2", *f"strategy={strategy}".split(), "optimizer=adam")
+    assert main(("run", *words, "trainer.max_steps=4", "hydra.run.dir=short")) == 0
+    assert main(("run", *words, "trainer.max_steps=[4,7]", "hydra.run.dir=longer")) == 0
+    before = digest("short")
+    assert main(("extend", "short", "trainer.max_steps=7", "out=more")) == 0
+    assert digest("short") == before
+    more, longer = checkpoint("more"), checkpoint("longer")
+    assert same(more["state"], longer["state"]) and same(more["strategies"], longer["strategies"])
+    found, wanted = (Result.load(Path(folder, "result.json")) for folder in ("more", "longer"))
+    assert (found.R, found.traces, found.extra) == (wanted.R, wanted.traces, wanted.extra)
+    moves = strategy in ("recall_merge", "fast_slow", "fpf", "rmn", "refresh")
+    assert bool(found.within) != moves, "what is measured of a network that strategies moved is not this one's"
+
+
+def test_a_copy_is_annealed_from_before_the_experience_was_closed() -> None:
+    words = ("tracking=none", "debug=tiny", "limit_experiences=2", "strategy=si", "trainer.max_steps=4")
+    assert main(("run", *words, "hydra.run.dir=short")) == 0
+    anneal = ["schedule=infinite", "schedule.warmup_frac=0", "schedule.cooldown_frac=0", "schedule.anneal_frac=1"]
+    assert main(("fork_anneal", "short", "steps=3", "out=forked")) == 0
+    course = ("schedule.constant=1.0", "trainer.schedule_start=8", "trainer.max_steps=[4,7]")
+    assert main(("run", *words[:-1], *anneal, *course, "hydra.run.dir=longer")) == 0
+    assert same(checkpoint("forked")["strategies"], checkpoint("longer")["strategies"])
 
 
 @pytest.mark.parametrize("strategy", ["rmn", "weight_factorization", "recall_merge", "ewc", "mas"])
-def test_what_was_merged_for_good_is_not_trained_on(strategy: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """rmn took steps that changed nothing, weight_factorization went on as naive training, and ewc held the weights
-    where the experience had left them, and added its importance once more, without a word."""
+def test_what_was_merged_for_good_is_not_trained_on(
+    strategy: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run of before, which kept nothing of how it was when its last experience was still open: rmn took steps that
+    changed nothing, weight_factorization went on as naive training, and ewc held the weights where the experience had
+    left them, and added its importance once more, without a word."""
+    monkeypatch.setattr("cl.checkpoint.KEPT", 9)
     words = ("tracking=none", "debug=tiny", "limit_experiences=2", f"strategy={strategy}", "trainer.max_steps=2")
     assert main(("run", *words, "trainer.checkpoint_every=1", "hydra.run.dir=short")) == 0
+    Path("short/checkpoints/step-000000004-open.pt").unlink()
     for verb, options in {"extend": ["trainer.max_steps=4"], "fork_anneal": ["steps=2"]}.items():
         capsys.readouterr()
         assert main((verb, "short", *options, "out=more")) == 2
@@ -130,6 +154,16 @@ def test_what_was_merged_for_good_is_not_trained_on(strategy: str, capsys: pytes
         assert not Path("more").exists()
     stopped("half", "short", 3)
     assert main(("extend", "half", "trainer.max_steps=4", "out=more")) == 0
+
+
+def test_where_nothing_was_kept_before_the_end_extend_says_who_closes_twice(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("tracking=none", "debug=tiny", "limit_experiences=2", "strategy=[replay,si]", "trainer.max_steps=2")
+    assert main(("run", *words, "hydra.run.dir=short")) == 0
+    assert main(("extend", "short", "trainer.max_steps=4", "out=exact")) == 0
+    assert "close it again" not in said(capsys)
+    Path("short/checkpoints/step-000000004-open.pt").unlink()
+    assert main(("extend", "short", "trainer.max_steps=4", "out=more")) == 0
+    assert "note: replay, si had closed the last experience at step 4 and will close it again" in said(capsys)
 
 
 def test_a_run_that_was_stopped_is_extended_from_where_it_stands(done: Path) -> None:

@@ -12,6 +12,7 @@ from torch import nn
 
 from cl.core import Setting, UserError
 from cl.hooks import Strategy
+from cl.seeding import Seeds
 from cl.testing import ToyNet, equal, train
 from strategies.derpp import Derpp
 from strategies.ewc import Ewc
@@ -82,6 +83,20 @@ def check_official(lab, **arguments):
 def test_official_step_is_uphill_and_as_long_as_said(lab):
     check_official(lab)
     check_official(lab, damping=50.0)
+
+
+@pytest.mark.parametrize(
+    ("mode", "wanted"),
+    [
+        ("official", {"delta": 1e-5, "noise": 1e-3, "damping": 1e-3, "num_unlearn": 1, "decay": 1e-5}),
+        ("paper", {"gamma": 1e-7, "noise": 1.0, "damping": 1.0, "num_unlearn": 1, "decay": 1e-5}),
+    ],
+)
+def test_defaults_are_those_of_the_official_code(mode, wanted):
+    """models/derpp.py of joey-wang123/CL-refresh-learning; in paper mode, the noise of its Langevin equation."""
+    refresh = Refresh(mode=mode)
+    assert {name: getattr(refresh, name) for name in wanted} == wanted
+    assert refresh.importance_rows is None and Refresh().mode == "official"
 
 
 def test_displacement_is_delta_times_the_norm_along_the_gradient(lab):
@@ -184,6 +199,11 @@ def test_official_noise(lab):
     eps = torch.cat([(after[n] - found[n]).flatten() for found, after, _ in moves[:30] for n in found]) / 1e-3
     assert abs(float(eps.mean())) < 5 / math.sqrt(len(eps))
     assert abs(float(eps.std()) - 1) < 5 / math.sqrt(2 * len(eps))
+    # drawn again, parameter by parameter, from the generator that is its own
+    generator = Seeds(0).named("refresh")
+    shapes = [p.shape for found, *_ in moves[:30] for p in found.values()]
+    drawn = torch.cat([torch.randn(shape, generator=generator, dtype=eps.dtype).flatten() for shape in shapes])
+    torch.testing.assert_close(eps, drawn, rtol=0, atol=1e-3)
 
 
 def test_langevin_noise_has_variance_two_gamma_over_f(lab):
@@ -303,6 +323,15 @@ def test_the_whole_loss_must_be_known_when_it_is_unlearnt():
     assert train(CLASS, [Refresh(), Replay()]).result.status == "done"
 
 
+def test_one_experience_has_no_fisher_information_to_go_by():
+    from cl.testing import toy_stream
+
+    for refresh, count in ((Refresh(), 1), (Refresh(mode="paper", gamma=0.0), 1), (Refresh(mode="paper"), 2)):
+        refresh.check(toy_stream(CLASS, num_experiences=count))
+    with pytest.raises(UserError, match=r"stream toy_class_incremental has one experience.*use official"):
+        Refresh(mode="paper").check(toy_stream(CLASS, num_experiences=1))
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
@@ -311,6 +340,8 @@ def test_the_whole_loss_must_be_known_when_it_is_unlearnt():
         ({"gamma": float("nan")}, "refresh.gamma is nan; it must be a finite number of at least 0"),
         ({"num_unlearn": 0}, "refresh.num_unlearn is 0; it must be an integer of at least 1"),
         ({"noise": -1}, "refresh.noise is -1; it must be a finite number of at least 0"),
+        ({"damping": -1}, "refresh.damping is -1; it must be a finite number of at least 0"),
+        ({"decay": -0.5}, "refresh.decay is -0.5; it must be a finite number of at least 0"),
         ({"mode": "paper", "damping": 0}, "refresh.damping is 0; it must be above 0 in paper mode, since"),
         ({"importance_rows": 0}, "refresh.importance_rows is 0; it must be an integer of at least 1, or null for all"),
     ],

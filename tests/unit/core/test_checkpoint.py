@@ -36,6 +36,21 @@ def test_two_are_kept(tmp_path):
     assert names(tmp_path) == ["step-000000010.pt", "step-000000015.pt"]
 
 
+def test_an_open_one_is_older_than_the_other_of_its_step(tmp_path):
+    assert checkpoint.load_open(tmp_path, 9, PRINT) is None
+    for step, is_open in ((8, False), (9, True), (9, False)):
+        checkpoint.save(tmp_path, step, {"value": is_open}, PRINT, is_open)
+    assert names(tmp_path) == ["step-000000009-open.pt", "step-000000009.pt"]
+    assert checkpoint.load_latest(tmp_path, PRINT)[1]["value"] is False
+    assert checkpoint.load_open(tmp_path, 9, PRINT)["value"] is True
+    assert checkpoint.load_open(tmp_path, 8, PRINT) is None
+    (tmp_path / "step-000000009.pt").write_bytes(b"damaged")
+    with pytest.warns(UserWarning, match="cannot be read"):
+        assert checkpoint.load_latest(tmp_path, PRINT)[1]["value"] is True
+    checkpoint.save(tmp_path, 4, {"value": None}, PRINT)
+    assert names(tmp_path) == ["step-000000004.pt"], "of a course that was left"
+
+
 def test_steps_are_ordered_as_numbers(tmp_path):
     for step in (9, 10, 100):
         save(tmp_path, step)

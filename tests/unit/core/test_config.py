@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from cl.config import TrainerConfig
+from cl.config import TrainerConfig, is_due
 from cl.core import UserError
 
 
@@ -57,3 +57,13 @@ def test_auto_finds_a_device():
 
 def test_the_default_budget_is_one_epoch():
     assert TrainerConfig().budget.steps(128) == 2
+
+
+def test_the_loop_pauses_where_something_is_due():
+    """Measured every 4 steps, saved every 6, in an experience of 15."""
+    both = TrainerConfig(eval_every=4, checkpoint_every=6)
+    pauses = [both.next_pause(step, 15) for step in range(15)]
+    assert pauses == [4] * 4 + [6] * 2 + [8] * 2 + [12] * 4 + [15] * 3
+    assert TrainerConfig().next_pause(0, 15) == 15
+    assert [step for step in range(13) if is_due(4, step)] == [0, 4, 8, 12]
+    assert not any(is_due(0, step) for step in range(13))

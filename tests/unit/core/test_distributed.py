@@ -22,6 +22,7 @@ from cl.trainer import Trainer
 from strategies.der import Der
 from strategies.derpp import Derpp
 from strategies.gdumb import Gdumb
+from strategies.lwf import Lwf
 from strategies.naive import Naive
 from strategies.replay import Replay
 
@@ -337,10 +338,23 @@ def test_heads_of_single_tasks_are_not_sharded():
         check_world(World("fsdp", 0, 2), [Naive()], torch.nn.Linear(2, 2), masks_absent=False, num_heads=2)
 
 
+class Commits(torch.nn.Linear):
+    """A memory that keeps what it reads."""
+
+    commits = True
+
+
 @pytest.mark.parametrize(
     ("strategies", "model", "options", "sentence"),
     [
-        ([Gdumb()], torch.nn.Linear(2, 2), {}, "strategy gdumb does not run under trainer.parallel=ddp"),
+        ([Lwf()], torch.nn.Linear(2, 2), {"num_heads": 2}, "lwf has a penalty, which trainer.parallel=ddp allows with"),
+        ([Naive()], torch.nn.Sequential(Commits(2, 2)), {}, "memory outlives a batch and would differ"),
+        (
+            [Gdumb()],
+            torch.nn.Linear(2, 2),
+            {},
+            "gdumb does not run under trainer.parallel=ddp; of the wrappers it declares none",
+        ),
         ([Naive()], torch.nn.BatchNorm1d(2), {}, "normalises over the batch"),
         ([Naive()], torch.nn.Linear(2, 2), {"masks_absent": True}, "trainer.logit_mask is 'batch'"),
     ],
@@ -348,5 +362,7 @@ def test_heads_of_single_tasks_are_not_sharded():
 def test_what_needs_the_whole_batch_is_refused(strategies, model, options, sentence):
     options = {"masks_absent": False, "num_heads": 1} | options
     check_world(World(), strategies, model, **options)
+    check_world(World("fsdp", 0, 2), [Naive()], torch.nn.Linear(2, 2), masks_absent=False, num_heads=1)
+    check_world(World("ddp", 0, 2), [Lwf()], torch.nn.Linear(2, 2), masks_absent=False, num_heads=1)
     with pytest.raises(UserError, match=sentence):
         check_world(World("ddp", 0, 2), strategies, model, **options)

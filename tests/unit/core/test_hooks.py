@@ -221,6 +221,36 @@ def test_the_name_is_the_file_name_until_a_config_node_gives_another():
     assert (named.name, TextOnly().name) == ("node", "test_hooks")
 
 
+def test_what_a_strategy_declares_of_several_processes_is_not_inherited():
+    class Parallel(Strategy):
+        parallel = frozenset({"ddp"})
+
+    class Derived(Parallel):
+        pass
+
+    assert Parallel.parallel == {"ddp"} and Derived.parallel == Strategy.parallel == frozenset()
+
+
+def test_hooks_of_the_base_may_be_called_on():
+    """As `super().step(...)` does it: the update is made once, the batch and the stream stay what they are."""
+    calls, base = [], Strategy()
+    base.step(None, None, lambda: calls.append("update"))
+    assert calls == ["update"]
+    batch, stream = object(), object()
+    assert base.on_batch(None, batch) is batch and base.plan(stream) is stream and base.wrap(batch, None) is batch
+
+
+def test_a_strategy_may_refuse_the_others_or_their_order():
+    class First(Strategy):
+        def check_beside(self, strategies):
+            if strategies[0] is not self:
+                raise UserError(f"not behind {strategies[0].name}")
+
+    check_all([First(), Pusher("a", 1.0)], toy_stream(SETTING))
+    with pytest.raises(UserError, match="not behind a"):
+        check_all([Pusher("a", 1.0), First()], toy_stream(SETTING))
+
+
 def test_hooks_that_are_not_overridden_are_known():
     assert overrides(Pusher("a", 1.0), "penalty")
     assert not overrides(Pusher("a", 1.0), "on_batch")

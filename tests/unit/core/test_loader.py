@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cl.core import Batch, Experience, Setting, Stream, StreamInfo, TensorData, UserError, shuffled
-from cl.loader import Budget, check_rows, steps_from, tokens_per_row
+from cl.loader import Budget, check_rows, steps_from, steps_in, tokens_per_row
 from cl.seeding import Seeds
 from cl.state import TrainState
 from cl.testing import toy_stream
@@ -49,6 +49,8 @@ def row_ids(budget, start=0, order=shuffled, seed=0):
         (Budget(max_tokens=50, batch_size=16), 4),
         (Budget(max_tokens=51, batch_size=16), 5),
         (Budget(max_tokens=100, batch_size=64), 2),
+        (Budget(max_tokens=51, batch_size=8, accumulation=2), 5),
+        (Budget(max_tokens=49, batch_size=8, accumulation=2), 4),
     ],
 )
 def test_steps_by_hand(budget, steps):
@@ -84,12 +86,32 @@ def test_tokens_are_counted_before_anything_is_loaded():
         ({"max_tokens": -3}, "trainer.max_tokens is -3"),
         ({"batch_size": 2.5}, "trainer.batch_size is 2.5"),
         ({"max_steps": [5, True]}, r"trainer.max_steps is \[5, True\]"),
+        (
+            {"max_steps": []},
+            r"trainer.max_steps is \[\]; it must be an integer of at least 1, or a list",
+        ),
+        ({"epochs": [1, 2]}, r"trainer.epochs is \[1, 2\]; it must be an integer of at least 1$"),
         ({"accumulation": 0}, "trainer.accumulation is 0"),
     ],
 )
 def test_a_bad_budget_is_named(arguments, words):
     with pytest.raises(UserError, match=words):
         Budget(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("budget", "steps"),
+    [
+        (Budget(epochs=2, batch_size=16), 8),
+        (Budget(max_steps=7, batch_size=16), 21),
+        (Budget(max_tokens=40, batch_size=16), 10),
+        (Budget(max_steps=[7, 9], batch_size=16), 7),
+        (Budget(max_steps=(7, 9), batch_size=16), 7),
+    ],
+)
+def test_an_experience_that_holds_three_has_three_budgets(budget, steps):
+    """Of 50 rows: 120 tokens are two epochs of 4 steps and 20 rows; epochs count its own rows, a list is as it is."""
+    assert steps_in(replace(experience(), merged=3), budget, state_of(experience()).info) == steps
 
 
 # rows
@@ -131,17 +153,25 @@ def test_blocks_do_not_show(monkeypatch):
     assert row_ids(Budget(epochs=1, batch_size=4)) == many
 
 
-def test_augmentation_depends_on_the_position_only():
-    def noise(inputs, generator):
+@pytest.mark.parametrize("by", ["augment", "augment_rows"])
+def test_augmentation_depends_on_the_position_only(by):
+    def noise(given, generator):
+        inputs = given if by == "augment" else given.inputs
         return inputs + torch.rand(inputs.shape, generator=generator)
 
     def inputs(start, number=0):
         one = replace(experience(), id=number)
-        steps = steps_from(state_of(one, noise), one, one.load(), Budget(epochs=2, batch_size=8), start)
+        state = state_of(one)
+        state.stream = replace(state.stream, **{by: noise})
+        steps = steps_from(state, one, one.load(), Budget(epochs=2, batch_size=8), start)
         return [batch.inputs for _, batches in steps for batch in batches]
 
     whole = inputs(0)
     assert all(torch.equal(a, b) for a, b in zip(whole[5:], inputs(5), strict=True))
+    # micro-batch 5 of the second epoch of experience 3, drawn again by hand
+    order = shuffled(NUM_ROWS, 1, Seeds(0).fresh("order", 3, 1))[40:48]
+    drawn = torch.rand((8, 1), generator=Seeds(0).fresh("augment", 3, 1, 5))
+    assert torch.equal(inputs(0, number=3)[7 + 5], order[:, None] + drawn)
     # 50 rows are 7 batches: the next one, the same one in the next epoch, the same one of the next experience
     for other in (whole[1], whole[7], inputs(0, number=1)[0]):
         assert not torch.equal(whole[0].frac(), other.frac())
@@ -178,3 +208,4 @@ def test_an_experience_must_hold_what_it_announced():
 
 def test_batches_per_epoch_round_up():
     assert Budget(batch_size=16).batches_per_epoch(NUM_ROWS) == math.ceil(NUM_ROWS / 16)
+    assert [Budget().batches_per_epoch(rows) for rows in (64, 65, 128, 129)] == [1, 2, 2, 3]

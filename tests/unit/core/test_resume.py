@@ -99,6 +99,15 @@ def test_a_stopped_run_goes_on_exactly(tmp_path, whole, stop_at):
     assert_same_end(resumed, whole)
 
 
+def test_a_run_that_died_while_its_last_experience_was_closed_goes_on_exactly(tmp_path, whole):
+    """All steps are taken, and what comes after them is done as if for the first time."""
+    run(tmp_path)
+    (tmp_path / "checkpoints" / "step-000000036.pt").unlink()
+    resumed = run(tmp_path, resume=True)
+    assert resumed[2] == {} and resumed[1].state.epoch == whole[1].state.epoch == 1
+    assert_same_end(resumed, whole)
+
+
 @pytest.mark.parametrize("between", ["before the first step", "between experiences"])
 def test_a_stop_before_a_step_enters_no_experience_twice(tmp_path, whole, between):
     """`on_experience_start` may draw: called for the stop and again after resuming, it would draw twice."""
@@ -213,7 +222,7 @@ def test_observers_hear_the_end_where_the_disk_takes_no_result_either(tmp_path, 
 def test_checkpoint_files_are_few_and_safe(tmp_path):
     run(tmp_path)
     files = sorted((tmp_path / "checkpoints").iterdir())
-    assert [file.name for file in files] == ["step-000000032.pt", "step-000000036.pt"]
+    assert [file.name for file in files] == ["step-000000036-open.pt", "step-000000036.pt"]
     for file in files:
         torch.load(file, weights_only=True)
 

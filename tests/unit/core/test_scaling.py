@@ -284,3 +284,11 @@ def test_without_loss_scaling_gradients_are_autograds_own():
     x = torch.ones(2, requires_grad=True)
     (found,) = LossScaler(enabled=False).gradients(x.sin().sum(), [x])
     assert torch.equal(found, torch.autograd.grad(x.sin().sum(), [x])[0])
+
+
+@pytest.mark.parametrize("enabled", [False, True])
+def test_what_has_no_part_in_a_loss_has_no_gradient(enabled):
+    """The square of 3 falls by 6; heads of other tasks are not in it."""
+    used, unused = (torch.tensor(value, requires_grad=True) for value in (3.0, 5.0))
+    found = LossScaler("cpu", enabled=enabled).gradients(used.square(), iter([used, unused]))
+    assert float(found[0]) == 6.0 and found[1] is None

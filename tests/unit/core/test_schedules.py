@@ -85,6 +85,34 @@ def test_ends_at_the_final_factor_and_stays_there(schedule):
     assert schedule(50, 10, final=0.1) == pytest.approx(0.1)
 
 
+def test_after_a_warm_up_the_rest_of_the_span_is_the_decay():
+    """Two of ten steps rise; the line and the half cosine then take the other eight, and no more."""
+    course = {"warmup_steps": 2, "final": 0.2}
+    straight = [linear(n, 10, **course) for n in range(1, 12)]
+    assert straight == pytest.approx([1, 1, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.2])
+    curved = [cosine(n, 10, **course) for n in (2, 4, 6, 8, 10)]
+    assert curved == pytest.approx([0.2 + 0.4 * (1 + cos(pi * n / 8)) for n in (0, 2, 4, 6, 8)])
+
+
+DEFAULTS = {
+    constant: {"warmup_frac": 0.0},
+    linear: {"warmup_frac": 0.0, "final": 0.0},
+    cosine: {"warmup_frac": 0.0, "final": 0.0},
+    rewarmed_cosine: {"warmup_frac": 0.01, "final": 0.1, "rewarm": 1.0},
+    infinite: {"warmup_frac": 0.01, "cooldown_frac": 0.6, "anneal_frac": 0.15, "constant": 0.55, "final": 0.1},
+    warmup_stable_decay: {"warmup_frac": 0.01, "decay_frac": 0.1, "final": 0.0},
+    inverse_square_root: {"warmup_frac": 0.01, "cooldown_frac": 0.0, "final": 0.0},
+    autoregressive: {"warmup_frac": 0.01, "final": 0.1},
+}
+
+
+@pytest.mark.parametrize("schedule", EVERY, ids=named)
+def test_defaults_are_those_of_the_sources(schedule):
+    """Warm-up over 1 %, a final rate of a tenth, a decay over the last tenth: what their pages say, given by hand."""
+    course = [schedule(n, 300) for n in range(310)]
+    assert course == [schedule(n, 300, **DEFAULTS[schedule]) for n in range(310)]
+
+
 def test_cosine_is_slow_at_both_ends():
     values = [cosine(step, 4) for step in range(5)]
     assert values == pytest.approx([1.0, 0.8535534, 0.5, 0.1464466, 0.0])
@@ -127,6 +155,14 @@ def test_infinite_with_the_inverse_square_root():
     assert course(500) == 0.4
 
 
+def test_infinite_without_a_cooldown_falls_to_the_constant_at_once():
+    course = partial(infinite, total=10, warmup_steps=2, cooldown_frac=0.0, anneal_steps=2, constant=0.5, final=0.5)
+    assert [course(n) for n in range(11)] == pytest.approx([0.5, 1.0, *[0.5] * 9])
+    # sums of shares are rounded: after 0.3 of five steps come 0.3 more, from step round(1.5) = 2 to 3: one step
+    shares = partial(infinite, warmup_frac=0.1, cooldown_frac=0.2, anneal_frac=0.3, constant=0.5, final=0.1)
+    assert [shares(n, 5) for n in (3, 4)] == pytest.approx([0.5, 0.5])
+
+
 def test_infinite_does_not_look_at_experiences_unless_each_is_annealed():
     steps = {"warmup_steps": 5, "cooldown_steps": 10}
     plain = partial(infinite, total=100, anneal_steps=10, **steps)
@@ -146,6 +182,25 @@ def test_warmup_stable_decay_matches_transformers():
         course = partial(warmup_stable_decay, total=100, warmup_frac=0.1, decay_frac=0.3, final=0.1, decay=shape)
         # warm-ups differ: theirs climbs from the final rate
         assert [course(n) for n in range(10, 101)] == pytest.approx([theirs(n) for n in range(10, 101)])
+
+
+def test_the_other_shapes_of_a_stable_run_at_its_end():
+    course = partial(warmup_stable_decay, total=10, warmup_steps=1, decay_steps=4, final=0.25)
+    assert [course(n, decay="exponential") for n in range(5, 11)] == pytest.approx(
+        [1, *(4 ** (-n / 4) for n in range(5))]
+    )
+    fallen = [(1 / sqrt(1 + 10 * n / 4) - 1) / (1 / sqrt(11) - 1) for n in range(5)]
+    found = [course(n, decay="inverse_sqrt") for n in range(5, 11)]
+    assert found == pytest.approx([1, *(1 - 0.75 * f for f in fallen)])
+
+
+def test_inverse_square_root_stays_where_the_run_ends():
+    """Step n is number n + 1; from step 100 on it is number 101, and after a cool-down of one step `final`."""
+    assert [inverse_square_root(n, 100, warmup_steps=4) for n in (99, 100, 101, 300)] == pytest.approx(
+        [sqrt(4 / 100), *[sqrt(4 / 101)] * 3]
+    )
+    cooled = partial(inverse_square_root, total=100, warmup_steps=4, cooldown_steps=1, final=0.05)
+    assert [cooled(n) for n in (99, 100, 300)] == pytest.approx([0.95 * sqrt(4 / 100) + 0.05, 0.05, 0.05])
 
 
 def test_inverse_square_root_at_the_points_of_the_card():
@@ -213,6 +268,13 @@ def test_phases_that_fill_the_span_fit_whatever_its_length():
         (cosine, {"warmup_steps": 1.5}, "schedule.warmup_steps is 1.5"),
         (autoregressive, {"starts": (0, 200)}, "schedule.starts"),
         (autoregressive, {"starts": ()}, "schedule.starts is []"),
+        (autoregressive, {"starts": (0, 100)}, "stay below the 100 steps"),
+        (autoregressive, {"starts": (0, 60, 60)}, "must rise from 0"),
+        (autoregressive, {"starts": (0, 60, 40)}, "must rise from 0"),
+        (infinite, {"final": 0}, "schedule.final is 0; it must be above 0"),
+        (infinite, {"warmup_steps": 50, "cooldown_steps": 40, "anneal_steps": 20}, "and 20 of anneal, more steps than"),
+        (infinite, {"timescale": 0}, "schedule.timescale is 0"),
+        (infinite, {"timescale": True}, "schedule.timescale is True"),
         (infinite, {"timescale": "x"}, "schedule.timescale is 'x'; it must be a finite number above 0"),
         (infinite, {"timescale": inf, "cooldown": "inverse_sqrt"}, "schedule.timescale is inf"),
         (inverse_square_root, {"cooldown_frac": 3}, "schedule.cooldown_frac is 3"),

@@ -237,6 +237,33 @@ def test_the_state_tells_where_the_run_is():
     assert trainer.state.total_steps == trainer.state.step == 12
 
 
+def test_epochs_are_counted_from_the_start_of_each_experience():
+    """At its start the last epoch of the experience before was still shown, and after a resumption there, 0."""
+
+    class Epochs(Strategy):
+        def __init__(self):
+            self.shown = []
+
+        def on_experience_start(self, state):
+            self.shown.append(("start", state.epoch))
+
+        def on_experience_end(self, state):
+            self.shown.append(("end", state.epoch))
+
+    epochs = Epochs()
+    run([epochs], epochs=3)
+    assert epochs.shown == [("start", 0), ("end", 2)] * 3
+
+
+def test_without_a_config_each_experience_is_trained_for_one_epoch():
+    """192 rows each, 64 at a time; names that are given are reported, the others are found."""
+    stream = toy_stream(DIL)
+    trainer = Trainer(stream, ToyNet, [Doubler()], optimizer=SGD, names={"backbone": "mine"})
+    result = trainer.run()
+    assert result.cost["updates"] == 9
+    assert (result.backbone, result.strategy, result.stream) == ("mine", ["test_trainer"], stream.info.name)
+
+
 def test_progress_is_through_the_running_experience():
     class Clock(Strategy):
         def __init__(self):

@@ -12,7 +12,7 @@ from avalanche.training.supervised import Naive as TheirNaive
 from avalanche.training.templates import SupervisedTemplate
 
 from cl.backbones.mlp import Mlp
-from cl.core import Setting, UserError
+from cl.core import Setting, Source, UserError
 from cl.hooks import Strategy
 from cl.interop._quiet import quiet
 from cl.interop.avalanche import Template, as_benchmark, as_model, as_plugin, train_in_template, with_our_hooks
@@ -124,6 +124,71 @@ def test_several_strategies_compose_as_in_our_loop():
     for left, right in zip(ours.state.model.parameters(), made.model.parameters(), strict=True):
         assert torch.equal(left, right)
     assert made.our_plugin.state.spent.forwards == ours.state.spent.forwards
+
+
+class Noting(Strategy):
+    """At every hook, where the run stands and what it is given; adds rows, so that not all are the stream's."""
+
+    def __init__(self, name, notes):
+        self.name, self.notes = name, notes
+
+    def _note(self, hook, state, *given):
+        begun = (state.experience.id, len(state.data), state.progress) if state.has_begun else None
+        counts = (state.step, state.step_rows, state.micro_step, state.micro_steps, state.tokens, state.epoch)
+        planned = (state.total_steps, tuple(state.experience_steps), state.classes_seen)
+        spent = (state.spent.forwards, state.spent.backwards)
+        self.notes.append((self.name, hook, begun, counts, planned, spent, state.model.training, *given))
+
+    def on_run_start(self, state):
+        self._note("run starts", state)
+
+    def on_experience_start(self, state):
+        self._note("experience starts", state)
+
+    def on_batch(self, state, batch):
+        self._note("batch", state, batch.sample_ids.tolist())
+        return batch.extended(batch.current()[:3], Source.REPLAY, self.name)
+
+    def penalty(self, state, batch, output):
+        self._note("penalty", state, len(batch), tuple(output.logits.shape))
+
+    def on_gradients(self, state):
+        self._note("gradients", state)
+
+    def step(self, state, batch, update):
+        self._note("step", state, len(batch))
+        update()
+
+    def on_step_end(self, state, batch, output):
+        self._note("step ends", state, len(batch), len(output.logits))
+
+    def on_experience_end(self, state):
+        self._note("experience ends", state)
+
+
+def test_hooks_are_called_and_read_the_state_as_in_our_loop():
+    """Experiences of 192 rows in batches of 40, the last one of 32, for two epochs; their classes come back."""
+    from cl.config import TrainerConfig
+    from cl.trainer import Trainer
+
+    stream, backbone = toy_stream(Setting.DOMAIN_INCREMENTAL), partial(Mlp, hidden=[8])
+    ours, theirs = [], []
+    config = TrainerConfig(batch_size=40, epochs=2, evaluate="seen", device="cpu")
+    Trainer(stream, backbone, [Noting(name, ours) for name in "ab"], optimizer=SGD, config=config).run()
+    two = [Noting(name, theirs) for name in "ab"]
+    train_in_template(stream, backbone, two, optimizer=SGD, batch_size=40, epochs=2)
+    assert len(theirs) == len(ours) == 2 * (1 + 3 * (2 + 10 * 5))
+    for found, wanted in zip(theirs, ours, strict=True):
+        assert found == wanted
+
+
+def test_a_strategy_that_follows_measurements_needs_our_loop():
+    class Follows(Strategy):
+        needs_evaluation = True
+
+    made = template(Template, foreign(), [as_plugin(Follows())])
+    with pytest.raises(UserError, match="strategy test_plugin follows measurements, which no Avalanche template makes"):
+        made.train(as_benchmark(toy_stream(Setting.CLASS_INCREMENTAL)).train_stream[0], eval_streams=[])
 
 
 def test_user_criterion_is_kept_for_every_part():

@@ -2,12 +2,15 @@
 
 import bz2
 import gzip
+import hashlib
 import json
 import lzma
+from pathlib import Path
 
 import pytest
 
 from streams._documents import Domain, Source
+from streams.text_domains import text_domains
 
 
 @pytest.mark.parametrize("name", ["part[1]", "[abc]", "part*", "part?"])
@@ -45,3 +48,26 @@ def test_a_txt_is_its_lines_whatever_ends_them(text_root, packed):
     found = list(Source(domain, "train", str(text_root), False).pieces())
     lines = [("# one\n", True), ("\n", False), ("na\u00efve\x0cpage\u2028\n", False), ("# two\n", True)]
     assert found == [*lines, ("last \ufeff", False)]
+
+
+@pytest.mark.parametrize("tokenizer", ["bytes", "bpe"])
+def test_a_file_is_hashed_once_for_a_stream(text_root, monkeypatch, tokenizer):
+    """It was once for each part that is cut out of it, and once more for the tokenizer; yet a change is noticed."""
+    hashed, whole = [], hashlib.file_digest
+
+    def counted(file, kind):
+        hashed.append(Path(file.name).name)
+        return whole(file, kind)
+
+    monkeypatch.setattr(hashlib, "file_digest", counted)
+    domains = [{"name": "code", "path": "code.txt", "starts": "^def "}, {"name": "many", "path": "many"}]
+    domains[1]["eval_path"] = "held.jsonl"
+
+    def content():
+        options = {"tokenizer": tokenizer, "vocabulary": 260, "context": 8, "root": str(text_root)}
+        return text_domains(domains, **options).content
+
+    first = content()
+    assert sorted(hashed) == ["a.txt", "b.txt", "code.txt", "held.jsonl"]
+    (text_root / "code.txt").write_text((text_root / "code.txt").read_text().replace("x + 3\n", "x + 4\n"))
+    assert content() != first
