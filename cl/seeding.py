@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def derive_seed(root: int, *names: str | int) -> int:
-    """A 63-bit seed that depends on every argument.
+    """A 63-bit seed that depends on every argument; "a/b" is the same as "a", "b", which no two callers come to.
 
     Example:
         >>> derive_seed(0, "order", 1) == derive_seed(0, "order", 1) != derive_seed(0, "order", 2)

@@ -14,7 +14,7 @@ from cl.cli import build, lock
 from cl.core import UserError
 from cl.result import Result
 from cl.tracking import has_ended
-from cl.tracking.base import JOURNAL
+from cl.tracking.journal import JOURNAL
 
 CONFIG, RESULT, LOG = "config.yaml", "result.json", "run.log"
 START = "start.pt"

@@ -119,8 +119,8 @@ def _sync(folder: Path, uri: str, console: Console) -> None:
     """Bring every run of the folder that is over into MLflow."""
     from cl.cli.lock import is_going_on
     from cl.tracking import sync
-    from cl.tracking.base import JOURNAL, read_journal
     from cl.tracking.check import without_password
+    from cl.tracking.journal import JOURNAL, read_journal
 
     run_dirs = [run_dir for run_dir, _ in _readable(folder)]
     # killed before the first checkpoint, when there is no result yet

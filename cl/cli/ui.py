@@ -16,7 +16,8 @@ from cl.core import UserError
 def main(words: list[str]) -> int:
     """Replace this process by MLflow's server."""
     from cl.tracking import check_store, default_uri, prepare_store
-    from cl.tracking.store import artifact_location, experiment_links, sqlite_path
+    from cl.tracking.charts import experiment_links
+    from cl.tracking.store import artifact_location, sqlite_path
 
     options = {"port": "5000", "uri": default_uri()}
     for word in words:

@@ -5,11 +5,13 @@
 mlflow is imported at first use. `points` has the names and steps of everything that is logged.
 """
 
-from cl.tracking.base import Journal, Memory, Recorder, has_ended, read_journal
+from cl.tracking.base import Memory, Recorder
+from cl.tracking.charts import chart_url, experiment_links
 from cl.tracking.check import check_store
+from cl.tracking.journal import Journal, has_ended, read_journal
 from cl.tracking.mlflow import MLflowTracker, sync
 from cl.tracking.points import Point, config_hash, points
-from cl.tracking.store import absolute_uri, chart_url, default_uri, experiment_links, prepare_store, quiet
+from cl.tracking.store import absolute_uri, default_uri, prepare_store, quiet
 
 __all__ = [
     "Journal",

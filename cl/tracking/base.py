@@ -1,22 +1,17 @@
-"""Trackers that need nothing installed: a list in memory, and a journal on disk that can be replayed later."""
+"""What every tracker does with the events of a run, and the simplest one: a list in memory."""
 
 from __future__ import annotations
 
-import json
 import logging
 import sqlite3
 import time
-import uuid
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from cl.core import UserError
 from cl.observe import Observer
-from cl.result import Result, write_text
+from cl.result import Result
 from cl.tracking.points import (
-    LAST_VALUES,
     Point,
     defined,
     is_settled,
@@ -33,7 +28,6 @@ if TYPE_CHECKING:
 
 EVERY_STEPS = 100
 FLUSH_EVERY_S = 10.0
-JOURNAL = "metrics.jsonl"
 
 Stamped = tuple[Point, float]
 """A point and when it was made, in seconds since 1970."""
@@ -124,7 +118,9 @@ class Recorder(Observer):
             self._take(within_token_points(values, int(tokens), lr))
 
     def on_trace(self, state: TrainState, name: str, value: float) -> None:
-        self._take(defined([trace_point(name, value, state.step)]))
+        # what is told before the run stands somewhere is in its result, which is read then
+        if self._has_begun:
+            self._take(defined([trace_point(name, value, state.step)]))
 
     def on_evaluation(self, state: TrainState, result: Result) -> None:
         self._take_train(self._lr)
@@ -228,91 +224,6 @@ class Memory(Recorder):
         return [(p.step, p.value) for p in self.points if p.name == name]
 
 
-class Journal(Recorder):
-    """Points as JSON lines in `RUN_DIR/metrics.jsonl`; what `sync` replays into MLflow when a server was lost.
-
-    The first line describes the run (its settings, experiment and suite), each other line is one point:
-    `{"name": "train/loss", "value": 0.5, "step": 50, "time": 1790000000.0}`. A run that is resumed drops the points
-    that it is going to make again.
-
-    Args:
-        run_dir: the run's folder.
-        experiment, suite: where a later `sync` puts the run; give the tracker's.
-    """
-
-    def __init__(
-        self,
-        run_dir: Path,
-        *,
-        experiment: str | None = None,
-        suite: str = "",
-        every_steps: int = EVERY_STEPS,
-        flush_every_s: float = FLUSH_EVERY_S,
-    ) -> None:
-        super().__init__(every_steps, flush_every_s)
-        self.path = Path(run_dir) / JOURNAL
-        self.experiment, self.suite = experiment, suite
-        self._settings: Mapping[str, Any] = {}
-
-    def open(self, result: Result, settings: Mapping[str, Any]) -> None:
-        self._settings = settings
-        # a run that is killed before its first checkpoint leaves word of what it was, too
-        if not self.path.exists() or not read_journal(self.path)[1]:
-            self._begin_file({}, [])
-
-    def rewind(self, steps: int | None, experiences: int) -> set[tuple[str, int]]:
-        header, rows = read_journal(self.path) if steps != 0 and self.path.exists() else ({}, [])
-        kept = [row for row in rows if is_settled(row[0], steps, experiences)]
-        self._begin_file(header, kept)
-        return {(point.name, point.step) for point, _ in kept}
-
-    def _begin_file(self, header: Mapping[str, Any], rows: Iterable[Stamped]) -> None:
-        """The file anew: a description of this run, under the id of the journal that it goes on with, and rows."""
-        assert self._result is not None
-        identity = asdict(self._result) | {"R": [], "R_init": [], "within": [], "metrics": {}, "cost": {}}
-        header = {
-            "journal": header.get("journal") or uuid.uuid4().hex,
-            "experiment": self.experiment,
-            "suite": self.suite,
-            "settings": self._settings,
-            "result": identity,
-        }
-        write_text(self.path, json.dumps(header, default=str) + "\n" + "".join(map(line_of, rows)))
-
-    def write(self, batch: Sequence[Stamped]) -> None:
-        with self.path.open("a") as file:
-            file.write("".join(map(line_of, batch)))
-
-    def on_checkpoint(self, state: TrainState, path: str) -> None:
-        # a checkpoint without the points before it would leave a gap after a crash
-        self.flush()
-
-
-def read_journal(path: Path) -> tuple[dict[str, Any], list[Stamped]]:
-    """The description of the run ({} where it is damaged) and its points; a line cut short by a crash is skipped."""
-    header: dict[str, Any] = {}
-    rows: list[Stamped] = []
-    for line in path.read_text().splitlines():
-        try:
-            entry = json.loads(line)
-            if "journal" in entry:
-                header = entry
-            else:
-                rows.append((Point(entry["name"], float(entry["value"]), int(entry["step"])), float(entry["time"])))
-        except (ValueError, KeyError, TypeError):
-            continue
-    return header, rows
-
-
-def has_ended(run_dir: Path) -> bool:
-    """Whether the trackers of a run that is done were told so: the journal, which is told last, has its last values.
-
-    True of a run without a journal.
-    """
-    path = run_dir / JOURNAL
-    return not path.exists() or any(point.name.startswith(LAST_VALUES) for point, _ in read_journal(path)[1])
-
-
 def first_line(error: BaseException) -> str:
     """What an error says, fit for one sentence; of a failed connection or file, what the system or SQLite said."""
     cause: BaseException | None = error
@@ -323,9 +234,3 @@ def first_line(error: BaseException) -> str:
         cause = cause.__cause__ or cause.__context__
     text = str(error).strip().splitlines()
     return (text[0] if text else type(error).__name__)[:200]
-
-
-def line_of(row: Stamped) -> str:
-    """A point as the journal keeps it."""
-    point, moment = row
-    return json.dumps({"name": point.name, "value": point.value, "step": point.step, "time": round(moment, 3)}) + "\n"

@@ -9,8 +9,9 @@ from typing import Any
 
 from cl.core import UserError
 from cl.result import Result
-from cl.tracking.base import EVERY_STEPS, FLUSH_EVERY_S, JOURNAL, Recorder, Stamped, first_line, read_journal
+from cl.tracking.base import EVERY_STEPS, FLUSH_EVERY_S, Recorder, Stamped, first_line
 from cl.tracking.check import check_store, hiding_password
+from cl.tracking.journal import JOURNAL, read_journal
 from cl.tracking.points import is_settled, points
 from cl.tracking.store import absolute_uri, default_uri, prepare_store, store_of
 from cl.tracking.stored_run import StoredRun, end_killed

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from cl.core import UserError
 from cl.result import Result
-from cl.tracking.base import JOURNAL, Stamped, line_of, read_journal
+from cl.tracking.base import Stamped
+from cl.tracking.journal import JOURNAL, line_of, read_journal
 from cl.tracking.mlflow import sync
 from cl.tracking.points import Point, defined, legal_name
 from cl.tracking.store import default_uri, store_of
@@ -47,9 +48,11 @@ def keep_points(run_dir: Path, found: Iterable[Point]) -> int:
     if not path.exists():
         raise UserError(f"{run_dir} holds no {JOURNAL}, to which scores are added; is it the folder of a run?")
     known = {(point.name, point.step) for point, _ in read_journal(path)[1]}
+    # a line that a crash cut short must not swallow the first score
+    begin = "" if path.read_text().endswith("\n") else "\n"
     new: list[Stamped] = [(point, time.time()) for point in found if (point.name, point.step) not in known]
     with path.open("a") as file:
-        file.write("".join(map(line_of, new)))
+        file.write(begin + "".join(map(line_of, new)))
     return len(new)
 
 

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from cl import __version__
 from cl.result import Result
 from cl.tracking.base import Stamped
+from cl.tracking.charts import grouped_view, view_tag
 from cl.tracking.points import config_hash, description, legal_name, matrix_table
-from cl.tracking.store import artifact_location, grouped_view, patient_uri, quiet, view_tag
+from cl.tracking.store import artifact_location, patient_uri, quiet
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

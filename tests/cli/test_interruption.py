@@ -22,7 +22,7 @@ from cl.cli.main import main
 from cl.ledger import Ledger
 from cl.result import Result
 from cl.tracking import Journal
-from cl.tracking.base import JOURNAL
+from cl.tracking.journal import JOURNAL
 
 RUN = ("run", "tracking=none", "debug=tiny", "strategy=[derpp,ewc]", "trainer.checkpoint_every=7", "optimizer=adam")
 

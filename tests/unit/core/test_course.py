@@ -68,6 +68,18 @@ def test_without_a_measurement_before_training_the_course_begins_at_the_first_st
     assert trainer_of(max_steps=2, evaluate="seen").run().course[0] == [0, 1, STEP, 0.5]
 
 
+def test_where_all_are_running_text_there_are_bits_per_byte():
+    """Each domain is 96 rows of 8 tokens; their texts are of different length."""
+    stream, sizes = toy_stream(TEXT), [1000, 3000, 500]
+    sets = [replace(each, num_bytes=size) for each, size in zip(stream.eval_sets, sizes, strict=True)]
+    result = trainer_of(max_steps=2, stream=replace(stream, eval_sets=sets)).run()
+    assert (result.num_tokens, result.num_bytes) == ([768] * 3, sizes)
+    bits = [loss * 768 / size / np.log(2) for loss, size in zip(result.R[-1], sizes, strict=True)]
+    assert result.metrics["bits_per_byte"] == pytest.approx(np.mean(bits), rel=1e-12)
+    assert result.metrics["perplexity"] == pytest.approx(np.exp(np.mean(result.R[-1])), rel=1e-12)
+    assert "bits_per_byte" not in trainer_of(max_steps=2).run().metrics
+
+
 def test_where_one_domain_is_no_running_text_there_are_no_bits_per_byte():
     stream = toy_stream(TEXT)
     first, *others = stream.eval_sets

@@ -5,6 +5,7 @@ import math
 import re
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ import torch
 from cl.config import TrainerConfig
 from cl.core import Setting, TensorData
 from cl.hooks import Strategy
-from cl.ledger import Ledger, NonFiniteLoss
+from cl.ledger import Ledger, NonFiniteLoss, peak_memory_bytes
 from cl.observe import Observer
 from cl.result import Result
 from cl.state import Cost
@@ -100,6 +101,23 @@ def test_the_step_that_broke_is_not_taken(tmp_path):
     assert all(tensor.isfinite().all() for tensor in broken.state.model.state_dict().values())
 
 
+def test_weights_that_an_update_broke_are_not_saved_and_three_are_named(tmp_path):
+    class BreaksAll(Strategy):
+        def on_step_end(self, state, batch, output):
+            if state.step == 6:
+                for p in state.parameters().values():
+                    p.data.fill_(float("nan"))
+
+    trainer = trainer_of([BreaksAll()], tmp_path)
+    with pytest.raises(NonFiniteLoss) as caught:
+        trainer.run()
+    first, second, third, *more = trainer.state.parameters()
+    assert more
+    told = f"experience 0, 'toy 0'): {first} = nan, {second} = nan, {third} = nan; the last good checkpoint is"
+    assert str(caught.value).startswith(f"the update left weights that are not finite at step 5 ({told} {tmp_path}")
+    assert [path.name for path in tmp_path.glob("checkpoints/*")] == ["step-000000000.pt"]
+
+
 def test_without_a_folder_it_says_that_there_is_no_checkpoint():
     with pytest.raises(NonFiniteLoss, match="there is no checkpoint"):
         trainer_of([Breaks(0)]).run()
@@ -165,6 +183,7 @@ def test_the_result_counts_work(tmp_path):
     assert cost["peak_memory_bytes"] > 10_000_000
     assert content["metrics"]["final"] == pytest.approx(sum(content["R"][-1]) / 2)
     assert content["env"]["device"] == "cpu"
+    assert not {"token_accuracy", "bits_per_byte"} & set(content["metrics"]), "which are of text"
 
 
 def test_the_speed_on_text_is_in_tokens():
@@ -279,6 +298,23 @@ def test_the_books_of_a_run_that_was_resumed_are_those_of_one_that_was_not(tmp_p
     assert resumed.traces == whole.traces == [["height", 6, 3.5], ["height", 12, 3.5]]
 
 
+def test_what_is_measured_of_no_experience_or_of_no_single_domain_has_a_column():
+    class Notes(Strategy):
+        def on_run_start(self, state):
+            state.note("before", 1)
+
+        def on_experience_end(self, state):
+            state.note("after", 2)
+
+    stream = toy_stream(Setting.DOMAIN_INCREMENTAL, num_experiences=2)
+    first, second = stream.experiences
+    mixed = replace(stream, experiences=[replace(first, domain="both of them"), second])
+    result = trainer_of([Notes()], stream=mixed).run()
+    assert result.trained == [-1, 1]
+    assert result.extra == [["before", -1, 0, 1.0], ["after", 0, 0, 2.0], ["after", 1, 1, 2.0]]
+    assert all(type(value) is float for *_, value in result.extra)
+
+
 def test_time_goes_on_until_a_card_is_done(clock, monkeypatch):
     """Work is only asked for when the loop goes on, and nobody else is charged with the waiting."""
     monkeypatch.setattr("torch.cuda.synchronize", lambda device: clock.append(5))
@@ -286,6 +322,22 @@ def test_time_goes_on_until_a_card_is_done(clock, monkeypatch):
     with ledger.charged("train_s"):
         clock.append(2)
     assert ledger.clock["train_s"] == 7
+
+
+def test_no_time_is_no_speed(clock):
+    cost = trainer_of().run().cost
+    assert cost["train_s"] == cost["eval_s"] == 0
+    assert cost["train_samples_per_s"] == cost["eval_samples_per_s"] == 0
+
+
+def test_peak_memory_is_what_the_card_or_the_system_says(monkeypatch):
+    monkeypatch.setattr("torch.cuda.max_memory_allocated", {torch.device("cuda", 1): 123}.get)
+    assert peak_memory_bytes(torch.device("cuda", 1)) == 123
+    status = Path("/proc/self/status")
+    if not status.exists():
+        pytest.skip("only Linux tells it in a file")
+    (line,) = [line for line in status.read_text().splitlines() if line.startswith("VmHWM:")]
+    assert peak_memory_bytes(torch.device("cpu")) == pytest.approx(int(line.split()[1]) * 1024, rel=0.05)
 
 
 def test_peak_memory_is_that_of_the_whole_run_and_of_no_run_before(tmp_path, monkeypatch):

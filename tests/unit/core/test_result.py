@@ -2,10 +2,12 @@
 
 import json
 import math
+import sys
 
+import numpy as np
 import pytest
 
-from cl.result import Result, environment, write_text
+from cl.result import Result, environment, replacing, write_text
 
 
 def result(**changes):
@@ -82,6 +84,15 @@ def test_a_failed_write_keeps_the_old_file_and_leaves_nothing_behind(tmp_path, m
     assert [file.name for file in tmp_path.iterdir()] == ["result.json"]
 
 
+def test_an_error_of_the_writer_is_told_as_it_was(tmp_path):
+    path = tmp_path / "result.json"
+    write_text(path, "old")
+    with pytest.raises(TypeError, match="bytes-like"), replacing(path) as file:
+        file.writelines([b"ne", "w"])
+    assert path.read_text() == "old"
+    assert [file.name for file in tmp_path.iterdir()] == ["result.json"]
+
+
 def test_what_is_written_may_be_read_by_whom_any_new_file_may(tmp_path):
     write_text(tmp_path / "result.json", "{}")
     (tmp_path / "plain").touch()
@@ -90,5 +101,6 @@ def test_what_is_written_may_be_read_by_whom_any_new_file_may(tmp_path):
 
 def test_environment_says_where_a_number_comes_from():
     found = environment()
-    assert found["versions"]["torch"]
+    assert found["versions"]["numpy"] == np.__version__
+    assert found["system"] == sys.platform
     assert found["python"].count(".") == 2

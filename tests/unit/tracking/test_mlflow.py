@@ -15,8 +15,9 @@ import pytest
 from cl.core import UserError
 from cl.result import Result
 from cl.tracking import Journal, Memory, MLflowTracker, base, chart_url, default_uri, experiment_links, points, sync
+from cl.tracking.charts import view_tag
 from cl.tracking.points import description
-from cl.tracking.store import sqlite_path, view_tag
+from cl.tracking.store import sqlite_path
 
 pytest.importorskip("mlflow")
 

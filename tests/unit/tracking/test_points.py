@@ -6,7 +6,7 @@ import math
 import pytest
 
 from cl.tracking import Memory, Point, points
-from cl.tracking.points import config_hash, is_settled, last_points, matrix_table, task_name
+from cl.tracking.points import config_hash, description, is_settled, last_points, legal_name, matrix_table, task_name
 
 ROWS = [[0.9, 0.2, None], [0.6, 0.8, 0.1], [0.7, 0.5, 0.95]]
 
@@ -81,6 +81,74 @@ def test_losses_have_perplexities_and_forget_by_rising(make_result):
     assert "loss/task_02" not in found
 
 
+def test_text_has_bits_per_byte_and_what_else_was_measured(make_result):
+    """8 nats over 10 tokens in 40 bytes are 2 nats a byte; what else was measured keeps its experience and column."""
+    sizes = {"num_tokens": [10, 20, 30], "num_bytes": [40, 10, 60]}
+    extra = [["format valid", 1, 2, 0.75], ["exact[match]", 1, 0, 0.5], ["exact[match]", 0, 0, 0.25]]
+    result = make_result(measure="loss", R=[[1.0, 3.0, None], [8.0, 0.5, None]], R_init=[4.0] * 3, extra=extra, **sizes)
+    found = by_step(points(result, 1))[2]
+    bits = {name: value for name, value in found.items() if name.startswith("bpb/")}
+    assert bits == {
+        "bpb/task_00": pytest.approx(2.0 / math.log(2)),
+        "bpb/task_01": pytest.approx(1.0 / math.log(2)),
+    }
+    beside = {name: value for name, value in found.items() if name.startswith(("format", "exact"))}
+    assert beside == {"format valid/task_02": 0.75, "exact_match_/task_00": 0.5}
+
+
+def test_losses_over_tokens(make_result):
+    """Worked out by hand: before training, inside the second experience, and after both; no rate before training."""
+    result = make_result(measure="loss", R_init=[4.0, 5.0, None], R=[[1.0, 3.0, None], [2.0, 1.5, None]])
+    result.course = [
+        [-1, 0, 0, 0.0],
+        [0, 3, 24, 0.5],
+        [0, 6, 48, 0.4],
+        [1, 7, 56, 0.3],
+        [1, 8, 64, 0.2],
+        [1, 9, 72, 0.1],
+    ]
+    result.within = [[1, 8, 1, 2.5]]
+    found = [tuple(p) for p in points(result) if p.name.startswith("tokens/")]
+    assert sorted(found) == [
+        ("tokens/lr", 0.1, 72),
+        ("tokens/lr", 0.2, 64),
+        ("tokens/lr", 0.4, 48),
+        ("tokens/task_00", 1.0, 48),
+        ("tokens/task_00", 2.0, 72),
+        ("tokens/task_00", 4.0, 0),
+        ("tokens/task_01", 1.5, 72),
+        ("tokens/task_01", 2.5, 64),
+        ("tokens/task_01", 3.0, 48),
+        ("tokens/task_01", 5.0, 0),
+    ]
+    assert [step for *_, step in found] == sorted(step for *_, step in found)
+    last = [tuple(p) for p in points(result, 1) if p.name.startswith("tokens/")]
+    assert sorted(last) == [("tokens/lr", 0.1, 72), ("tokens/task_00", 2.0, 72), ("tokens/task_01", 1.5, 72)]
+
+
+def test_a_description_names_forty_domains(make_result):
+    names = [f"{'long' * 20}{j}" for j in range(42)]
+    head, blank, *rows = description(make_result(domains=names)).splitlines()
+    assert (head, blank) == ("derpp+refresh on permuted_digits, domain incremental, mlp, seed 7", "")
+    assert rows[39] == f"- `task_39`: {'long' * 15}"
+    assert rows[40:] == ["- and 2 more, in `result.json`"]
+    assert "more, in" not in description(make_result(domains=names[:40]))
+
+
+@pytest.mark.parametrize(
+    ("name", "legal"),
+    [
+        ("a//b/", "a/b"),
+        ("./a/../b", "a/b"),
+        ("loss[é]", "loss_é_"),
+        ("a" * 249 + "/b", "a" * 249),
+        ("a-b.c:d e", "a-b.c:d e"),
+    ],
+)
+def test_names_that_mlflow_takes(name, legal):
+    assert legal_name(name) == legal
+
+
 def test_values_that_are_no_numbers_are_left_out(make_result):
     result = make_result(R=[[math.nan, math.inf, 0.5]])
     assert {p.name for p in points(result)} == {"accuracy/task_02"}
@@ -109,7 +177,9 @@ def test_what_stays_after_a_resume():
     assert not is_settled(Point("train/loss", 1.0, 51), steps=50, experiences=3)
     assert is_settled(Point("accuracy/task_00", 1.0, 3), steps=50, experiences=3)
     assert not is_settled(Point("accuracy/task_00", 1.0, 4), steps=50, experiences=3)
-    assert not is_settled(Point("final/bwt", 1.0, 1), steps=None, experiences=3)
+    for name in ("final/bwt", "cost/seconds"):
+        assert not is_settled(Point(name, 1.0, 1), steps=None, experiences=3)
+    assert is_settled(Point("train/loss", 1.0, 51), steps=None, experiences=0)
 
 
 def test_table_is_long_and_without_empty_cells(make_result):

@@ -3,12 +3,20 @@
 import json
 import logging
 import sqlite3
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
+import torch
 
-from cl.tracking import Journal, Memory, Recorder, read_journal
+from cl.config import TrainerConfig
+from cl.core import Setting, UserError
+from cl.hooks import Strategy
+from cl.testing import ToyNet, toy_stream
+from cl.tracking import Journal, Memory, Point, Recorder, has_ended, read_journal
 from cl.tracking.base import first_line
+from cl.tracking.journal import JOURNAL
+from cl.trainer import Trainer
 
 
 def curves(found):
@@ -43,9 +51,33 @@ def test_within_points_follow_the_steps_told(make_result):
     assert memory.points == [("train/within/task_00", 0.25, 1)]
 
 
-def test_every_steps_is_checked():
-    with pytest.raises(ValueError, match="every_steps is 0"):
-        Memory(every_steps=0)
+def test_what_is_traced_before_the_first_step_is_written_once(tmp_path):
+    """The trainer tells of it before it says where the run goes on, from where the result is read."""
+
+    class Traces(Strategy):
+        def on_run_start(self, state):
+            state.trace("begun", 1.0)
+
+        def on_experience_start(self, state):
+            state.trace("entered", 2.0)
+
+    Trainer(
+        toy_stream(Setting.DOMAIN_INCREMENTAL, num_experiences=2),
+        ToyNet,
+        [Traces()],
+        optimizer=partial(torch.optim.SGD, lr=0.1),
+        config=TrainerConfig(max_steps=3, device="cpu"),
+        run_dir=tmp_path,
+        observers=[Journal(tmp_path)],
+    ).run()
+    found = [tuple(p) for p, _ in read_journal(tmp_path / JOURNAL)[1] if p.name in ("train/begun", "train/entered")]
+    assert found == [("train/begun", 1.0, 0), ("train/entered", 2.0, 0), ("train/entered", 2.0, 3)]
+
+
+@pytest.mark.parametrize("value", [0, -1, True, 2.5, "10"])
+def test_every_steps_is_checked(value):
+    with pytest.raises(UserError, match=rf"every_steps is {value!r}; it must be an integer of at least 1"):
+        Memory(every_steps=value)
 
 
 @pytest.mark.parametrize("steps_done", [0, 2, 3])
@@ -117,6 +149,22 @@ def test_journal_says_where_the_run_belongs(make_result, tell, settings, tmp_pat
     assert header["result"]["strategy"] == ["derpp", "refresh"]
 
 
+def test_the_journal_knows_whether_the_end_was_told(make_result, tell, tmp_path):
+    assert has_ended(tmp_path), "a run that keeps none cannot be asked"
+    result = make_result()
+    tell([Journal(tmp_path)], result, last=2, status="interrupted")
+    assert not has_ended(tmp_path)
+    tell([Journal(tmp_path)], result, first=2)
+    assert has_ended(tmp_path)
+
+
+@pytest.mark.parametrize("line", ["5", "[1]", '{"name": "a"}', '{"name": "a", "value": "x", "step": 1, "time": 1}'])
+def test_lines_that_are_no_points_are_skipped(tmp_path, line):
+    point = '{"name": "a", "value": 0.5, "step": 2, "time": 7.5}'
+    (tmp_path / JOURNAL).write_text(f'{{"journal": "one"}}\n{line}\n{point}\n')
+    assert read_journal(tmp_path / JOURNAL) == ({"journal": "one"}, [(Point("a", 0.5, 2), 7.5)])
+
+
 def test_damaged_lines_are_skipped(make_result, tell, tmp_path):
     journal = Journal(tmp_path, every_steps=5)
     tell([journal], make_result())
@@ -155,10 +203,28 @@ def test_a_full_disk_is_told_once_and_does_not_stop_the_run(make_result, tell, t
     assert memory.curve("final/bwt")
 
 
-def test_what_sqlite_said_is_told_and_not_what_was_wrapped_around_it():
-    wrapped = RuntimeError("(raised as a result of Query-invoked autoflush)\n[SQL: ...]")
-    wrapped.__cause__ = sqlite3.OperationalError("database or disk is full")
-    assert first_line(wrapped) == "database or disk is full"
+@pytest.mark.parametrize(
+    ("inside", "told"),
+    [
+        (sqlite3.OperationalError("database or disk is full"), "database or disk is full"),
+        (ConnectionRefusedError(111, "Connection refused"), "[Errno 111] Connection refused"),
+        (TimeoutError("timed out"), "timed out"),
+        (OSError("of a library, with nothing from the system"), "of the library"),
+        (KeyError("key"), "of the library"),
+    ],
+)
+@pytest.mark.parametrize("link", ["__cause__", "__context__"])
+def test_what_the_system_or_sqlite_said_is_told_and_not_what_was_wrapped_around_it(inside, told, link):
+    wrapped, middle = RuntimeError("of the library\n[SQL: ...]"), ValueError("between")
+    setattr(wrapped, link, middle)
+    setattr(middle, link, inside)
+    assert first_line(wrapped) == told
+
+
+def test_what_an_error_says_fits_into_a_sentence():
+    assert first_line(RuntimeError("\n  first\nsecond")) == "first"
+    assert first_line(RuntimeError()) == "RuntimeError"
+    assert first_line(RuntimeError("x" * 300)) == "x" * 200
 
 
 def test_journal_lines_are_plain_json(make_result, tell, tmp_path):

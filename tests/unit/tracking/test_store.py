@@ -19,8 +19,9 @@ from cl.core import UserError
 from cl.tracking import absolute_uri, chart_url, check_store, default_uri, points, prepare_store
 from cl.tracking import check as check_module
 from cl.tracking import store as store_module
+from cl.tracking.charts import grouped_view, view_tag
 from cl.tracking.points import train_points
-from cl.tracking.store import artifact_location, grouped_view, patient_uri, view_tag
+from cl.tracking.store import artifact_location, patient_uri
 
 
 @pytest.fixture(autouse=True)
@@ -104,6 +105,50 @@ def test_a_name_and_a_password_in_the_address_are_no_part_of_the_host():
         server.shutdown()
 
 
+@pytest.mark.parametrize(("code", "is_taken"), [(200, True), (401, True), (403, True), (404, False), (500, False)])
+def test_what_a_server_answers(code, is_taken):
+    """One that asks for a name and a password is there; what knows no /health is no MLflow."""
+
+    class Answers(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(code)
+            self.end_headers()
+
+        def log_message(self, *details):
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Answers) as server:
+        threading.Thread(target=server.handle_request, daemon=True).start()
+        uri = f"http://127.0.0.1:{server.server_port}"
+        if is_taken:
+            check_store(uri)
+        else:
+            with pytest.raises(UserError, match=rf"it answered {code}, so it is no MLflow server\)"):
+                check_store(uri)
+
+
+@pytest.mark.parametrize(
+    ("uri", "place"),
+    [
+        ("postgresql+psycopg2://me:secret@here/runs", ("here", 5432)),
+        ("mysql://here/runs", ("here", 3306)),
+        ("mssql://here/runs", ("here", 1433)),
+        ("mysql://here:99/runs", ("here", 99)),
+        ("postgresql:///runs", ("localhost", 5432)),
+    ],
+)
+def test_a_database_is_asked_at_its_port(monkeypatch, uri, place):
+    asked, closed = [], []
+
+    def connect(where, within):
+        asked.append((where, within))
+        return SimpleNamespace(close=lambda: closed.append(where))
+
+    monkeypatch.setattr(check_module.socket, "create_connection", connect)
+    check_store(uri)
+    assert (asked, closed) == ([(place, check_module.ANSWER_WITHIN_S)], [place])
+
+
 def test_a_server_that_hangs_is_given_up(monkeypatch):
     monkeypatch.setattr(check_module, "ANSWER_WITHIN_S", 0.2)
     with closing(socket.socket()) as deaf:
@@ -136,6 +181,21 @@ def test_prepare_is_quick_when_the_tables_exist(store, monkeypatch):
     monkeypatch.setattr(store_module, "quiet", lambda: pytest.fail("it went on to create tables"))
     prepare_store(store)
     prepare_store("http://127.0.0.1:1")
+
+
+def test_a_file_that_exists_gets_its_tables_and_keeps_what_it_holds(tmp_path):
+    """One with a table of another program's."""
+    pytest.importorskip("mlflow")
+    with closing(sqlite3.connect(tmp_path / "mlruns.db")) as connection, connection:
+        connection.execute("create table mine (number)")
+        connection.execute("insert into mine values (7)")
+    prepare_store(default_uri(tmp_path))
+    with closing(sqlite3.connect(tmp_path / "mlruns.db")) as connection:
+        assert connection.execute("select number from mine").fetchall() == [(7,)]
+        assert connection.execute("select count(*) from runs").fetchone() == (0,)
+        (location,) = connection.execute("select artifact_location from experiments").fetchone()
+    assert location.endswith(f"{tmp_path}/mlartifacts/0")
+    assert not list(tmp_path.glob(".mlruns.db.*"))
 
 
 def test_a_store_that_cannot_be_made_is_a_bad_request(tmp_path):
@@ -188,6 +248,27 @@ def test_another_process_may_be_faster(tmp_path, monkeypatch, has_hard_links):
         monkeypatch.setattr(os, "link", lambda *paths: os.stat("/no such file"))
     prepare_store(default_uri(tmp_path))
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"mlruns.db": "theirs"}
+
+
+@pytest.mark.parametrize("has_hard_links", [True, False])
+def test_what_was_prepared_takes_its_place(tmp_path, monkeypatch, has_hard_links):
+    """Also on a file system without hard links, and at an address that depends on the working directory."""
+    sqlalchemy_store = pytest.importorskip("mlflow.store.tracking.sqlalchemy_store")
+    places = []
+
+    class Store:
+        def __init__(self, uri, artifacts):
+            places.append(artifacts)
+            store_module.sqlite_path(uri).write_text("mine")
+            self.engine = SimpleNamespace(dispose=lambda: None)
+
+    monkeypatch.setattr(sqlalchemy_store, "SqlAlchemyStore", Store)
+    if not has_hard_links:
+        monkeypatch.setattr(os, "link", lambda *paths: os.stat("/no such file"))
+    monkeypatch.chdir(tmp_path)
+    prepare_store("sqlite:///below/mlruns.db")
+    assert {path.name: path.read_text() for path in (tmp_path / "below").iterdir()} == {"mlruns.db": "mine"}
+    assert places == [f"{tmp_path}/below/mlartifacts"]
 
 
 def test_default_experiment_keeps_its_artifacts_beside_the_store(store):
