@@ -60,6 +60,13 @@ def array(tensor: Tensor) -> np.ndarray:
     return tensor.detach().contiguous().numpy()
 
 
+def places(batch: int, length: int, reset: Tensor | None, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """First token and length of every sequence, and whether a token forgets what was: [S], [S] and [B * T]."""
+    offsets = torch.arange(batch + 1) * length if cu_seqlens is None else cu_seqlens.long()
+    forgets = torch.zeros(batch * length, dtype=torch.bool) if reset is None else reset.flatten().bool()
+    return offsets[:-1], offsets.diff(), forgets
+
+
 # functions of one number, exact to four units in the last place; the system's own do not vectorise in float32
 
 _LOG2E, _LN2_HIGH, _LN2_LOW = np.float32(1.44269504), np.float32(0.693359375), np.float32(-2.12194440e-4)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from kernels.common.checks import state_dtype
-from kernels.common.numba import array, spread
+from kernels.common.numba import array, places, spread
 from kernels.sequential_rnn import numba_loops as loops
 from kernels.sequential_rnn.reference import PARTS
 
@@ -36,19 +36,17 @@ class _Call:
         cell: str,
     ):
         batch, length, gates, heads, width = x.shape
-        self.dtype, tokens = state_dtype(x.dtype), batch * length
-        offsets = torch.arange(batch + 1) * length if cu_seqlens is None else cu_seqlens.long()
-        forgets = torch.zeros(tokens, dtype=torch.bool) if reset is None else reset.flatten().bool()
-        self.sequences = len(offsets) - 1
-        self.lanes, self.work = self.sequences * heads, tokens * r.numel()
+        self.dtype = state_dtype(x.dtype)
+        where = places(batch, length, reset, cu_seqlens)
+        self.sequences = len(where[0])
+        self.lanes, self.work = self.sequences * heads, batch * length * r.numel()
         if bias is None:
             bias = r.new_zeros(gates, heads, width)
         if s0 is None:
             s0 = r.new_zeros(self.sequences, PARTS[cell], heads, width)
-        places = [offsets[:-1], offsets.diff(), forgets]
         numbers = [x.flatten(0, 1), r.permute(1, 2, 0, 3).flatten(2), bias.transpose(0, 1).flatten(1), s0]
         numbers = [each.to(self.dtype) for each in numbers]
-        self.arguments = (*map(array, places), CODES[cell], *map(array, numbers))
+        self.arguments = (*map(array, where), CODES[cell], *map(array, numbers))
 
     def new(self, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=self.dtype)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from kernels.common.checks import state_dtype
-from kernels.common.numba import along, array, compiled, copy, inner, onto, spread, tanh
+from kernels.common.numba import along, array, compiled, copy, inner, onto, places, spread, tanh
 from kernels.common.varlen import num_chunks
 
 
@@ -118,15 +118,13 @@ class _Call:
     def __init__(self, tokens: list[Tensor], w: Tensor, reset: Tensor | None, cu_seqlens: Tensor | None, chunk: int):
         batch, length, heads = tokens[0].shape[:3]
         self.dtype, self.tokens = state_dtype(tokens[2].dtype), batch * length
-        offsets = torch.arange(batch + 1) * length if cu_seqlens is None else cu_seqlens.long()
-        lengths = offsets.diff()
+        firsts, lengths, forgets = places(batch, length, reset, cu_seqlens)
         pieces = (lengths + chunk - 1) // chunk
-        forgets = torch.zeros(self.tokens, dtype=torch.bool) if reset is None else reset.flatten().bool()
         self.sequences = len(lengths)
         self.lanes, self.work = self.sequences * heads, tokens[1].numel() * tokens[2].shape[3] ** 2
-        places = [offsets[:-1], lengths, pieces.cumsum(0) - pieces, forgets]
+        where = (firsts, lengths, pieces.cumsum(0) - pieces, forgets)
         numbers = [*(x.flatten(0, 1) for x in tokens), w]
-        self.arguments = (*map(array, places), chunk, *(array(x.to(self.dtype)) for x in numbers))
+        self.arguments = (*map(array, where), chunk, *(array(x.to(self.dtype)) for x in numbers))
 
     def new(self, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=self.dtype)
