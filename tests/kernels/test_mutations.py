@@ -111,7 +111,7 @@ MUTATIONS = [
     (f"{SEQUENTIAL}/triton.py", "active = (t < length)", "active = (t <= length)", "sequential_lstm", "triton"),
     (f"{SEQUENTIAL}/numba_loops.py", "u += dh[t, head]", "pass", "sequential_gru", "numba"),
     (f"{SEQUENTIAL}/numba_loops.py", "+ left * is_carried", "+ left", "sequential_slstm", "numba"),
-    (f"{SEQUENTIAL}/numba_m2rnn.py", "nothing if forgets[t] else now[j]", "now[j]", "m2rnn", "numba"),
+    (f"{SEQUENTIAL}/numba_m2rnn.py", "adjoint[m, i] *= gate", "pass", "m2rnn", "numba"),
     ("common/numba.py", "for i in range(many, row.size)", "for i in range(0)", "sequential_lstm", "numba"),
     ("common/numba.py", "-of_size if x < 0", "of_size if x < 0", "sequential_lstm", "numba"),
     (f"{SEQUENTIAL}/triton_adjoint.py", "g1 = u * (h - value)", "g1 = u * (value - h)", "sequential_gru", "triton"),
