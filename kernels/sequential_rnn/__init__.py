@@ -25,7 +25,7 @@ OP = "sequential_rnn"
 # widest head whose recurrent matrices Triton keeps next to the state
 MOST_D = {torch.float32: 64, torch.float16: 128, torch.bfloat16: 128}
 # numbers of a head's state in all sequences: beyond, one product for all is faster on a CPU than a loop for each
-WIDE = 2048
+WIDE = 1024
 
 
 def _plan(
@@ -97,7 +97,7 @@ def sequential_rnn(
         reset: bool [B, T], True where the state is forgotten before the token is read.
         cu_seqlens: offsets [S + 1] of sequences packed into one row (B == 1); empty sequences are allowed.
         backend: "auto", "reference", "chunked" (the fused loop in torch), "numba" (compiled for a CPU, the automatic
-            one there up to 2048 numbers of a head in all sequences) or "triton" (D <= 128, in float32 <= 64).
+            one there up to 1024 numbers of a head in all sequences) or "triton" (D <= 128, in float32 <= 64).
 
     Returns:
         h: [B, T, H, D] in the dtype of `x`; computed and kept in float32.

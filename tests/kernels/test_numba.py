@@ -179,7 +179,7 @@ def test_m2rnn_clips_the_gradient_of_the_state():
 def test_a_cpu_takes_the_loops_until_a_step_is_wide():
     x, r = torch.zeros(2, 3, 3, 1, 8), torch.zeros(3, 1, 8, 8)
     assert explain(sequential_rnn, x, r).backend == "numba"
-    at, beyond = (explain(sequential_rnn, x[:1].expand(n, 3, 3, 1, 8), r).backend for n in (256, 257))
+    at, beyond = (explain(sequential_rnn, x[:1].expand(n, 3, 3, 1, 8), r).backend for n in (128, 129))
     assert (at, beyond) == ("numba", "chunked")
     assert explain(sequential_rnn, x.expand(2, 3, 3, 1, 8), r, backend="numba").reason == "asked for"
 
