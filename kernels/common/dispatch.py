@@ -14,6 +14,8 @@ from torch.autograd import forward_ad
 BACKENDS: Final = ("auto", "reference", "chunked", "numba", "triton")
 CPU_CHUNK: Final = 32
 TRITON_CHUNKS: Final = (16, 32, 64)
+# multiplications of a call, forward, from which loops are compiled for its sizes: tens of milliseconds, against seconds
+WORTH_COMPILING: Final = 2**22
 # looked up, not imported: a CPU user never pays for triton, nor anybody for a loop that is not run
 HAS_TRITON: Final = importlib.util.find_spec("triton") is not None
 HAS_NUMBA: Final = importlib.util.find_spec("numba") is not None
@@ -53,6 +55,7 @@ def choose(
     is_traced: bool = False,
     has_numba: bool = False,
     is_wide: bool = False,
+    is_small: bool = False,
 ) -> Decision:
     """Decide the backend of one call; an explicit choice is never replaced by another.
 
@@ -69,6 +72,7 @@ def choose(
             for a constant, without a word.
         has_numba: the op has loops compiled for a CPU.
         is_wide: so much happens in a step that torch's products are worth their calls: "auto" takes them.
+        is_small: so little happens in the call that compiling loops for its sizes is not worth it: nor does "auto".
 
     Raises:
         ValueError: unknown backend or chunk, an explicit "triton" or "numba" that cannot run, or forward-mode
@@ -97,7 +101,7 @@ def choose(
     missing = _numba_obstacle(tensor, has_numba)
     if wish == "numba" and missing is not None:
         raise ValueError(f"{op}: backend 'numba' {missing}; use backend='chunked'")
-    if wish == "numba" or (wish == "auto" and missing is None and not is_wide):
+    if wish == "numba" or (wish == "auto" and missing is None and not is_wide and not is_small):
         why = "asked for" if wish == "numba" else "CPU tensors, and the steps are small"
         return Decision(op, "numba", _cpu_chunk(chunk, length), why)
     why = "asked for" if wish == "chunked" else f"backend 'triton' {obstacle or 'is only automatic on CUDA'}"
@@ -120,6 +124,17 @@ def matrix_chunk(dtype: torch.dtype, *, per_channel: bool, wide: bool) -> int:
         return 16
     size = 32 if wide else 64
     return size // 2 if dtype == torch.float32 else size
+
+
+def matrix_size(q: Tensor, v: Tensor, most: int) -> dict[str, bool]:
+    """What `choose` asks of an op with loops over a matrix [K, V] per head, which are compiled for one size.
+
+    Args:
+        most: numbers of a matrix up to which they are faster than products of chunks.
+    """
+    numbers = q.shape[3] * v.shape[3]
+    is_small = q.shape[:3].numel() * numbers < WORTH_COMPILING
+    return {"has_numba": True, "is_wide": numbers > most, "is_small": is_small}
 
 
 def _triton_obstacle(tensor: Tensor, chunk: int | None) -> str | None:

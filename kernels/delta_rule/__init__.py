@@ -1,12 +1,13 @@
 """The delta rule: DeltaNet (no decay), Gated DeltaNet (one decay per head), KDA (a decay per channel)."""
 
+from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from kernels.common.checks import cotangents, gate_like, last_like, matrix_state_plan
-from kernels.common.dispatch import Decision, choose, explained_by, matrix_chunk, without_autocast
+from kernels.common.dispatch import Decision, choose, explained_by, matrix_chunk, matrix_size, without_autocast
 from kernels.common.varlen import empty_outputs
 from kernels.delta_rule import chunked
 from kernels.delta_rule.reference import delta_rule_reference
@@ -16,6 +17,8 @@ __all__ = ["delta_rule"]
 OP = "delta_rule"
 # the walk keeps all of K on chip
 MOST_K = 256
+# numbers of a matrix up to which compiled loops are faster on a CPU than products of chunks
+MOST_COMPILED = 64 * 64
 
 
 def _plan(
@@ -36,7 +39,8 @@ def _plan(
     if refusal is None and q.shape[3] > MOST_K:
         refusal = f"needs K <= {MOST_K}, got {q.shape[3]} (or split heads)"
     own = matrix_chunk(v.dtype, per_channel=g is not None and g.dim() == 4, wide=True)
-    return choose(OP, backend, v, chunk=chunk, length=q.shape[1], refusal=refusal, triton_chunk=own)
+    size = matrix_size(q, v, MOST_COMPILED)
+    return choose(OP, backend, v, chunk=chunk, length=q.shape[1], refusal=refusal, triton_chunk=own, **size)
 
 
 @explained_by(_plan)
@@ -71,7 +75,8 @@ def delta_rule(
         initial_state: [B, H, K, V] (per sequence when packed); zeros when None.
         cu_seqlens: offsets [S + 1] of sequences packed into one row (B == 1); empty sequences are allowed.
         chunk: tokens per chunk, a power of two; None takes the backend's own. Changes rounding, never the result.
-        backend: "auto", "reference", "chunked" or "triton" (K <= 256).
+        backend: "auto", "reference", "chunked", "numba" (compiled for a CPU, the automatic one there up to 4096 numbers
+            of a matrix, in calls with work enough for its compiling) or "triton" (K <= 256).
 
     Returns:
         o: outputs [B, T, H, V] in the dtype of `v`.
@@ -120,9 +125,7 @@ def delta_rule(
 def _engine(backend: str) -> Any:
     if backend == "chunked":
         return chunked
-    from kernels.delta_rule import triton
-
-    return triton
+    return import_module(f"kernels.delta_rule.{backend}")
 
 
 @torch.library.custom_op("cl_kernels::delta_rule", mutates_args=())

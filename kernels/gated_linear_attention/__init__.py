@@ -1,12 +1,13 @@
 """Gated linear attention: RetNet, Mamba-2/SSD, simple GLA (one decay per head), GLA (per channel), mLSTM on top."""
 
+from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from kernels.common.checks import cotangents, gate_like, last_like, matrix_state_plan
-from kernels.common.dispatch import Decision, choose, explained_by, matrix_chunk, without_autocast
+from kernels.common.dispatch import Decision, choose, explained_by, matrix_chunk, matrix_size, without_autocast
 from kernels.common.varlen import empty_outputs
 from kernels.gated_linear_attention import chunked
 from kernels.gated_linear_attention.reference import gated_linear_attention_reference
@@ -14,6 +15,8 @@ from kernels.gated_linear_attention.reference import gated_linear_attention_refe
 __all__ = ["gated_linear_attention", "mlstm", "retention_decay"]
 
 OP = "gated_linear_attention"
+# numbers of a matrix up to which compiled loops are faster on a CPU than products of chunks; with a decay per channel
+MOST_COMPILED, MOST_COMPILED_GATED = 32 * 64, 64 * 64
 
 
 def _plan(
@@ -29,8 +32,10 @@ def _plan(
     backend: str = "auto",
 ) -> Decision:
     refusal = matrix_state_plan(OP, q, k, v, None, g, initial_state, cu_seqlens, scale)
-    own = matrix_chunk(v.dtype, per_channel=g is not None and g.dim() == 4, wide=False)
-    return choose(OP, backend, v, chunk=chunk, length=q.shape[1], refusal=refusal, triton_chunk=own)
+    per_channel = g is not None and g.dim() == 4
+    own = matrix_chunk(v.dtype, per_channel=per_channel, wide=False)
+    size = matrix_size(q, v, MOST_COMPILED_GATED if per_channel else MOST_COMPILED)
+    return choose(OP, backend, v, chunk=chunk, length=q.shape[1], refusal=refusal, triton_chunk=own, **size)
 
 
 @explained_by(_plan)
@@ -58,7 +63,8 @@ def gated_linear_attention(
         initial_state: [B, H, K, V] (per sequence when packed); zeros when None.
         cu_seqlens: offsets [S + 1] of sequences packed into one row (B == 1); empty sequences are allowed.
         chunk: tokens per chunk, a power of two; None takes the backend's own. Changes rounding, never the result.
-        backend: "auto", "reference", "chunked" or "triton".
+        backend: "auto", "reference", "chunked", "numba" (compiled for a CPU, the automatic one there up to 2048 numbers
+            of a matrix, 4096 with a decay per channel, in calls with work enough for its compiling) or "triton".
 
     Returns:
         o: outputs [B, T, H, V] in the dtype of `v`.
@@ -96,9 +102,7 @@ def gated_linear_attention(
 def _engine(backend: str) -> Any:
     if backend == "chunked":
         return chunked
-    from kernels.gated_linear_attention import triton
-
-    return triton
+    return import_module(f"kernels.gated_linear_attention.{backend}")
 
 
 @torch.library.custom_op("cl_kernels::gated_linear_attention", mutates_args=())

@@ -225,9 +225,9 @@ def _one(
     assert v is not None
     if route_k is None:
         route_k = v.new_zeros(*v.shape[:3], 0, dtype=state.running.dtype)
-    engine: Any = memory_cache_reference
-    if backend == "chunked":
-        engine = chunked.run
+    engine: Any = chunked.run
+    if backend == "reference":
+        engine = memory_cache_reference
     elif backend == "triton":
         from kernels.memory_cache import triton
 

@@ -6,16 +6,20 @@ import kernel_properties as props
 import pytest
 import torch
 from all_cases import each
-from kernel_properties import DISTRIBUTIONS, OFFSETS
+from kernel_properties import CASES, DISTRIBUTIONS, OFFSETS
 from rnn_cases import RNN_CASES
 
 np = pytest.importorskip("numpy")
 pytest.importorskip("numba")
 
 from kernels.common import explain, numba  # noqa: E402
+from kernels.delta_rule import delta_rule  # noqa: E402
+from kernels.gated_linear_attention import gated_linear_attention  # noqa: E402
 from kernels.sequential_rnn import m2rnn, sequential_rnn  # noqa: E402
 
-COMPILED = [case for case in RNN_CASES.values() if not case.name.startswith("newton")]
+CELLS = [case for case in RNN_CASES.values() if not case.name.startswith("newton")]
+MATRICES = [case for case in CASES.values() if not case.name.startswith("scan")]
+COMPILED = CELLS + MATRICES
 every = each(COMPILED)
 fp32_and_fp64 = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["fp64", "fp32"])
 numba_only = {"backend": "numba"}
@@ -78,7 +82,7 @@ def test_packed_is_separate_calls(case):
         assert torch.equal(final[s : s + 1], last)
 
 
-@every
+@each(CELLS)
 @pytest.mark.parametrize("cu", [None, [0, 6, 30]], ids=["dense", "packed"])
 def test_reset_forgets(case, cu):
     inputs = props.draw(case, 30, "cos 0.5", cu)
@@ -129,8 +133,11 @@ def test_any_strides_and_nothing_is_written(case):
     assert all(torch.equal(x, before[n]) for n, x in strided.items())
 
 
-@every
-@pytest.mark.parametrize("backend", ["numba", "chunked"])
+@pytest.mark.parametrize(
+    ("case", "backend"),
+    [*((case, "numba") for case in COMPILED), *((case, "chunked") for case in CELLS)],
+    ids=lambda x: getattr(x, "name", x),
+)
 def test_what_is_no_number_is_not_hidden(case, backend):
     """One NaN among the tokens: what comes before does not feel it, its own head does from there on."""
     inputs = props.draw(case, 12)
@@ -182,6 +189,34 @@ def test_a_cpu_takes_the_loops_until_a_step_is_wide():
     at, beyond = (explain(sequential_rnn, x[:1].expand(n, 3, 3, 1, 8), r).backend for n in (128, 129))
     assert (at, beyond) == ("numba", "chunked")
     assert explain(sequential_rnn, x.expand(2, 3, 3, 1, 8), r, backend="numba").reason == "asked for"
+
+
+def test_a_cpu_takes_the_loops_for_narrow_matrices_and_enough_tokens():
+    """Loops over a matrix are compiled for one size."""
+
+    def chosen(tokens, width, op=delta_rule, gates=0):
+        q = torch.zeros(1, 1, 1, 1).expand(1, tokens, 2, width)
+        g = [None, q[..., 0], q][gates]
+        return explain(op, q, q, q, *[q[..., 0]] * (op is delta_rule), g).backend
+
+    assert [chosen(2048, 32), chosen(2047, 32), chosen(8192, 16)] == ["numba", "chunked", "numba"]
+    assert [chosen(8192, 64), chosen(8192, 65)] == ["numba", "chunked"]
+    attention = [chosen(8192, width, gated_linear_attention, gates) for gates in (1, 2) for width in (45, 46, 64, 65)]
+    assert attention == ["numba", "chunked", "chunked", "chunked", "numba", "numba", "numba", "chunked"]
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (4, 4), (9, 2), (1, 1)])
+@pytest.mark.parametrize("name", ["gla_channel", "normalized"])
+def test_matrices_of_any_shape(shape, name):
+    gen, (width, height) = torch.Generator().manual_seed(1), shape
+    case = CASES[name]
+    q, k = torch.randn(2, 2, 11, 2, width, generator=gen, dtype=torch.float64)
+    inputs = {"q": q, "k": k, "v": torch.randn(2, 11, 2, height, generator=gen, dtype=torch.float64)}
+    g = -torch.rand(2, 11, 2, width, generator=gen, dtype=torch.float64)
+    inputs |= {"g": g} if name == "gla_channel" else {"g": g[..., 0], "beta": g[..., 0].exp()}
+    inputs["initial_state"] = torch.randn(2, 2, width, height, generator=gen, dtype=torch.float64)
+    found = props.tensors_of(case, inputs, chunk=4, **numba_only)
+    props.assert_close(case, inputs, found, props.truth_of(case, inputs), 1e-10)
 
 
 def test_without_the_package_torch_runs_and_who_asks_is_told(monkeypatch):
