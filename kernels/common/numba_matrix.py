@@ -76,7 +76,8 @@ def forward(
     shape = (q.shape[2], q.shape[3], v.shape[3])
     start = torch.zeros(call.sequences, *shape, dtype=call.dtype) if h0 is None else h0.to(call.dtype)
     out, final = call.new(v.shape[0] * v.shape[1], *v.shape[2:]), call.new(call.sequences, *shape)
-    kept = call.new(call.rows if save else 0, *shape)
+    # of packed sequences there are rows that none fills
+    kept = torch.zeros(call.rows if save else 0, *shape, dtype=call.dtype)
     call.run(loops.forward_of(*call.sizes), start, out, final, kept)
     return out.view(v.shape).to(v.dtype), final, kept
 

@@ -101,6 +101,8 @@ def schemas():
     yield "delta_packed", delta_module._forward, (*packed.values(), torch.tensor([0, 2, 5]), *tail[1:])
     normalized = props.draw(CASES["normalized"], 5)
     yield "delta_normalized", delta_module._forward, (*normalized.values(), None, 0.5, 4, "chunked", True, True)
+    yield "gla_numba", gla_module._forward, (*gla.values(), None, 0.5, 4, "numba", True)
+    yield "delta_numba", delta_module._forward, (*packed.values(), torch.tensor([0, 2, 5]), 0.5, 4, "numba", True, True)
 
 
 def memory_schemas():

@@ -18,6 +18,7 @@ import kernels
 ROOT = Path(next(iter(kernels.__path__)))
 HERE = Path(__file__).parent
 NEWTON, SEQUENTIAL, ATTENTION = "newton_rnn", "sequential_rnn", "recurrent_attention"
+LOOPS = "common/numba_matrix_loops.py"
 # file, text, replacement, case whose agreement must break (None: harmless), backend
 MUTATIONS = [
     ("common/decay.py", "factors = (run_MC,", "factors = (run_MC * 0,", "gla_scalar", "chunked"),
@@ -112,6 +113,10 @@ MUTATIONS = [
     (f"{SEQUENTIAL}/numba_loops.py", "u += dh[t, head]", "pass", "sequential_gru", "numba"),
     (f"{SEQUENTIAL}/numba_loops.py", "+ left * is_carried", "+ left", "sequential_slstm", "numba"),
     (f"{SEQUENTIAL}/numba_m2rnn.py", "adjoint[m, i] *= gate", "pass", "m2rnn", "numba"),
+    (LOOPS, "dbeta[t, head] = into_step", "dbeta[t, head] = 0", "deltanet", "numba"),
+    (LOOPS, "w[DQUERY, i] += along * w[KEY, i]", "pass", "gla_scalar", "numba"),
+    (LOOPS, "* (by * by * along)", "* by * along", "normalized", "numba"),
+    (LOOPS, "a * d0, a * d1, a * d2, a * d3", "d0, d1, d2, d3", "kda", "numba"),
     ("common/numba.py", "for i in range(many, row.size)", "for i in range(0)", "sequential_lstm", "numba"),
     ("common/numba.py", "-of_size if x < 0", "of_size if x < 0", "sequential_lstm", "numba"),
     (f"{SEQUENTIAL}/triton_adjoint.py", "g1 = u * (h - value)", "g1 = u * (value - h)", "sequential_gru", "triton"),
