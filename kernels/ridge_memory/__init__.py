@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from kernels.common.checks import cotangents, matrix_state_plan, require_numbers, require_shape, state_dtype
-from kernels.common.dispatch import Decision, choose, explained_by, without_autocast
+from kernels.common.dispatch import WORTH_COMPILING, Decision, choose, explained_by, without_autocast
 from kernels.common.varlen import num_chunks
 from kernels.gated_linear_attention import gated_linear_attention
 from kernels.ridge_memory import chunked, implicit
@@ -15,7 +15,7 @@ from kernels.ridge_memory.reference import ridge_memory_reference
 __all__ = ["ridge_memory"]
 
 OP = "ridge_memory"
-# the solver keeps the state and a chunk of iterates on chip; what that takes at K = 128, in bytes
+# Triton's solver keeps the state and a chunk of iterates on chip; what that takes at K = 128, in bytes
 MOST_K = 128
 MOST_SHARED = {torch.float32: 180_224, torch.float16: 114_688, torch.bfloat16: 114_688}
 
@@ -58,7 +58,19 @@ def _plan(
         if shared < needed:
             refusal = f"needs K <= 64 in {kind} on a card with {shared} bytes of shared memory, got {q.shape[3]}"
     own = 16 if wide and v.dtype == torch.float32 else 32
-    return choose(OP, backend, v, chunk=chunk, length=q.shape[1], refusal=refusal, triton_chunk=own)
+    return choose(
+        OP,
+        backend,
+        v,
+        chunk=chunk,
+        length=q.shape[1],
+        refusal=refusal,
+        triton_chunk=own,
+        has_numba=True,
+        # wider heads were not measured
+        is_wide=q.shape[3] > MOST_K,
+        is_small=k.numel() * v.shape[3] < WORTH_COMPILING,
+    )
 
 
 @explained_by(_plan)
@@ -99,7 +111,8 @@ def ridge_memory(
             semi-definite. Zeros when None.
         cu_seqlens: offsets [S + 1] of sequences packed into one row (B == 1); empty sequences are allowed.
         chunk: tokens per chunk, a power of two; None takes the backend's own. Changes rounding, never the result.
-        backend: "auto", "reference", "chunked" or "triton" (K <= 128).
+        backend: "auto", "reference", "chunked", "numba" (compiled for a CPU and the automatic one there up to K = 128,
+            in calls long enough to be worth compiling for their K) or "triton" (K <= 128).
 
     Returns:
         o: outputs [B, T, H, V] in the dtype of `v`.
@@ -109,7 +122,8 @@ def ridge_memory(
         ValueError: shapes, kinds or devices disagree, or the backend asked for cannot run.
 
     Cost: steps * (2 K^2 + 4 C K) operations per token and head for the solves, the same again in the backward, and two
-        gated linear attentions (four backward); keeps inputs in float32, x, and two states per chunk.
+        gated linear attentions (four backward); keeps inputs in float32, x, and two states per chunk. In compiled loops
+        steps * 2 K^2 for the solves.
     Source: Gated KalmaNet; gradients by implicit differentiation, lambda's dependence on H_t included.
     Differences: 16-bit inputs are computed in float32 throughout (rounding x to bfloat16 would cost up to the condition
         number times its precision), on Triton with plain tf32 products inside the solver; the floor is ours.
@@ -171,7 +185,8 @@ def ridge_memory(
         initial_state=u0,
         cu_seqlens=cu_seqlens,
         chunk=decision.chunk,
-        backend=decision.backend,
+        # narrow heads are read by compiled loops too
+        backend=backend if decision.backend == "numba" else decision.backend,
     )
     return o.to(v.dtype), torch.cat([h_final, u_final], dim=-1)
 
@@ -201,6 +216,11 @@ def _forward(
     fast: bool,
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    if backend == "numba":
+        from kernels.ridge_memory import numba
+
+        x, final, kept = numba.forward(q, k, beta, g, h0, cu_seqlens, ratio, floor, steps, chunk, save)
+        return x, final, q.new_empty(0), q.new_empty(0), kept if save else kept.new_empty(0)
     found = implicit.forward(_engine(backend), q, k, beta, g, h0, cu_seqlens, ratio, floor, steps, chunk, fast)
     return *found[:4], found[4] if save else found[4].new_empty(0)
 
@@ -222,7 +242,8 @@ def _(
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     rows = (num_chunks(q.shape[0], q.shape[1], chunk, cu_seqlens), *h0.shape[1:]) if save else (0,)
-    n = q.new_empty(q.shape[:3])
+    # the compiled loops find |H|^2 again
+    n = q.new_empty((0,) if backend == "numba" else q.shape[:3])
     return q.new_empty(q.shape), h0.new_empty(h0.shape), n, torch.empty_like(n), h0.new_empty(rows)
 
 
@@ -247,9 +268,16 @@ def _backward(
     backend: str,
     fast: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    dq, dk, dbeta, dg, dh0 = implicit.backward(
-        _engine(backend), dx, dfinal, x, k, beta, g, h0, n, y, states, cu_seqlens, ratio, floor, steps, chunk, fast
-    )
+    if backend == "numba":
+        from kernels.ridge_memory import numba
+
+        dq, dk, dbeta, dg, dh0 = numba.backward(
+            dx, dfinal, x, k, beta, g, states, cu_seqlens, ratio, floor, steps, chunk
+        )
+    else:
+        dq, dk, dbeta, dg, dh0 = implicit.backward(
+            _engine(backend), dx, dfinal, x, k, beta, g, h0, n, y, states, cu_seqlens, ratio, floor, steps, chunk, fast
+        )
     return dq, dk, x.new_empty(0) if dbeta is None else dbeta, x.new_empty(0) if dg is None else dg, dh0
 
 

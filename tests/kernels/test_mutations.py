@@ -17,6 +17,7 @@ import kernels
 
 ROOT = Path(next(iter(kernels.__path__)))
 HERE = Path(__file__).parent
+RIDGE = "ridge_memory/numba_loops.py"
 NEWTON, SEQUENTIAL, ATTENTION = "newton_rnn", "sequential_rnn", "recurrent_attention"
 LOOPS = "common/numba_matrix_loops.py"
 # file, text, replacement, case whose agreement must break (None: harmless), backend
@@ -119,6 +120,9 @@ MUTATIONS = [
     (LOOPS, "a * d0, a * d1, a * d2, a * d3", "d0, d1, d2, d3", "kda", "numba"),
     ("common/numba.py", "for i in range(many, row.size)", "for i in range(0)", "sequential_lstm", "numba"),
     ("common/numba.py", "-of_size if x < 0", "of_size if x < 0", "sequential_lstm", "numba"),
+    (RIDGE, "kept[rows[s] + piece, head]", "kept[rows[s], head]", "ridge", "numba"),
+    (RIDGE, "of_norm = -how[0]", "of_norm = how[0]", "ridge", "numba"),
+    (RIDGE, "of_z, xs[n])", "of_z, zs[n])", "ridge", "numba"),
     (f"{SEQUENTIAL}/triton_adjoint.py", "g1 = u * (h - value)", "g1 = u * (value - h)", "sequential_gru", "triton"),
     (f"{SEQUENTIAL}/triton_m2rnn.py", "* (1 - z * z)", "* (1 - z)", "m2rnn", "triton"),
 ]
