@@ -7,9 +7,10 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from kernels.common.checks import require_alike, require_cu_seqlens, require_numbers, require_shape, state_dtype
-from kernels.common.dispatch import Decision, choose, explained_by, without_autocast
+from kernels.common.dispatch import WORTH_COMPILING, Decision, choose, explained_by, without_autocast
 from kernels.neural_memory import chunked, schedule, walk
 from kernels.neural_memory.model import ACTIVATIONS, LOSSES, Model
 from kernels.neural_memory.reference import neural_memory_reference
@@ -18,6 +19,8 @@ from kernels.neural_memory.schedule import NeuralMemoryState, Row
 __all__ = ["NeuralMemoryState", "TNTState", "neural_memory", "tnt_memory"]
 
 OP = "neural_memory"
+# numbers of a head's matrix from which compiled loops, whose matrices leave the nearest cache, are not faster
+WIDE = 64 * 64
 
 
 def _plan(
@@ -62,7 +65,29 @@ def _plan(
         _require_state(initial_state, q, v, momentum, sequences, chunk)
     elif weights is not None:
         _require_layers(weights, q, v, (q.shape[2],), "[H, in, out]")
-    return replace(choose(OP, backend, v, is_traced=True), chunk=chunk)
+    lacks = _lacks_loops(weights, loss, initial_state)
+    is_small, is_wide = v.numel() * q.shape[3] < WORTH_COMPILING, q.shape[3] * v.shape[3] > WIDE
+    decision = choose(
+        OP, backend, v, is_traced=True, has_numba=True, is_small=is_small or lacks is not None, is_wide=is_wide
+    )
+    if decision.backend == "numba" and lacks is not None:
+        raise ValueError(f"{OP}: backend 'numba' {lacks}; use backend='chunked'")
+    return replace(decision, chunk=chunk)
+
+
+def _lacks_loops(weights: Sequence[Tensor] | None, loss: str, state: NeuralMemoryState | None) -> str | None:
+    """Why compiled loops cannot take this memory, None if they can."""
+    layers = 1 if weights is None else len(weights)
+    if state is not None:
+        layers = len(state.weights)
+    if layers > 1:
+        return f"takes a memory of one layer, got {layers}"
+    if loss != "l2":
+        return f"has the loss 'l2', got {loss!r}"
+    # torch would take what has a backward by hand for a constant, without a word
+    if getattr(forward_ad, "_current_level", -1) >= 0:
+        return "has no forward-mode derivatives"
+    return None
 
 
 def _require_layers(weights: Sequence[Tensor], q: Tensor, v: Tensor, lead: tuple[int, ...], legend: str) -> None:
@@ -132,9 +157,12 @@ def neural_memory(
         initial_state: as returned. The unfinished chunk is part of it, so cutting a sequence anywhere changes nothing.
         cu_seqlens: offsets [S + 1] of sequences packed into one row (B == 1); empty sequences are allowed. Read on the
             host.
-        checkpoint: keep one state per piece (64 tokens or a chunk) for the backward and compute the rest again.
-        backend: "auto", "reference", "chunked" or "triton" (any width, depth and loss; one layer with l2, without
-            momentum and norm, is composed of the chunk kernels of gated linear attention).
+        checkpoint: keep one state per piece (64 tokens or a chunk) for the backward and compute the rest again; "numba"
+            always does, of 32 tokens.
+        backend: "auto", "reference", "chunked", "numba" (one layer with l2, compiled for a CPU; the automatic one there
+            up to K V = 4096, where there is enough to do that compiling for these widths is worth it) or "triton" (any
+            width, depth and loss; one layer with l2, without momentum and norm, is composed of the chunk kernels of
+            gated linear attention).
 
     Returns:
         o: outputs [B, T, H, V] in the dtype of `v`.
@@ -150,8 +178,8 @@ def neural_memory(
     Source: TTT, Titans; losses of Miras. Differences: no biases inside (append a constant to k and q); retention is the
         decay only. Chunked, autograd goes through the inner gradient, second derivatives exist, and
         torch.compile traces the loop over chunks, one copy per piece, so compile time grows with T / chunk; with packed
-        sequences it stops at the offsets (no fullgraph). Backend "triton" has first derivatives only, by hand in its
-        kernels.
+        sequences it stops at the offsets (no fullgraph). Backends "numba" and "triton" have first derivatives only, by
+        hand in their loops and kernels.
 
     Example:
         >>> q = k = v = torch.ones(1, 4, 1, 1)
@@ -245,6 +273,10 @@ def dispatch(
     if backend == "chunked":
         advance, whole = partial(chunked.advance, model=model), partial(walk.walk, model=model)
         return schedule.run(advance, tokens, rows, state, chunk, chunked.PIECE, checkpoint, whole)
+    if backend == "numba":
+        from kernels.neural_memory import numba
+
+        return numba.run(tokens, rows, state, chunk, model)
     from kernels.neural_memory import triton
 
     is_plain = len(state.weights) == 1 and not state.momentum and model.norm is None and model.loss == "l2"

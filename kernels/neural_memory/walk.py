@@ -63,6 +63,14 @@ def _weighted(x: Tensor, weight: Tensor | None) -> Tensor:
     return x if weight is None else (x.unsqueeze(-2) * weight.unsqueeze(-1)).flatten(-2)
 
 
+def _read(h: Tensor, both: Tensor, weight: Tensor | None) -> Tensor:
+    """h [M, c, in] times both matrices [M, 2, in, out], weighted [M, c, 2]: what is narrower takes the weights."""
+    if weight is None or both.shape[2] <= both.shape[3]:
+        return torch.bmm(_weighted(h, weight), both.flatten(1, 2))
+    parts = [torch.bmm(h, each) * w for each, w in zip(both.unbind(1), weight.split(1, -1), strict=False)]
+    return parts[0] if len(parts) == 1 else parts[0] + parts[1]
+
+
 class _Walked(NamedTuple):
     """One chunk, per layer: inputs and slopes [Z, p * c, X], weights with momentum before its pieces [Z, p, 2, X]."""
 
@@ -71,14 +79,18 @@ class _Walked(NamedTuple):
     before: list[Tensor]
 
 
-def _pushed(now: Tensor, x_mT: Tensor, delta: Tensor, move: Tensor | None, width: int) -> tuple[Tensor, Tensor]:
-    """Weights with momentum before every piece of a chunk, and after the last: x_mT [Z * p, 2 in, c]."""
+def _pushed(now: Tensor, x_mT: Tensor, deltas: list[Tensor], move: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Weights with momentum before every piece of a chunk, and after the last.
+
+    x_mT [Z * p, 2 in, c] times one delta [Z * p, c, out], or [Z * p, in, c] times one for each of the two.
+    """
     heads, kinds = now.shape[:2]
     pieces = x_mT.shape[0] // heads
     if move is None and pieces == 1:
-        after = torch.baddbmm(now.view(heads, -1, width), x_mT, delta, alpha=-1)
+        after = torch.baddbmm(now.view(heads, -1, deltas[0].shape[-1]), x_mT, deltas[0], alpha=-1)
         return now.unsqueeze(1), after.view(now.shape)
-    pushes = torch.bmm(x_mT, delta.reshape(heads * pieces, -1, width)).view(heads, pieces, kinds, -1)
+    products = [torch.bmm(x_mT, delta) for delta in deltas]
+    pushes = (products[0] if len(products) == 1 else torch.stack(products, 1)).view(heads, pieces, kinds, -1)
     moves = [None] * pieces if move is None else move.unbind(1)
     before = []
     for push, factors in zip(pushes.unbind(1), moves, strict=True):
@@ -115,8 +127,13 @@ class _Keys:
         inputs, deltas = self.slopes(n, start)
         before, after = [], []
         for i, (m, x, delta) in enumerate(zip(now, inputs, deltas, strict=True)):
-            x_mT = self.written[n] if i == 0 else _weighted(x.view(-1, self.size, x.shape[-1]), self.write[n]).mT
-            was, m = _pushed(m, x_mT, delta, self.move[n], delta.shape[-1])
+            x, rows = (each.reshape(-1, self.size, each.shape[-1]) for each in (x, delta))
+            weight, weighted = self.write[n], [rows]
+            if weight is not None and x.shape[2] > rows.shape[2]:
+                x_mT, weighted = x.mT, [rows * each for each in weight.split(1, -1)]
+            else:
+                x_mT = self.written[n] if i == 0 else _weighted(x, weight).mT
+            was, m = _pushed(m, x_mT, weighted, self.move[n])
             before.append(was)
             after.append(m)
         return _Walked(inputs, deltas, before), after
@@ -152,7 +169,7 @@ def _section(
 
     def product(i: int, h: Tensor) -> Tensor:
         h = h.reshape(*flat, -1)
-        out = torch.bmm(_weighted(h, read), before[i].view(flat[0], -1, deltas[i].shape[-1]))
+        out = _read(h, before[i].view(flat[0], -1, h.shape[-1], deltas[i].shape[-1]), read)
         scores = torch.bmm(h, inputs[i].mT) * gates.step
         return torch.baddbmm(out, scores, deltas[i], alpha=-1).view(*q.shape[:2], -1, deltas[i].shape[-1])
 

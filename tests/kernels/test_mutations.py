@@ -64,6 +64,8 @@ MUTATIONS = [
     ("neural_memory/walk.py", "c.into[:, :, -1:])", "c.into[:, :, -1:] ** 0)", "linear_decay", "chunked"),
     ("neural_memory/normed.py", ".addcmul_(scale, n)", ".add_(n)", "ttt_norm", "chunked"),
     ("neural_memory/normed.py", "keepdim=True).mul_(r)", "keepdim=True).mul_(0)", "ttt_norm", "chunked"),
+    ("neural_memory/numba_loops.py", "if back == 0", "if back < 0", "titans_linear", "numba"),
+    ("neural_memory/numba_loops.py", "n - back if back <= n else START", "START", "titans_linear", "numba"),
     ("neural_memory/triton.py", "piece.k @ start[0]", "piece.k @ now[0]", "linear_decay", "triton"),
     ("neural_memory/triton_layer.py", "p *= tl.load(slowed_ptr + z)", "p *= 1.0", "titans_linear", "triton"),
     ("neural_memory/triton_layer_adjoint.py", "-to_state - scores", "-scores", "titans_mlp", "triton"),
