@@ -48,14 +48,16 @@ BLOCKS: Mapping[str, str] = {
     # longer pieces than the defaults, which are those of short texts
     "ttt_linear, chunks of 64": "neural_memory(rule=ttt_linear(chunk=64))",
     "titans, chunks of 256": "neural_memory(rule=titans(chunk=256))",
+    "titans, expansion 1, chunks of 256": "neural_memory(rule=titans(expansion=1, chunk=256))",
     "titans, a matrix, chunks of 256": "neural_memory(rule=titans(depth=1, chunk=256))",
     "memory_cache, segments of 512": "memory_cache(linear_memory, segment=512)",
 }
-SEGMENTED: Mapping[str, Callable[..., nn.Module]] = {
+SEGMENTED: dict[str, Callable[..., nn.Module]] = {
     name + end: partial(kind, **options)
     for end, options in (("", {}), (", segments of 512", {"segment": 512}))
     for name, kind in (("rmt", Rmt), ("armt", Armt), ("block_recurrent", BlockRecurrent), ("memformer", Memformer))
 }
+SEGMENTED["memformer, segments of 512, not replayed"] = partial(Memformer, segment=512, is_replayed=False)
 NAMES = (*BLOCKS, *SEGMENTED)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from cl.backbones._norm import RMSNorm
 from cl.backbones._state import State
 
 Auxiliary = dict[str, Tensor]
@@ -21,8 +22,8 @@ class Block(nn.Module):
 
     def __init__(self, width: int, mixer: nn.Module, mlp: nn.Module | None, dropout: float) -> None:
         super().__init__()
-        self.mixer_norm, self.mixer = nn.RMSNorm(width, eps=1e-6), mixer
-        self.mlp_norm, self.mlp = None if mlp is None else nn.RMSNorm(width, eps=1e-6), mlp
+        self.mixer_norm, self.mixer = RMSNorm(width, eps=1e-6), mixer
+        self.mlp_norm, self.mlp = None if mlp is None else RMSNorm(width, eps=1e-6), mlp
         self.dropout = nn.Dropout(dropout)
 
     def forward(

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from cl.backbones._heads import require_width
 from cl.backbones._spec import Spec, build, parse_one
 from cl.core import UserError
+from kernels.common.fused import gated
 
 
 def make_cell(cell: str | Spec, folder: str, option: str, width: int, units: int, **shared: Any) -> Any:
@@ -80,5 +81,5 @@ class Timescale(nn.Module):
 def gated_out(y_BTF: Tensor, x_BTD: Tensor, gate: nn.Linear | None, out: nn.Linear) -> Tensor:
     """What a recurrent mixer adds to the residual stream: out(y * silu(gate(x)))."""
     y_BTF = y_BTF.to(x_BTD.dtype)
-    mixed_BTD: Tensor = out(y_BTF if gate is None else y_BTF * F.silu(gate(x_BTD)))
+    mixed_BTD: Tensor = out(y_BTF if gate is None else gated(gate(x_BTD), y_BTF))
     return mixed_BTD

@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from cl.backbones._block import Auxiliary, add_terms
 from cl.backbones._heads import require_width
 from cl.backbones._mixer import Lifetime, require_mode
+from cl.backbones._norm import RMSNorm
 from cl.backbones._reading import steps_of
 from cl.backbones._state import State, detached, where_rows
 from cl.backbones.gpt import Gpt
@@ -258,7 +259,7 @@ class CrossAttention(nn.Module):
     def __init__(self, width: int, num_heads: int, has_norm: bool = True) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.norm = nn.RMSNorm(width, eps=1e-6) if has_norm else nn.Identity()
+        self.norm = RMSNorm(width, eps=1e-6) if has_norm else nn.Identity()
         self.query = nn.Linear(width, width, bias=False)
         self.key = nn.Linear(width, width, bias=False)
         self.value = nn.Linear(width, width, bias=False)

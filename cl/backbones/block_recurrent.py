@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from cl.backbones._block import Auxiliary
 from cl.backbones._heads import require_width
 from cl.backbones._mixer import Lifetime
+from cl.backbones._norm import RMSNorm
 from cl.backbones._reading import draw
 from cl.backbones._segments import CrossAttention, Segment, Segmented, Slots, kept
 from cl.backbones._state import State
@@ -77,7 +78,7 @@ class BlockRecurrent(Segmented):
             raise UserError(f"backbone.layer is {layer!r}; it must be the number of a block, 0 to {count - 1}")
         self.layer = count * 5 // 6 if layer is None else layer
         self.states, self.places = Slots(num_states, width, 0.1), Slots(num_states, width, 1.0)
-        self.state_norm = nn.RMSNorm(width, eps=1e-6)
+        self.state_norm = RMSNorm(width, eps=1e-6)
         self.to_tokens = CrossAttention(width, num_heads)
         self.to_states = CrossAttention(width, num_heads, has_norm=False)
         self.among_states = CrossAttention(width, num_heads, has_norm=False)

@@ -22,6 +22,7 @@ from cl.backbones._block import Auxiliary, Block, add_terms
 from cl.backbones._heads import Backbone, MultiHead, require_width
 from cl.backbones._lora import put_adapters
 from cl.backbones._mixer import Mixer
+from cl.backbones._norm import RMSNorm
 from cl.backbones._reading import draw, first_layer, require_tokens, steps_of
 from cl.backbones._spec import Spec, build, parse, parse_one
 from cl.backbones._state import State
@@ -105,7 +106,7 @@ class Gpt(Backbone):
             )
             for spec in mixers
         )
-        self.norm = nn.RMSNorm(width, eps=1e-6)
+        self.norm = RMSNorm(width, eps=1e-6)
         draw(self.blocks, len(self.blocks))
         if self.is_text:
             self.head = nn.Linear(width, info.num_outputs, bias=False)

@@ -24,6 +24,7 @@ from cl.backbones._block import Auxiliary
 from cl.backbones._engrams import EMPTY, LONG, Rules, compact
 from cl.backbones._heads import require_width
 from cl.backbones._mixer import Lifetime
+from cl.backbones._norm import RMSNorm
 from cl.backbones._reading import draw
 from cl.backbones._segments import CrossAttention, Segment, Segmented, Slots, kept
 from cl.backbones._state import State, where_rows
@@ -100,7 +101,7 @@ class Memoria(Segmented):
         self.num_places, self.period, self.persist = num_short + num_long, period, persist
         self.abstractor = Abstractor(width, num_working)
         self.reads = nn.ModuleList(CrossAttention(width, num_heads, has_norm=False) for _ in self.blocks)
-        self.norms = nn.ModuleList(nn.ModuleList(nn.RMSNorm(width, eps=1e-6) for _ in range(2)) for _ in self.blocks)
+        self.norms = nn.ModuleList(nn.ModuleList(RMSNorm(width, eps=1e-6) for _ in range(2)) for _ in self.blocks)
         draw(nn.ModuleList((self.reads, self.abstractor)), len(self.blocks))
         for name, value in _engrams.empty(1, persist, width, self.norm.weight).items():
             self.register_buffer(f"kept_{name}", value[0].detach().clone())

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kernels.common.fused import running_sum
 from kernels.memory_cache.state import MemoryCacheState, Options, Segment, weights_of
 
 # tokens whose averaged memories are formed at a time
@@ -33,20 +34,22 @@ def run(
     runner = _carried if options.write == "carry" else _restarted
     outs, ends = runner(tokens, segments, state.current, options.base)
     _, cached, pooled, running, seen = state
+    # cut once: the gradient of every slice by itself would be as long as the call
+    lengths = [segment.end - segment.begin for segment in segments]
+    queries, totals = q.split(lengths, 1), _totals(route_k, segments).split(lengths, 1)
+    asks = None if route_q is None else route_q.split(lengths, 1)
     for n, segment in enumerate(segments):
-        keys = route_k[:, segment.begin : segment.end]
-        sums = running[:, None] + keys.cumsum(1)
-        count = seen + torch.arange(1, keys.shape[1] + 1, device=keys.device, dtype=keys.dtype)
+        sums = totals[n] if n else running[:, None] + totals[n]
+        count = seen + torch.arange(1, lengths[n] + 1, device=sums.device, dtype=sums.dtype)
         mean = sums / count[:, None, None]
-        ask = None if route_q is None else route_q[:, segment.begin : segment.end]
-        found = weights_of(ask, mean, pooled, options.variant, options.top_k)
-        query = q[:, segment.begin : segment.end].to(cached.dtype) * options.scale
+        found = weights_of(None if asks is None else asks[n], mean, pooled, options.variant, options.top_k)
+        query = queries[n].to(cached.dtype) * options.scale
         if found is not None:
             outs[n] = outs[n] * found[1]
         if cached.shape[1]:
             read = _soup if options.variant == "soup" else _weighted_reads
             outs[n] = outs[n] + read(query, cached, None if found is None else found[0])
-        running, seen = sums[:, -1], seen + keys.shape[1]
+        running, seen = sums[:, -1], seen + lengths[n]
         if segment.closes:
             cached = torch.cat([cached, ends[n][:, None]], dim=1)
             pooled = torch.cat([pooled, mean[:, -1:]], dim=1)
@@ -57,8 +60,11 @@ def run(
     return torch.cat(outs, dim=1), MemoryCacheState(current, cached, pooled, running, seen)
 
 
-def _cut(tokens: list[Tensor | None], begin: int, end: int) -> list[Tensor | None]:
-    return [x if x is None or x.dim() == 1 else x[:, begin:end] for x in tokens]
+def _totals(route_k: Tensor, segments: list[Segment]) -> Tensor:
+    """Sums of routing keys over each segment's tokens so far."""
+    starts = torch.zeros(route_k.shape[:2], dtype=torch.bool, device=route_k.device)
+    starts[:, [segment.begin for segment in segments]] = True
+    return running_sum(route_k, starts)
 
 
 def _carried(
@@ -66,8 +72,10 @@ def _carried(
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Outputs and last states of every segment, the memory going on from one to the next."""
     outs, ends = [], []
-    for begin, end, _ in segments:
-        out, current = base(*_cut(tokens, begin, end), current)
+    lengths = [segment.end - segment.begin for segment in segments]
+    cut: list[Any] = [[x] * len(lengths) if x is None or x.dim() == 1 else x.split(lengths, 1) for x in tokens]
+    for own in zip(*cut, strict=True):
+        out, current = base(*own, current)
         outs.append(out.to(current.dtype))
         ends.append(current)
     return outs, ends
@@ -87,7 +95,8 @@ def _restarted(
     starts = torch.cat([current[:, None], rest], dim=1).flatten(0, 1)
     out, ends = base(*packed, starts, cu_seqlens=cu_seqlens)
     out = out.view(v.shape).to(current.dtype)
-    return [out[:, a:b] for a, b, _ in segments], list(ends.view(batch, len(segments), *current.shape[1:]).unbind(1))
+    lengths = [segment.end - segment.begin for segment in segments]
+    return list(out.split(lengths, 1)), list(ends.view(batch, len(segments), *current.shape[1:]).unbind(1))
 
 
 def _weighted_reads(query_BtHK: Tensor, cached_BNHKV: Tensor, weights_BtHN: Tensor | None) -> Tensor:

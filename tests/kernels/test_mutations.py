@@ -69,7 +69,7 @@ MUTATIONS = [
     ("neural_memory/triton.py", "piece.k @ start[0]", "piece.k @ now[0]", "linear_decay", "triton"),
     ("neural_memory/triton_layer.py", "p *= tl.load(slowed_ptr + z)", "p *= 1.0", "titans_linear", "triton"),
     ("neural_memory/triton_layer_adjoint.py", "-to_state - scores", "-scores", "titans_mlp", "triton"),
-    ("memory_cache/chunked.py", "keys.cumsum(1)", "keys.sum(1, keepdim=True) + 0 * keys", "cache_gated", "chunked"),
+    ("memory_cache/chunked.py", "running_sum(route_k, starts)", "running_sum(route_k)", "cache_gated", "chunked"),
     ("memory_cache/chunked.py", "outs[n] = outs[n] * found[1]", "pass", "cache_sparse", "chunked"),
     ("memory_cache/routed.py", "argsort(stable=True)", "argsort(stable=True, descending=True)", "routed", "chunked"),
     (f"{NEWTON}/chunked.py", "if residual <= tolerance:", "if True:", "newton_gru", "chunked"),

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from cl.backbones._state import State
+from kernels.common.fused import unit
 
 Gates = dict[str, Tensor]
 """What a rule reads from the tokens besides q, k and v: (B, T, ...) by name."""
@@ -94,12 +95,6 @@ class Rule(nn.Module):
             (B, T, H, V), and the memory after the last token.
         """
         raise NotImplementedError(f"{type(self).__name__} must define chunk")
-
-
-def unit(x: Tensor) -> Tensor:
-    """x / sqrt(|x|^2 + 1e-6), in float32 inside."""
-    wide = x.to(torch.promote_types(torch.float32, x.dtype))
-    return (wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + 1e-6)).to(x.dtype)
 
 
 def outer(k_BHK: Tensor, v_BHV: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from cl.backbones._state import State
 from cl.backbones.memory_rules._rule import Gates, Row, Rule, outer
+from kernels.common.fused import running_sum, turned
 from kernels.gated_linear_attention import gated_linear_attention
 
 
@@ -69,7 +70,9 @@ class Gateloop(Rule):
         self, state: State, q_BTHK: Tensor, k_BTHK: Tensor, v_BTHV: Tensor, gates: Gates, **how: Any
     ) -> tuple[Tensor, State]:
         turn = turned_since(gates["phase"], how.get("cu_seqlens"))
-        q, k = (torch.cat((x * turn.cos(), x * turn.sin()), -1).to(x.dtype) for x in (q_BTHK, k_BTHK))
+        with torch.no_grad():
+            cos_sin = turn.cos(), turn.sin()
+        q, k = (turned(x, turn, *cos_sin) for x in (q_BTHK, k_BTHK))
         real, imaginary = state["matrix"].chunk(2, -2)
         start = torch.cat((real, -imaginary), -2)
         log_decay = torch.cat((gates["log_decay"], gates["log_decay"]), -1)
@@ -84,10 +87,8 @@ class Gateloop(Rule):
 
 def turned_since(phase_BTHK: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     """Sum of phases since before the first token of the row, or of the document in packed rows, less whole turns."""
-    total = phase_BTHK.double().cumsum(1)
+    starts_BT = None
     if cu_seqlens is not None:
-        first = cu_seqlens[:-1].long()
-        before = total[:, first] - phase_BTHK[:, first].double()
-        total = total - before.repeat_interleave(cu_seqlens.long().diff(), 1)
-    # whole turns are left out before digits are: the angle of a long text is a large number
-    return total.remainder(2 * math.pi).to(phase_BTHK.dtype)
+        starts_BT = torch.zeros(phase_BTHK.shape[:2], dtype=torch.bool, device=phase_BTHK.device)
+        starts_BT[0, cu_seqlens[:-1].long()] = True
+    return running_sum(phase_BTHK, starts_BT, 2 * math.pi)

@@ -5,11 +5,14 @@ Shape legend: B rows, T tokens, C channels, P = size - 1 tokens before.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from kernels.common.fused import convolved
 
 PIECE = 512
 """Tokens at a time, where the gradient of the weights is summed."""
@@ -41,23 +44,40 @@ class ShortConvolution(nn.Module):
         Returns:
             (B, T, C), and the tail after the last token.
         """
+        (y_BTC,), after_BPC = self.parts((x_BTC,), tail_BPC, reset_BT)
+        return y_BTC, after_BPC
+
+    def parts(
+        self, parts_BTX: Sequence[Tensor], tail_BPC: Tensor, reset_BT: Tensor | None
+    ) -> tuple[list[Tensor], Tensor]:
+        """The same of channels that come, and are wanted, in several tensors: they are never joined."""
         if self.size == 0:
-            return x_BTC, tail_BPC
-        full_BSC = torch.cat((tail_BPC.to(x_BTC.dtype), x_BTC), 1)
-        after_BPC = full_BSC[:, full_BSC.shape[1] - self.num_before :]
-        if reset_BT is None:
-            y_BTC = _depthwise(full_BSC, self.weight.to(x_BTC.dtype))
-        else:
-            document_BT = reset_BT.long().cumsum(1)
-            document_BS = F.pad(document_BT, (self.num_before, 0))
-            y_BTC = torch.zeros_like(x_BTC)
-            for tap, weight_C in enumerate(self.weight.to(x_BTC.dtype).unbind(1)):
-                seen = slice(tap, tap + x_BTC.shape[1])
-                is_own_BT1 = (document_BS[:, seen] == document_BT).unsqueeze(-1)
-                y_BTC = y_BTC + weight_C * full_BSC[:, seen] * is_own_BT1
-            is_last = document_BS[:, document_BS.shape[1] - self.num_before :] == document_BT[:, -1:]
+            return list(parts_BTX), tail_BPC
+        sizes, dtype = [x.shape[-1] for x in parts_BTX], parts_BTX[0].dtype
+        tails, weights = tail_BPC.to(dtype).split(sizes, -1), self.weight.to(dtype).split(sizes)
+        y = [convolved(*own, reset_BT, _convolved) for own in zip(parts_BTX, tails, weights, strict=True)]
+        last_BLC = torch.cat([x[:, max(0, x.shape[1] - self.num_before) :] for x in parts_BTX], -1)
+        after_BPC = torch.cat((tail_BPC, last_BLC.to(tail_BPC.dtype)), 1)[:, last_BLC.shape[1] :]
+        if reset_BT is not None:
+            document_BS = F.pad(reset_BT.long().cumsum(1), (self.num_before, 0))
+            is_last = document_BS[:, reset_BT.shape[1] :] == document_BS[:, -1:]
             after_BPC = after_BPC * is_last.unsqueeze(-1)
-        return F.silu(y_BTC), after_BPC.to(tail_BPC.dtype)
+        return y, after_BPC
+
+
+def _convolved(x_BTC: Tensor, tail_BPC: Tensor, weight_CJ: Tensor, reset_BT: Tensor | None) -> Tensor:
+    """What `kernels.common.fused.convolved` is, in torch."""
+    full_BSC = torch.cat((tail_BPC, x_BTC), 1)
+    if reset_BT is None:
+        return F.silu(_depthwise(full_BSC, weight_CJ))
+    document_BT = reset_BT.long().cumsum(1)
+    document_BS = F.pad(document_BT, (tail_BPC.shape[1], 0))
+    y_BTC = torch.zeros_like(x_BTC)
+    for tap, weight_C in enumerate(weight_CJ.unbind(1)):
+        seen = slice(tap, tap + x_BTC.shape[1])
+        is_own_BT1 = (document_BS[:, seen] == document_BT).unsqueeze(-1)
+        y_BTC = y_BTC + weight_C * full_BSC[:, seen] * is_own_BT1
+    return F.silu(y_BTC)
 
 
 def _depthwise(x_BSC: Tensor, weight_CJ: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from cl.backbones._mixer import in_full_precision
+from cl.backbones._norm import RMSNorm
 from cl.backbones._spec import Spec, build, parse_one
 from cl.backbones._state import State, where_rows
 from cl.backbones.mixers._convolution import ShortConvolution
@@ -26,7 +27,7 @@ class NeuralBranch(nn.Module):
         spec = rule if isinstance(rule, Spec) else parse_one(rule, "rule of neural_memory")
         shape = {"num_heads": num_heads, "head_width": width // num_heads}
         self.rule: NeuralRule = build(spec, "neural_rules", "rule of neural_memory", width, shape)  # type: ignore[assignment]
-        self.norm = nn.RMSNorm(width // num_heads, eps=1e-6)
+        self.norm = RMSNorm(width // num_heads, eps=1e-6)
 
     def init_state(self, num_rows: int) -> State:
         rule = self.rule.init_state(num_rows)
@@ -44,9 +45,9 @@ class NeuralBranch(nn.Module):
 
     def tokens(self, x_BTD: Tensor, state: State, reset: Tensor | None) -> tuple[dict[str, Tensor], Tensor]:
         """q, k, v as the rule takes them and its gates (B, T, ...), and the tail of the convolution."""
-        qkv = torch.cat((self.query(x_BTD), self.key(x_BTD), self.value(x_BTD)), -1)
-        qkv, tail = self.convolution(qkv, state["tail"], reset)
-        q, k, v = (each.unflatten(-1, (self.num_heads, -1)) for each in qkv.chunk(3, -1))
+        projected = self.query(x_BTD), self.key(x_BTD), self.value(x_BTD)
+        qkv, tail = self.convolution.parts(projected, state["tail"], reset)
+        q, k, v = (each.unflatten(-1, (self.num_heads, -1)) for each in qkv)
         with in_full_precision(x_BTD):
             q, k = self.rule.features(q), self.rule.features(k)
         return {"q": q, "k": k, "v": v, **self.rule.gates(x_BTD)}, tail

@@ -95,29 +95,34 @@ class Attention(Mixer):
             if query_shift is not None:
                 raise ValueError("shifted queries are read in chunks, or one token at a time")
             return self.token_by_token(x_BTD, state, reset)
+        q_BTD = self.query(x_BTD) if query_shift is None else self.query(x_BTD) + query_shift
+        return self.attend(q_BTD, self.key(x_BTD), self.value(x_BTD), state, reset)
+
+    def attend(
+        self, q_BTD: Tensor, k_BTX: Tensor, v_BTX: Tensor, state: State | None, reset: Tensor | None
+    ) -> tuple[Tensor, State]:
+        """`forward` of what the projections of x are, all heads side by side, before rotation."""
         state = None if state is None or not state["key"].shape[2] else state
-        q_BTD = self.query(x_BTD)
-        q_BHTK = self._heads(q_BTD if query_shift is None else q_BTD + query_shift, self.num_heads)
-        k_BGTK = self._heads(self.key(x_BTD), self.num_kv_heads)
-        v_BGTK = self._heads(self.value(x_BTD), self.num_kv_heads)
+        q_BHTK = self._heads(q_BTD, self.num_heads)
+        k_BGTK, v_BGTK = (self._heads(x, self.num_kv_heads) for x in (k_BTX, v_BTX))
         position = 0 if state is None else int(state["position"])
         if self.rope_base is not None:
             dtype = torch.promote_types(torch.float32, q_BHTK.dtype)
-            angles = rotary_angles(position, x_BTD.shape[1], self.head_width, self.rope_base, x_BTD.device, dtype)
+            angles = rotary_angles(position, q_BTD.shape[1], self.head_width, self.rope_base, q_BTD.device, dtype)
             q_BHTK, k_BGTK = rotated(q_BHTK, *angles), rotated(k_BGTK, *angles)
-        document_BS = self._documents(x_BTD, reset, state)
+        document_BS = self._documents(q_BTD, reset, state)
         if state is not None:
             k_BGTK = torch.cat((state["key"].to(k_BGTK.dtype), k_BGTK), 2)
             v_BGTK = torch.cat((state["value"].to(v_BGTK.dtype), v_BGTK), 2)
-        left = self._left(k_BGTK, v_BGTK, document_BS, position + x_BTD.shape[1])
+        left = self._left(k_BGTK, v_BGTK, document_BS, position + q_BTD.shape[1])
         group = self.num_heads // self.num_kv_heads
         if group > 1:
             k_BGTK, v_BGTK = k_BGTK.repeat_interleave(group, 1), v_BGTK.repeat_interleave(group, 1)
-        if self.window is not None and x_BTD.shape[1] > 2 * self.window:
+        if self.window is not None and q_BTD.shape[1] > 2 * self.window:
             o_BHTK = self._in_blocks(q_BHTK, k_BGTK, v_BGTK, document_BS)
         else:
-            is_plain = state is None and reset is None and (self.window is None or x_BTD.shape[1] <= self.window)
-            mask = None if is_plain else _visible(x_BTD.shape[1], document_BS, self.window)
+            is_plain = state is None and reset is None and (self.window is None or q_BTD.shape[1] <= self.window)
+            mask = None if is_plain else _visible(q_BTD.shape[1], document_BS, self.window)
             o_BHTK = self._softmax(q_BHTK, k_BGTK, v_BGTK, mask)
         y_BTD: Tensor = self.out(o_BHTK.transpose(1, 2).flatten(2))
         return y_BTD, left
@@ -157,15 +162,19 @@ class Attention(Mixer):
         assert self.window is not None
         size, num_tokens = self.window, q_BHTK.shape[2]
         before, after = size - (k_BHSK.shape[2] - num_tokens), -num_tokens % size
-        q_BHNWK = F.pad(q_BHTK, (0, 0, 0, after)).unflatten(2, (-1, size))
-        k_BHNK2, v_BHNK2 = (F.pad(x, (0, 0, before, after)).unfold(2, 2 * size, size) for x in (k_BHSK, v_BHSK))
+        q_BNWHK = F.pad(q_BHTK.transpose(1, 2), (0, 0, 0, 0, 0, after)).unflatten(1, (-1, size))
+        padded = (F.pad(x.transpose(1, 2), (0, 0, 0, 0, before, after)) for x in (k_BHSK, v_BHSK))
+        # joined, not unfolded, whose backward is slow; and blocks as rows, which is what torch has a kernel for
+        blocks = (x.unflatten(1, (-1, size)) for x in padded)
+        k_BN2HK, v_BN2HK = (torch.cat((x[:, :-1], x[:, 1:]), 2) for x in blocks)
+        q, k, v = (x.flatten(0, 1).transpose(1, 2) for x in (q_BNWHK, k_BN2HK, v_BN2HK))
         # padding belongs to no document; the last queries are padding too, and see themselves
         document_BN2 = F.pad(document_BS, (before, after), value=-1).unfold(1, 2 * size, size)
         own_BNW2 = document_BN2[..., size:, None] == document_BN2[..., None, :]
         distance_W2 = (torch.arange(size, 2 * size)[:, None] - torch.arange(2 * size)).to(own_BNW2.device)
-        mask = (own_BNW2 & (distance_W2 >= 0) & (distance_W2 < size)).unsqueeze(1)
-        o_BHNWK = self._softmax(q_BHNWK, k_BHNK2.transpose(3, 4), v_BHNK2.transpose(3, 4), mask)
-        return o_BHNWK.flatten(2, 3)[:, :, :num_tokens]
+        mask = (own_BNW2 & (distance_W2 >= 0) & (distance_W2 < size)).flatten(0, 1).unsqueeze(1)
+        o_BNHWK = self._softmax(q, k, v, mask).unflatten(0, q_BNWHK.shape[:2])
+        return o_BNHWK.transpose(1, 2).flatten(2, 3)[:, :, :num_tokens]
 
 
 def _visible(num_tokens: int, document_BS: Tensor, window: int | None) -> Tensor:

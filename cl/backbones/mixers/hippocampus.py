@@ -6,15 +6,16 @@ Shape legend: B rows, T tokens, D width, H heads, K width of a head, W window.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cl.backbones._cells import ages
 from cl.backbones._mixer import Lifetime, Mixer, in_full_precision
+from cl.backbones._norm import RMSNorm
 from cl.backbones._spec import Spec, build_rule
 from cl.backbones._state import Packing, State, where_rows
 from cl.backbones.memory_rules._rule import Rule
 from cl.backbones.mixers.attention import Attention
+from kernels.common.fused import gated
 
 
 class Hippocampus(Mixer):
@@ -33,8 +34,9 @@ class Hippocampus(Mixer):
     Raises:
         UserError: a value outside its range.
 
-    Cost: 4 D^2 + 2 W D multiply-adds a token for attention, 5 D^2 and the rule's for the memory (keys and values are
-        computed a second time, when they leave); the state holds W D and H K^2 numbers a row besides attention's.
+    Cost: 4 D^2 + 2 W D multiply-adds a token for attention, 2 D^2 and the rule's for the memory (keys and values that
+        leave in a later piece are computed a second time); the state holds W D and H K^2 numbers a row besides
+        attention's.
     Source: Artificial Hippocampus Networks (ByteDance Seed, 2025), from notes on the code. Differences: trained with
         the network, not distilled into a frozen one; the memory has an output map of its own.
     """
@@ -60,7 +62,7 @@ class Hippocampus(Mixer):
         self.attention = Attention(width, num_heads=num_heads, window=window, rope_base=rope_base)
         self.num_heads, self.head_width, self.window = num_heads, width // num_heads, window
         self.rule: Rule = build_rule(rule, width, num_heads, self.head_width, self.head_width)
-        self.gate, self.norm = nn.Linear(width, width, bias=False), nn.RMSNorm(self.head_width, eps=1e-6)
+        self.gate, self.norm = nn.Linear(width, width, bias=False), RMSNorm(self.head_width, eps=1e-6)
         self.out = nn.Linear(width, width, bias=False)
 
     def init_state(self, num_rows: int) -> State:
@@ -77,12 +79,17 @@ class Hippocampus(Mixer):
 
     def piece(self, x_BTD: Tensor, state: State, reset: Tensor | None, mode: str) -> tuple[Tensor, State]:
         num_tokens = x_BTD.shape[1]
-        seen_BTD, attention = self.attention(x_BTD, state["attention"], reset=reset, mode=mode)
-        both = torch.cat((state["tail"].to(x_BTD.dtype), x_BTD), 1)
-        leaving_BTD, age_BT = both[:, :num_tokens], ages(num_tokens, reset, state["age"])
-        heads = (self.num_heads, self.head_width)
-        q = self.attention.query(x_BTD).unflatten(-1, heads)
-        k, v = (p(leaving_BTD).unflatten(-1, heads) for p in (self.attention.key, self.attention.value))
+        tail_BWD, age_BT = state["tail"].to(x_BTD.dtype), ages(num_tokens, reset, state["age"])
+        both = torch.cat((tail_BWD, x_BTD), 1)
+        leaving_BTD = both[:, :num_tokens]
+        layer, heads = self.attention, (self.num_heads, self.head_width)
+        q_BTD, k_BTD, v_BTD = layer.query(x_BTD), layer.key(x_BTD), layer.value(x_BTD)
+        seen_BTD, attention = layer.attend(q_BTD, k_BTD, v_BTD, state["attention"], reset)
+        # of what leaves, only the tokens that came in earlier pieces were not projected above
+        before_BPD, num_own = tail_BWD[:, :num_tokens], max(0, num_tokens - self.window)
+        k_BTD = torch.cat((layer.key(before_BPD), k_BTD[:, :num_own]), 1)
+        v_BTD = torch.cat((layer.value(before_BPD), v_BTD[:, :num_own]), 1)
+        q, k, v = (each.unflatten(-1, heads) for each in (q_BTD, k_BTD, v_BTD))
         q, k = self.rule.prepare(q, k, int(state["attention"]["position"]))
         tokens = {"q": q, "k": k, "v": v, **self.rule.gates(leaving_BTD)}
         with in_full_precision(x_BTD):
@@ -90,7 +97,7 @@ class Hippocampus(Mixer):
         # the first tokens of a document have nobody to push out of the window
         is_written = (age_BT > self.window)[..., None, None]
         o_BTHK = self.norm(torch.where(is_written, o_BTHK.to(self.norm.weight.dtype), 0))
-        recalled_BTD = o_BTHK.flatten(2).to(x_BTD.dtype) * F.silu(self.gate(x_BTD))
+        recalled_BTD = gated(self.gate(x_BTD), o_BTHK.flatten(2).to(x_BTD.dtype))
         left = {
             "attention": attention,
             "memory": memory,

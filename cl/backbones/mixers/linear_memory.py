@@ -8,16 +8,17 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cl.backbones._heads import require_width
 from cl.backbones._mixer import Lifetime, Mixer, in_full_precision
+from cl.backbones._norm import RMSNorm
 from cl.backbones._spec import Spec, build_rule
 from cl.backbones._state import Packing, State, where_rows
 from cl.backbones.memory_rules._rule import Rule
 from cl.backbones.mixers._convolution import ShortConvolution
 from cl.core import UserError
+from kernels.common.fused import gated
 
 
 class LinearMemory(Mixer):
@@ -82,7 +83,7 @@ class LinearMemory(Mixer):
         self.convolution = ShortConvolution(2 * keys + values, conv)
         self.rule: Rule = build_rule(rule, width, num_heads, self.key_width, self.value_width)
         self.gate = nn.Linear(width, values, bias=False) if gate else None
-        self.norm = nn.RMSNorm(self.value_width, eps=1e-6)
+        self.norm = RMSNorm(self.value_width, eps=1e-6)
         self.out = nn.Linear(values, width, bias=False)
 
     def init_state(self, num_rows: int) -> State:
@@ -103,10 +104,9 @@ class LinearMemory(Mixer):
 
     def tokens(self, x_BTD: Tensor, state: State, reset: Tensor | None) -> tuple[dict[str, Tensor], Tensor]:
         """q, k, v as the rule takes them and its gates (B, T, ...), and the tail of the convolution."""
-        qkv_BTC = torch.cat((self.query(x_BTD), self.key(x_BTD), self.value(x_BTD)), -1)
-        qkv_BTC, tail = self.convolution(qkv_BTC, state["tail"], reset)
-        keys, values = self.num_heads * self.key_width, self.num_heads * self.value_width
-        q, k, v = (each.unflatten(-1, (self.num_heads, -1)) for each in qkv_BTC.split((keys, keys, values), -1))
+        projected = self.query(x_BTD), self.key(x_BTD), self.value(x_BTD)
+        qkv, tail = self.convolution.parts(projected, state["tail"], reset)
+        q, k, v = (each.unflatten(-1, (self.num_heads, -1)) for each in qkv)
         q, k = self.rule.prepare(q, k, int(state["position"]))
         return {"q": q, "k": k, "v": v, **self.rule.gates(x_BTD)}, tail
 
@@ -114,7 +114,7 @@ class LinearMemory(Mixer):
         """What the layer gives, from what the memory answered."""
         o_BTHV = self.norm(o_BTHV.to(self.norm.weight.dtype))
         if self.gate is not None:
-            o_BTHV = o_BTHV * F.silu(self.gate(x_BTD)).view_as(o_BTHV)
+            o_BTHV = gated(self.gate(x_BTD).view_as(o_BTHV), o_BTHV)
         y_BTD: Tensor = self.out(o_BTHV.flatten(2).to(x_BTD.dtype))
         return y_BTD
 

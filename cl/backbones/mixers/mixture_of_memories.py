@@ -193,7 +193,7 @@ class MixtureOfMemories(Mixer):
         o_1MHV, left = rule.chunk(rows_of(state, filled), q, k, v, flat, cu_seqlens=cu_seqlens, chunk=self.first.chunk)
         state = mapped(lambda old, new: old.index_copy(0, filled, new).unflatten(0, size), state, left)
         weight_M11 = weight_EN[memory_M, chosen_M, None, None]
-        return to.index_add(0, chosen_M, weight_M11 * o_1MHV[0].to(to.dtype)), state
+        return to.index_add(0, chosen_M, weight_M11 * o_1MHV.squeeze(0).to(to.dtype)), state
 
     def _together(self) -> list[list[int]]:
         """Memories that one call of a rule can run: all, unless their rules have weights of their own besides gates."""
@@ -223,7 +223,6 @@ class Slot(nn.Module):
     def forward(
         self, x_BTD: Tensor, tail_BPC: Tensor, reset: Tensor | None, position: int
     ) -> tuple[dict[str, Tensor], Tensor]:
-        kv_BTC, tail = self.convolution(torch.cat((self.key(x_BTD), self.value(x_BTD)), -1), tail_BPC, reset)
-        k, v = kv_BTC.split((self.key.out_features, self.value.out_features), -1)
-        k, v = (each.unflatten(-1, (self.num_heads, -1)) for each in (k, v))
+        kv, tail = self.convolution.parts((self.key(x_BTD), self.value(x_BTD)), tail_BPC, reset)
+        k, v = (each.unflatten(-1, (self.num_heads, -1)) for each in kv)
         return {"k": self.rule.prepare(k, k, position)[1], "v": v, **self.rule.gates(x_BTD)}, tail

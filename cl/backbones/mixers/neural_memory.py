@@ -5,11 +5,11 @@ Shape legend: B rows, T tokens, D width, H heads, K width of a head.
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cl.backbones._heads import require_width
 from cl.backbones._mixer import Lifetime, Mixer
+from cl.backbones._norm import RMSNorm
 from cl.backbones._spec import Spec
 from cl.backbones._state import State
 from cl.backbones.mixers._memory_as_context import MemoryAsContext
@@ -18,6 +18,7 @@ from cl.backbones.mixers._persistent import PersistentAttention
 from cl.backbones.mixers._rotary import require_rope_base
 from cl.backbones.neural_rules.tnt import Tnt
 from cl.core import UserError
+from kernels.common.fused import gated
 
 LAYOUTS = ("plain", "mac", "mag", "mal")
 
@@ -101,7 +102,7 @@ class NeuralMemory(Mixer):
                 width, num_heads=num_heads, num_persistent=num_persistent, window=window, rope_base=rope_base
             )
         if layout == "mag":
-            self.norm = nn.RMSNorm(width, eps=1e-6)
+            self.norm = RMSNorm(width, eps=1e-6)
         if layout == "plain":
             self.gate = nn.Linear(width, width, bias=False)
         self.out = nn.Linear(width, width, bias=False)
@@ -130,5 +131,5 @@ class NeuralMemory(Mixer):
 
     def finish(self, o_BTD: Tensor, x_BTD: Tensor) -> Tensor:
         """What the plain layout gives, from what the memory answered."""
-        y_BTD: Tensor = self.out(o_BTD * F.silu(self.gate(x_BTD)))
+        y_BTD: Tensor = self.out(gated(self.gate(x_BTD), o_BTD))
         return y_BTD

@@ -6,15 +6,16 @@ Shape legend: B rows, T tokens, D width, H heads, K width of a head for keys and
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cl.backbones._mixer import Lifetime, Mixer, in_full_precision
+from cl.backbones._norm import RMSNorm
 from cl.backbones._state import Packing, State, where_rows
-from cl.backbones.memory_rules._rule import Decay, Row, Strength, unit
+from cl.backbones.memory_rules._rule import Decay, Row, Strength
 from cl.backbones.mixers._convolution import ShortConvolution
 from cl.backbones.mixers.linear_memory import head_width, require_chunk
 from cl.core import UserError
+from kernels.common.fused import gated, unit
 from kernels.ridge_memory import ridge_memory
 
 
@@ -92,7 +93,7 @@ class RidgeMemory(Mixer):
         self.retention = Decay(width, num_heads) if forget else None
         self.mix = nn.Linear(width, num_heads) if mix else None
         self.gate = nn.Linear(width, inner, bias=False) if gate else None
-        self.norm = nn.RMSNorm(self.head_width, eps=1e-6)
+        self.norm = RMSNorm(self.head_width, eps=1e-6)
         self.out = nn.Linear(inner, width, bias=False)
 
     def init_state(self, num_rows: int) -> State:
@@ -101,9 +102,9 @@ class RidgeMemory(Mixer):
         return {"gram": square, "cross": square, "tail": tail}
 
     def piece(self, x_BTD: Tensor, state: State, reset: Tensor | None, mode: str) -> tuple[Tensor, State]:
-        qkv_BTC = torch.cat((self.query(x_BTD), self.key(x_BTD), self.value(x_BTD)), -1)
-        qkv_BTC, tail = self.convolution(qkv_BTC, state["tail"], reset)
-        q, k, v = (each.unflatten(-1, (self.num_heads, -1)) for each in qkv_BTC.chunk(3, -1))
+        projected = self.query(x_BTD), self.key(x_BTD), self.value(x_BTD)
+        qkv, tail = self.convolution.parts(projected, state["tail"], reset)
+        q, k, v = (each.unflatten(-1, (self.num_heads, -1)) for each in qkv)
         tokens = {"q": unit(q), "k": unit(k), "v": v, "beta": self.strength(x_BTD)}
         if self.retention is not None:
             tokens["g"] = self.retention(x_BTD)[1].squeeze(-1)
@@ -113,7 +114,7 @@ class RidgeMemory(Mixer):
             o_BTHK, left = self._solve(tokens, {"gram": state["gram"], "cross": state["cross"]}, reset, mode)
         o_BTHK = self.norm(o_BTHK.to(self.norm.weight.dtype))
         if self.gate is not None:
-            o_BTHK = o_BTHK * F.silu(self.gate(x_BTD)).view_as(o_BTHK)
+            o_BTHK = gated(self.gate(x_BTD).view_as(o_BTHK), o_BTHK)
         y_BTD: Tensor = self.out(o_BTHK.flatten(2).to(x_BTD.dtype))
         return y_BTD, left | {"tail": tail}
 

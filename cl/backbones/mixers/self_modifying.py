@@ -22,8 +22,10 @@ from torch import Tensor, nn
 
 from cl.backbones._heads import require_width
 from cl.backbones._mixer import Lifetime, Mixer, in_full_precision, require_mode
+from cl.backbones._norm import RMSNorm
 from cl.backbones._state import State
 from cl.core import UserError
+from kernels.common.fused import gated
 
 
 class SelfModifying(Mixer):
@@ -57,7 +59,7 @@ class SelfModifying(Mixer):
         self.num_heads, self.head_width, self.keep = num_heads, width // num_heads, float(keep)
         self.query, self.inner, self.gate = (nn.Linear(width, width, bias=False) for _ in range(3))
         self.out = nn.Linear(width, width, bias=False)
-        self.norm = nn.RMSNorm(self.head_width, eps=1e-6)
+        self.norm = RMSNorm(self.head_width, eps=1e-6)
         rows = 3 * self.head_width + 2
         self.start = nn.Parameter(torch.empty(num_heads, rows, self.head_width))
         self.initialise()
@@ -88,7 +90,7 @@ class SelfModifying(Mixer):
                 output_BHKK = memory_BHRK[:, :, 2 * self.head_width : 3 * self.head_width]
                 outputs.append(_read(output_BHKK, q_BTHK[:, t]))
         o_BTHK = self.norm(torch.stack(outputs, 1).to(x_BTD.dtype))
-        y_BTD: Tensor = self.out(o_BTHK.flatten(2) * F.silu(self.gate(x_BTD)))
+        y_BTD: Tensor = self.out(gated(self.gate(x_BTD), o_BTHK.flatten(2)))
         return y_BTD, {"memory": memory_BHRK}
 
     def _written(self, memory_BHRK: Tensor, fresh_BHRK: Tensor, u_BHK: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from cl.backbones._cells import ages
 from cl.backbones._heads import require_width
 from cl.backbones._mixer import Lifetime, Mixer, in_full_precision
+from cl.backbones._norm import RMSNorm
 from cl.backbones._state import State
 from cl.backbones.trc2_parts.convolution import convolved
 from cl.core import UserError
@@ -114,7 +115,7 @@ class Trc2V1(Mixer):
         self.lateral_LD = nn.Parameter(torch.full((lateral, width), 1 / lateral))
         self.ask = nn.Linear(width, width, bias=False)
         self.slots_SD = nn.Parameter(torch.randn(slots, width))
-        self.recalled_norm = nn.RMSNorm(width, eps=1e-6)
+        self.recalled_norm = RMSNorm(width, eps=1e-6)
         self.own, self.other = (nn.Linear(width, width, bias=False) for _ in range(2))
         self.down, self.up = nn.Linear(width, rank, bias=False), nn.Linear(rank, width, bias=False)
         self.out = nn.Linear(width, width, bias=False)

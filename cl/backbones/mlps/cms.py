@@ -14,6 +14,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from cl.backbones._heads import require_width
+from cl.backbones._norm import RMSNorm
 from cl.backbones.mlps.swiglu import Swiglu, hidden_width
 from cl.core import UserError
 
@@ -50,7 +51,7 @@ class Cms(nn.Module):
         self.levels = nn.ModuleList(Swiglu(width, hidden=hidden) for _ in range(levels))
         # the block has normalised what the first level reads
         count = levels - 1 if kind == "sequential" else 0
-        self.norms = nn.ModuleList(nn.RMSNorm(width, eps=1e-6) for _ in range(count))
+        self.norms = nn.ModuleList(RMSNorm(width, eps=1e-6) for _ in range(count))
 
     def forward(self, x_BTD: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         y_BTD = self.levels[0](x_BTD)[0]

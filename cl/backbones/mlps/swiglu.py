@@ -5,10 +5,10 @@ Shape legend: B rows, T tokens, D width.
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cl.backbones._heads import require_width
+from kernels.common.fused import gated
 
 
 def hidden_width(width: int, hidden: int | None) -> int:
@@ -39,4 +39,4 @@ class Swiglu(nn.Module):
         self.out = nn.Linear(hidden, width, bias=False)
 
     def forward(self, x_BTD: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        return self.out(F.silu(self.gate(x_BTD)) * self.up(x_BTD)), {}
+        return self.out(gated(self.gate(x_BTD), self.up(x_BTD))), {}

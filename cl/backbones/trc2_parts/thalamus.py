@@ -16,6 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from cl.backbones._norm import RMSNorm
 from cl.backbones._state import State
 from cl.backbones.trc2_parts.convolution import convolved
 from cl.core import UserError
@@ -55,7 +56,7 @@ class Thalamus(nn.Module):
         if rank % groups:
             raise UserError(f"backbone.rank is {rank}; it must be a multiple of backbone.groups={groups}")
         self.groups, self.has_competition = groups, has_competition
-        self.norm = nn.RMSNorm(width, eps=1e-6)
+        self.norm = RMSNorm(width, eps=1e-6)
         self.down = nn.Linear(width, rank, bias=False)
         self.focal_JR = nn.Parameter(torch.full((SPAN, rank), 1 / SPAN))
         self.focal_gate = nn.Linear(rank, groups)

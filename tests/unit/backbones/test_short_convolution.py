@@ -44,3 +44,23 @@ def test_rows_one_by_one_under_vmap():
     for k, row in enumerate(x):
         for name, wanted in torch.func.grad(loss)(parameters, row).items():
             assert float((found[name][k] - wanted).norm() / wanted.norm()) < 1e-6
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 9])
+@pytest.mark.parametrize("has_resets", [False, True])
+def test_parts_are_what_the_joined_channels_give(tokens, has_resets):
+    draw = torch.Generator().manual_seed(0)
+    parts = [torch.randn(2, tokens, channels, generator=draw, dtype=torch.float64) for channels in (3, 1, 2)]
+    layer, tail = ShortConvolution(6, 4).double(), torch.randn(2, 3, 6, generator=draw, dtype=torch.float64)
+    reset = torch.rand(2, tokens, generator=draw) < 0.4 if has_resets else None
+    wanted, left = layer(torch.cat(parts, -1), tail, reset)
+    found, end = layer.parts(parts, tail, reset)
+    torch.testing.assert_close(torch.cat(found, -1), wanted, rtol=1e-12, atol=1e-12)
+    assert torch.equal(end, left)
+    # what is left are the last inputs of the open document, zeros before them
+    inputs = torch.cat((tail, torch.cat(parts, -1)), 1)
+    for row in range(2):
+        starts = reset[row].nonzero().flatten().tolist() if has_resets else []
+        own = inputs[row, 3 + starts[-1] :][-3:] if starts else inputs[row, -3:]
+        assert torch.equal(end[row, 3 - len(own) :], own)
+        assert not end[row, : 3 - len(own)].any()
