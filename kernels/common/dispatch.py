@@ -16,6 +16,8 @@ CPU_CHUNK: Final = 32
 TRITON_CHUNKS: Final = (16, 32, 64)
 # multiplications of a call, forward, from which loops are compiled for its sizes: tens of milliseconds, against seconds
 WORTH_COMPILING: Final = 2**22
+# numbers of a matrix beyond which products of chunks are faster than loops: it leaves the nearest cache
+WIDE_MATRIX: Final = 64 * 64
 # looked up, not imported: a CPU user never pays for triton, nor anybody for a loop that is not run
 HAS_TRITON: Final = importlib.util.find_spec("triton") is not None
 HAS_NUMBA: Final = importlib.util.find_spec("numba") is not None
@@ -126,15 +128,11 @@ def matrix_chunk(dtype: torch.dtype, *, per_channel: bool, wide: bool) -> int:
     return size // 2 if dtype == torch.float32 else size
 
 
-def matrix_size(q: Tensor, v: Tensor, most: int) -> dict[str, bool]:
-    """What `choose` asks of an op with loops over a matrix [K, V] per head, which are compiled for one size.
-
-    Args:
-        most: numbers of a matrix up to which they are faster than products of chunks.
-    """
+def matrix_size(q: Tensor, v: Tensor) -> dict[str, bool]:
+    """What `choose` asks of an op with loops over a matrix [K, V] per head, which are compiled for one size."""
     numbers = q.shape[3] * v.shape[3]
     is_small = q.shape[:3].numel() * numbers < WORTH_COMPILING
-    return {"has_numba": True, "is_wide": numbers > most, "is_small": is_small}
+    return {"has_numba": True, "is_wide": numbers > WIDE_MATRIX, "is_small": is_small}
 
 
 def _triton_obstacle(tensor: Tensor, chunk: int | None) -> str | None:

@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.common import numba_matrix_loops as loops
 from kernels.common.checks import state_dtype
 from kernels.common.numba import array, places, spread
+from kernels.common.numba_matrix_loops import loops
+from kernels.common.numba_vectors import filled
 from kernels.common.varlen import num_chunks
 
 
@@ -39,17 +40,17 @@ class _Call:
         batch, length, heads, width = q.shape
         self.dtype = state_dtype(v.dtype)
         firsts, lengths, _ = places(batch, length, None, cu_seqlens)
+        chunks = torch.div(lengths + chunk - 1, chunk, rounding_mode="floor")
         self.sequences, self.rows = len(firsts), num_chunks(batch, length, chunk, cu_seqlens)
         self.lanes, self.work = self.sequences * heads, q.numel() * v.shape[3]
-        chunks = torch.div(lengths + chunk - 1, chunk, rounding_mode="floor")
+        self.loops = loops(*(filled(size, self.dtype.itemsize) for size in (width, v.shape[3])), beta is not None)
         self.gates = 0 if g is None else 1 if g.dim() == 3 else width
         decay = self.new(0) if g is None else g.to(self.dtype).contiguous().exp()
         decay = decay.view(batch * length, heads, self.gates)
         numbers = [x.to(self.dtype).flatten(0, 1) for x in (q, k, v, self.new(0, 0, 0) if beta is None else beta)]
-        self.sizes = (width, v.shape[3], beta is not None)
-        where = map(array, (firsts, lengths, chunks.cumsum(0) - chunks))
+        where = (*map(array, (firsts, lengths, chunks.cumsum(0) - chunks)), chunk)
         size = array(torch.tensor(scale, dtype=self.dtype))[()]
-        self.arguments = (*where, chunk, size, normalize, *map(array, (*numbers, decay)))
+        self.arguments = (where, size, normalize, *map(array, (*numbers, decay)))
 
     def new(self, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=self.dtype)
@@ -78,7 +79,7 @@ def forward(
     out, final = call.new(v.shape[0] * v.shape[1], *v.shape[2:]), call.new(call.sequences, *shape)
     # of packed sequences there are rows that none fills
     kept = torch.zeros(call.rows if save else 0, *shape, dtype=call.dtype)
-    call.run(loops.forward_of(*call.sizes), start, out, final, kept)
+    call.run(call.loops[0], start, out, final, kept)
     return out.view(v.shape).to(v.dtype), final, kept
 
 
@@ -102,6 +103,6 @@ def backward(
     dq, dk, dv = (call.new(tokens, *x.shape[2:]) for x in (q, k, v))
     dbeta, dg, dstart = call.new(tokens, heads), call.new(tokens, heads, call.gates), call.new(*dfinal.shape)
     given = (kept, do.to(call.dtype).flatten(0, 1), dfinal.to(call.dtype))
-    call.run(loops.backward_of(*call.sizes), *given, dq, dk, dv, dbeta, dg, dstart)
+    call.run(call.loops[1], *given, dq, dk, dv, dbeta, dg, dstart)
     found = zip((q, k, v, beta, g), (dq, dk, dv, dbeta, dg), strict=True)
     return *(None if x is None else dx.view(x.shape).to(x.dtype) for x, dx in found), dstart

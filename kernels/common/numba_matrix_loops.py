@@ -1,272 +1,288 @@
 """The loops of `numba_matrix`, token by token, for one size each: sizes are constants of what is compiled.
 
-A matrix that is moved, written and read at every token stays in the first cache, and loops of a known length over its
-contiguous axis become straight vector code, nearly twice as fast as loops of any length. Four rows are taken at a time,
-so that what they are added up to is read and written less often; what is missing to four is zeros.
+A matrix that is moved, written and read at every token stays in the nearest cache, and is walked in whole vectors whose
+sums stay in registers. It is [W, U] in the forward, where sums run over keys, and [U, W] in the backward, where all
+sums but one run over values. Tokens are laid out chunk by chunk: what was just written number by number cannot be read
+in whole vectors at once, and a function that is handed arrays counts references to them, by instructions that lock,
+which at every token would cost more than its arithmetic.
 
-Legend: R tokens, S sequences, N kept states, H heads, K key width, V value width, G gates a token (0, 1 or K). A matrix
-is [K, V] in the forward, whose sums run over keys, and [V, K] in the backward, most of whose sums run over values.
+Legend: W, U key width K and value width V, filled up to whole vectors with zeros; R tokens, C tokens of a chunk, S
+sequences, H heads, N kept states, G gates a token (0, 1 or K).
 """
 
-# mypy: disable-error-code="no-untyped-def, no-untyped-call"
-# numba compiles a function for the types that come
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, call-arg"
+# numba compiles a function for the types that come, and gives an intrinsic its first argument
 
+from collections.abc import Callable
 from functools import lru_cache
-from typing import Any
 
 import numpy as np
+from numba import types
+from numba.extending import intrinsic
 
 from kernels.common.numba import compiled, inner
+from kernels.common.numba_vectors import Vectors, matrices
 
 EPS = 1e-6
-# rows of what a token brings, [K], and of what it writes and reads, [V]
-QUERY, KEY, KEEP, DQUERY, DKEY, DKEEP = range(6)
-VALUE, READ = range(2)
+# rows of a token's [3, W], and of their gradients
+QUERY, KEY, KEEP = range(3)
+# rows of a matrix written out in one turn of a loop over them, with sums of their own
+TURN = 4
+# rows that keep places that are used together from lying a multiple of 4096 bytes apart, which caches take for the same
+SPARE = 1
 
 
-@inner
-def _load(w, q, k, decay, t, head, scale, is_normed):
-    """Rows of w: query (scaled), key and decay of one token; returns by what their lengths were divided."""
-    of_query = of_key = w.dtype.type(1)
-    if is_normed:
-        of_query, of_key = _shrink(q, t, head), _shrink(k, t, head)
-    for i in range(q.shape[2]):
-        w[QUERY, i] = of_query * scale * q[t, head, i]
-    for i in range(q.shape[2]):
-        w[KEY, i] = of_key * k[t, head, i]
-    if decay.shape[2] == 1:
-        for i in range(q.shape[2]):
-            w[KEEP, i] = decay[t, head, 0]
-    else:
-        for i in range(decay.shape[2]):
-            w[KEEP, i] = decay[t, head, i]
-    return of_query, of_key
+@intrinsic(prefer_literal=True)
+def _ask(typing, keys, values, n, state, tokens, written, step):
+    """state = decay * state; written[n] = step * (written[n] - key @ state)."""
+
+    def write(context, builder, signature, given):
+        v, (wide, tall) = Vectors(context, builder, state.dtype), (keys.literal_value, values.literal_value)
+        state_at, tokens_at, written_at = v.pointers([state, tokens, written], given[3:6])
+        token_at, written_at = v.matrix(tokens_at, given[2], 3 * wide), v.matrix(written_at, given[2], tall)
+        columns = range(0, tall, v.lanes)
+        sums = [[v.variable() for _ in columns] for _ in range(TURN)]
+        with v.rows(tall, TURN, wide) as (i, row):
+            for r in range(TURN):
+                key, keep = (v.number(token_at, v.further(i, part * wide + r)) for part in (KEY, KEEP))
+                for total, c in zip(sums[r], columns, strict=True):
+                    place = v.further(row, r * tall + c)
+                    new = v.times(keep, v.load(state_at, place))
+                    v.store(new, state_at, place)
+                    v.increase(total, key, new)
+        for totals, c in zip(zip(*sums, strict=True), columns, strict=True):
+            answer = v.sum([builder.load(total) for total in totals])
+            v.store(v.times(v.spread(given[6]), builder.fsub(v.load(written_at, c), answer)), written_at, c)
+        return context.get_dummy_value()
+
+    return types.void(keys, values, n, state, tokens, written, step), write
 
 
-@inner
-def _shrink(x, t, head):
-    square = x.dtype.type(EPS)
-    for i in range(x.shape[2]):
-        square += x[t, head, i] * x[t, head, i]
-    return x.dtype.type(1) / np.sqrt(square)
+@intrinsic(prefer_literal=True)
+def _write(typing, keys, values, is_faded, n, state, tokens, written, read):
+    """state = decay * state (unless that is done) + key written[n]^T; read[n] = query @ state."""
+
+    def write(context, builder, signature, given):
+        v, (wide, tall) = Vectors(context, builder, state.dtype), (keys.literal_value, values.literal_value)
+        state_at, *arrays = v.pointers([state, tokens, written, read], given[4:])
+        token_at, written_at, read_at = (v.matrix(at, given[3], s) for at, s in zip(arrays, (3 * wide, tall, tall)))  # noqa: B905
+        columns = range(0, tall, v.lanes)
+        value = [v.load(written_at, c) for c in columns]
+        sums = [[v.variable() for _ in columns] for _ in range(TURN)]
+        with v.rows(tall, TURN, wide) as (i, row):
+            for r in range(TURN):
+                query, key, keep = (v.number(token_at, v.further(i, part * wide + r)) for part in (QUERY, KEY, KEEP))
+                for m, (total, c) in enumerate(zip(sums[r], columns, strict=True)):
+                    place = v.further(row, r * tall + c)
+                    before = v.load(state_at, place)
+                    new = v.add(before if is_faded.literal_value else v.times(keep, before), key, value[m])
+                    v.store(new, state_at, place)
+                    v.increase(total, query, new)
+        for totals, c in zip(zip(*sums, strict=True), columns, strict=True):
+            v.store(v.sum([builder.load(total) for total in totals]), read_at, c)
+        return context.get_dummy_value()
+
+    return types.void(keys, values, is_faded, n, state, tokens, written, read), write
 
 
-@inner
-def _fade(state, w, of_v, rows, width):
-    """state = decay * state; value = key @ state."""
-    for j in range(width):
-        of_v[VALUE, j] = 0
-    for i in range(0, rows, 4):
-        a0, a1, a2, a3 = w[KEEP, i], w[KEEP, i + 1], w[KEEP, i + 2], w[KEEP, i + 3]
-        k0, k1, k2, k3 = w[KEY, i], w[KEY, i + 1], w[KEY, i + 2], w[KEY, i + 3]
-        for j in range(width):
-            x0, x1, x2, x3 = a0 * state[i, j], a1 * state[i + 1, j], a2 * state[i + 2, j], a3 * state[i + 3, j]
-            state[i, j], state[i + 1, j], state[i + 2, j], state[i + 3, j] = x0, x1, x2, x3
-            of_v[VALUE, j] += k0 * x0 + k1 * x1 + (k2 * x2 + k3 * x3)
+@intrinsic(prefer_literal=True)
+def _restore(typing, keys, values, is_delta, n, states, after, tokens, errors, step):
+    """states[n] = decay * after; errors[n] -= states[n] @ key in the delta rule; after = states[n] + step error key."""
+
+    def write(context, builder, signature, given):
+        v, (wide, tall) = Vectors(context, builder, after.dtype), (keys.literal_value, values.literal_value)
+        states_at, after_at, tokens_at, errors_at = v.pointers([states, after, tokens, errors], given[4:8])
+        states_at, token_at = (
+            v.matrix(states_at, given[3], (tall + SPARE) * wide),
+            v.matrix(tokens_at, given[3], 3 * wide),
+        )
+        errors_at, columns = v.matrix(errors_at, given[3], tall), range(0, wide, v.lanes)
+        key, keep = ([v.load(token_at, part * wide + c) for c in columns] for part in (KEY, KEEP))
+        with v.rows(wide, 1, tall) as (j, row):
+            places = [v.further(row, c) for c in columns]
+            before = [v.times(a, v.load(after_at, place)) for a, place in zip(keep, places, strict=True)]
+            for x, place in zip(before, places, strict=True):
+                v.store(x, states_at, place)
+            error = v.scalar(errors_at, j)
+            if is_delta.literal_value:
+                answer = v.across(v.sum([v.times(x, y) for x, y in zip(before, key, strict=True)]))
+                error = builder.fsub(error, answer)
+                v.put(error, errors_at, j)
+            change = v.spread(builder.fmul(given[8], error))
+            for x, y, place in zip(before, key, places, strict=True):
+                v.store(v.add(x, change, y), after_at, place)
+        return context.get_dummy_value()
+
+    return types.void(keys, values, is_delta, n, states, after, tokens, errors, step), write
 
 
-@inner
-def _write(state, w, of_v, rows, width, is_faded):
-    """state = decay * state (unless that is done) + key value^T; read = query @ state; value and read are rows."""
-    for j in range(width):
-        of_v[READ, j] = 0
-    a0 = a1 = a2 = a3 = state.dtype.type(1)
-    for i in range(0, rows, 4):
-        if not is_faded:
-            a0, a1, a2, a3 = w[KEEP, i], w[KEEP, i + 1], w[KEEP, i + 2], w[KEEP, i + 3]
-        k0, k1, k2, k3 = w[KEY, i], w[KEY, i + 1], w[KEY, i + 2], w[KEY, i + 3]
-        q0, q1, q2, q3 = w[QUERY, i], w[QUERY, i + 1], w[QUERY, i + 2], w[QUERY, i + 3]
-        for j in range(width):
-            y = of_v[VALUE, j]
-            x0, x1 = a0 * state[i, j] + k0 * y, a1 * state[i + 1, j] + k1 * y
-            x2, x3 = a2 * state[i + 2, j] + k2 * y, a3 * state[i + 3, j] + k3 * y
-            state[i, j], state[i + 1, j], state[i + 2, j], state[i + 3, j] = x0, x1, x2, x3
-            of_v[READ, j] += q0 * x0 + q1 * x1 + (q2 * x2 + q3 * x3)
-
-
-@lru_cache
-def forward_of(num_k: int, num_v: int, is_delta: bool) -> Any:
-    """The compiled forward for these sizes."""
-    rows = -(-num_k // 4) * 4
-
-    @compiled
-    def forward(
-        first, last, firsts, lengths, kept_at, chunk, scale, is_normed, q, k, v, beta, decay,
-        starts, out, finals, kept,
-    ):  # fmt: skip
-        """All tokens of lanes first .. last: writes outputs, last states, and the state before every chunk."""
-        heads, wide, tall = q.shape[1], q.shape[2], v.shape[2]
-        state, w, of_v = np.zeros((rows, num_v), q.dtype), np.zeros((3, rows), q.dtype), np.empty((2, num_v), q.dtype)
-        w[KEEP] = 1
-        for lane in range(first, last):
-            s, head = lane // heads, lane % heads
-            state[:] = 0
-            for i in range(wide):
-                for j in range(tall):
-                    state[i, j] = starts[s, head, i, j]
-            for n in range(lengths[s]):
-                t = firsts[s] + n
-                if n % chunk == 0 and kept.shape[0] > 0:
-                    row = kept_at[s] + n // chunk
-                    for i in range(wide):
-                        for j in range(tall):
-                            kept[row, head, i, j] = state[i, j]
-                _load(w, q, k, decay, t, head, scale, is_normed)
-                if is_delta:
-                    _fade(state, w, of_v, rows, num_v)
-                    step = beta[t, head]
-                    for j in range(tall):
-                        of_v[VALUE, j] = step * (v[t, head, j] - of_v[VALUE, j])
-                else:
-                    for j in range(tall):
-                        of_v[VALUE, j] = v[t, head, j]
-                _write(state, w, of_v, rows, num_v, is_delta)
-                for j in range(tall):
-                    out[t, head, j] = of_v[READ, j]
-            for i in range(wide):
-                for j in range(tall):
-                    finals[s, head, i, j] = state[i, j]
-
-    return forward
-
-
-@inner
-def _fade_and_ask(states, n, after, w, values, rows, width):
-    """states[n] = after * decay; values[n] = states[n] @ key."""
-    for j in range(0, rows, 4):
-        s0 = s1 = s2 = s3 = w[KEY, 0] - w[KEY, 0]
-        for i in range(width):
-            a, y = w[KEEP, i], w[KEY, i]
-            x0, x1, x2, x3 = a * after[j, i], a * after[j + 1, i], a * after[j + 2, i], a * after[j + 3, i]
-            states[n, j, i], states[n, j + 1, i], states[n, j + 2, i], states[n, j + 3, i] = x0, x1, x2, x3
-            s0, s1, s2, s3 = s0 + x0 * y, s1 + x1 * y, s2 + x2 * y, s3 + x3 * y
-        values[n, j], values[n, j + 1], values[n, j + 2], values[n, j + 3] = s0, s1, s2, s3
-
-
-@inner
-def _written(after, states, n, values, step, w, rows, width):
-    """after = states[n] + step * values[n] key^T."""
-    for j in range(0, rows, 4):
-        e0, e1, e2, e3 = step * values[n, j], step * values[n, j + 1], step * values[n, j + 2], step * values[n, j + 3]
-        for i in range(width):
-            y = w[KEY, i]
-            after[j, i], after[j + 1, i] = states[n, j, i] + e0 * y, states[n, j + 1, i] + e1 * y
-            after[j + 2, i], after[j + 3, i] = states[n, j + 2, i] + e2 * y, states[n, j + 3, i] + e3 * y
-
-
-@inner
-def _adjoint(states, n, u, w, of_v, values, step, rows, width, is_delta):
+@intrinsic(prefer_literal=True)
+def _adjoint(typing, keys, values, is_delta, n, states, u, tokens, errors, found, do, asked, step):
     """One token back: u, the adjoint of the state after its write, becomes that of the state before its decay.
 
-    Rows of w are query, key and decay, and their gradients; of `of_v` the gradient of the output, and of the value.
+    found[n] are the gradients of query (without what is written here), key and decay; asked[n] that of what is written.
     """
-    along = step - step
-    for j in range(0, rows, 4):
-        o0, o1, o2, o3 = of_v[READ, j], of_v[READ, j + 1], of_v[READ, j + 2], of_v[READ, j + 3]
-        s0 = s1 = s2 = s3 = step - step
-        for i in range(width):
-            x, y = w[QUERY, i], w[KEY, i]
-            d0, d1, d2, d3 = u[j, i] + o0 * x, u[j + 1, i] + o1 * x, u[j + 2, i] + o2 * x, u[j + 3, i] + o3 * x
-            u[j, i], u[j + 1, i], u[j + 2, i], u[j + 3, i] = d0, d1, d2, d3
-            s0, s1, s2, s3 = s0 + d0 * y, s1 + d1 * y, s2 + d2 * y, s3 + d3 * y
-        of_v[VALUE, j], of_v[VALUE, j + 1], of_v[VALUE, j + 2], of_v[VALUE, j + 3] = s0, s1, s2, s3
-        e0, e1, e2, e3 = step * values[n, j], step * values[n, j + 1], step * values[n, j + 2], step * values[n, j + 3]
-        along += o0 * e0 + o1 * e1 + (o2 * e2 + o3 * e3)
-        for i in range(width):
-            w[DKEY, i] += e0 * u[j, i] + e1 * u[j + 1, i] + (e2 * u[j + 2, i] + e3 * u[j + 3, i])
-        for i in range(width):
-            x0, x1, x2, x3 = states[n, j, i], states[n, j + 1, i], states[n, j + 2, i], states[n, j + 3, i]
-            w[DQUERY, i] += o0 * x0 + o1 * x1 + (o2 * x2 + o3 * x3)
-        s0, s1, s2, s3 = step * s0, step * s1, step * s2, step * s3
-        if is_delta:
-            for i in range(width):
-                x0, x1, x2, x3 = states[n, j, i], states[n, j + 1, i], states[n, j + 2, i], states[n, j + 3, i]
-                w[DKEY, i] -= s0 * x0 + s1 * x1 + (s2 * x2 + s3 * x3)
-        for i in range(width):
-            y, a = w[KEY, i], w[KEEP, i]
-            x0, x1, x2, x3 = states[n, j, i], states[n, j + 1, i], states[n, j + 2, i], states[n, j + 3, i]
-            d0, d1, d2, d3 = u[j, i], u[j + 1, i], u[j + 2, i], u[j + 3, i]
-            if is_delta:
-                d0, d1, d2, d3 = d0 - s0 * y, d1 - s1 * y, d2 - s2 * y, d3 - s3 * y
-            w[DKEEP, i] += d0 * x0 + d1 * x1 + (d2 * x2 + d3 * x3)
-            u[j, i], u[j + 1, i], u[j + 2, i], u[j + 3, i] = a * d0, a * d1, a * d2, a * d3
-    # the state that is read is the one after the write
-    for i in range(width):
-        w[DQUERY, i] += along * w[KEY, i]
+
+    def write(context, builder, signature, given):
+        v, (wide, tall) = Vectors(context, builder, u.dtype), (keys.literal_value, values.literal_value)
+        states_at, u_at, *arrays = v.pointers([states, u, tokens, errors, found, do, asked], given[4:11])
+        states_at, sizes = v.matrix(states_at, given[3], (tall + SPARE) * wide), (3 * wide, tall, 3 * wide, tall, tall)
+        at = [v.matrix(pointer, given[3], size) for pointer, size in zip(arrays, sizes, strict=True)]
+        token_at, errors_at, found_at, do_at, asked_at = at
+        columns = range(0, wide, v.lanes)
+        query, key, keep = ([v.load(token_at, part * wide + c) for c in columns] for part in (QUERY, KEY, KEEP))
+        sums = [[v.variable() for _ in columns] for _ in range(3)]
+        with v.rows(wide, 1, tall) as (j, row):
+            places = [v.further(row, c) for c in columns]
+            out, change = v.number(do_at, j), v.spread(builder.fmul(given[11], v.scalar(errors_at, j)))
+            after = [v.add(v.load(u_at, place), out, x) for place, x in zip(places, query, strict=True)]
+            answer = v.across(v.sum([v.times(d, y) for d, y in zip(after, key, strict=True)]))
+            v.put(answer, asked_at, j)
+            back = v.spread(builder.fmul(given[11], answer))
+            for m, place in enumerate(places):
+                d, x = after[m], v.load(states_at, place)
+                v.increase(sums[QUERY][m], out, x)
+                v.increase(sums[KEY][m], change, d)
+                if is_delta.literal_value:
+                    v.increase(sums[KEY][m], builder.fneg(back), x)
+                    d = v.take(d, back, key[m])
+                v.increase(sums[KEEP][m], d, x)
+                v.store(v.times(keep[m], d), u_at, place)
+        for part, totals in enumerate(sums):
+            for total, c in zip(totals, columns, strict=True):
+                v.store(builder.load(total), found_at, part * wide + c)
+        return context.get_dummy_value()
+
+    return types.void(keys, values, is_delta, n, states, u, tokens, errors, found, do, asked, step), write
 
 
 @inner
-def _unload(out, w, row, given, t, head, by, scale, is_normed):
-    """The gradient of a query or key as it was given, before it was scaled and divided by its length."""
-    along = by - by
-    if is_normed:
-        for i in range(given.shape[2]):
-            along += w[row, i] * given[t, head, i]
-    for i in range(given.shape[2]):
-        out[t, head, i] = by * scale * (w[row, i] - given[t, head, i] * (by * by * along))
+def _load(tokens, by, rows, t0, many, head, q, k, v, decay, scale, is_normed):
+    """Tokens of a chunk: query (scaled), key, decay; values to `rows`; `by` what their lengths were divided by."""
+    for n in range(many):
+        t = t0 + n
+        if is_normed:
+            square_q = square_k = q.dtype.type(EPS)
+            for i in range(q.shape[2]):
+                square_q += q[t, head, i] * q[t, head, i]
+                square_k += k[t, head, i] * k[t, head, i]
+            by[n, QUERY], by[n, KEY] = q.dtype.type(1) / np.sqrt(square_q), q.dtype.type(1) / np.sqrt(square_k)
+        for i in range(q.shape[2]):
+            tokens[n, QUERY, i] = scale * by[n, QUERY] * q[t, head, i]
+        for i in range(q.shape[2]):
+            tokens[n, KEY, i] = by[n, KEY] * k[t, head, i]
+        for i in range(q.shape[2] if decay.shape[2] > 0 else 0):
+            tokens[n, KEEP, i] = decay[t, head, min(i, decay.shape[2] - 1)]
+        for j in range(v.shape[2]):
+            rows[n, j] = v[t, head, j]
+
+
+@inner
+def _unload(dq, dk, dg, found, tokens, by, t0, many, head, q, k, along, scale, is_normed):
+    """Gradients of what was given from those of a chunk's tokens, before they were scaled and divided."""
+    for n in range(many):
+        t, of_q, of_k, of_keep = t0 + n, along[n] - along[n], along[n] - along[n], along[n] - along[n]
+        # the state that is read is the one after the write
+        for i in range(q.shape[2]):
+            found[n, QUERY, i] += along[n] * tokens[n, KEY, i]
+            of_keep += found[n, KEEP, i]
+        if is_normed:
+            for i in range(q.shape[2]):
+                of_q += found[n, QUERY, i] * q[t, head, i]
+                of_k += found[n, KEY, i] * k[t, head, i]
+            of_q, of_k = of_q * by[n, QUERY] * by[n, QUERY], of_k * by[n, KEY] * by[n, KEY]
+        for i in range(q.shape[2]):
+            dq[t, head, i] = scale * by[n, QUERY] * (found[n, QUERY, i] - of_q * q[t, head, i])
+        for i in range(q.shape[2]):
+            dk[t, head, i] = by[n, KEY] * (found[n, KEY, i] - of_k * k[t, head, i])
+        for i in range(dg.shape[2]):
+            dg[t, head, i] = of_keep if dg.shape[2] == 1 else found[n, KEEP, i]
+
+
+@inner
+def _turned(out, given):
+    """As much of out as there is given = given^T."""
+    for j in range(given.shape[1]):
+        for i in range(given.shape[0]):
+            out[j, i] = given[i, j]
 
 
 @lru_cache
-def backward_of(num_k: int, num_v: int, is_delta: bool) -> Any:
-    """The compiled backward for these sizes."""
-    rows = -(-num_v // 4) * 4
+def loops(keys: int, values: int, is_delta: bool) -> tuple[Callable[..., None], Callable[..., None]]:
+    """Forward and backward for matrices of W x U numbers."""
+
+    @compiled
+    def forward(first, last, where, scale, is_normed, q, k, v, beta, decay, starts, out, finals, kept):
+        """All tokens of lanes first .. last: writes outputs, last states, and the state before every chunk."""
+        firsts, lengths, rows, chunk = where
+        heads, wide, tall = q.shape[1], q.shape[2], v.shape[2]
+        state, tokens, by = matrices(1, keys, values, q)[0], matrices(chunk, 3, keys, q), np.ones((chunk, 2), q.dtype)
+        both = matrices(2, chunk, values, q)
+        written, read = both[0], both[1]
+        tokens[:] = both[:] = 0
+        tokens[:, KEEP] = 1
+        for lane in range(first, last):
+            s, head = lane // heads, lane % heads
+            # what fills the rows up holds no number of another lane
+            state[:] = 0
+            state[:wide, :tall] = starts[s, head]
+            for c in range((lengths[s] + chunk - 1) // chunk):
+                t0, many = firsts[s] + c * chunk, min(chunk, lengths[s] - c * chunk)
+                if kept.shape[0] > 0:
+                    kept[rows[s] + c, head] = state[:wide, :tall]
+                _load(tokens, by, written, t0, many, head, q, k, v, decay, scale, is_normed)
+                for n in range(many):
+                    if is_delta:
+                        _ask(keys, values, n, state, tokens, written, beta[t0 + n, head])
+                    _write(keys, values, is_delta, n, state, tokens, written, read)
+                for n in range(many):
+                    for j in range(tall):
+                        out[t0 + n, head, j] = read[n, j]
+            finals[s, head] = state[:wide, :tall]
 
     @compiled
     def backward(
-        first, last, firsts, lengths, kept_at, chunk, scale, is_normed, q, k, v, beta, decay,
+        first, last, where, scale, is_normed, q, k, v, beta, decay,
         kept, do, dfinals, dq, dk, dv, dbeta, dg, dstarts,
     ):  # fmt: skip
         """The same lanes from their ends, chunk by chunk: a chunk's states anew from the kept one, then the adjoint."""
+        firsts, lengths, rows, chunk = where
         heads, wide, tall, one = q.shape[1], q.shape[2], v.shape[2], q.dtype.type(1)
-        states, values = np.zeros((chunk, rows, num_k), q.dtype), np.zeros((chunk, rows), q.dtype)
-        u, after = np.zeros((rows, num_k), q.dtype), np.zeros((rows, num_k), q.dtype)
-        w, of_v = np.zeros((6, num_k), q.dtype), np.zeros((2, rows), q.dtype)
-        w[KEEP] = 1
+        states, both = matrices(chunk, values + SPARE, keys, q), matrices(2, values + 3 * SPARE, keys, q)
+        u, after, by = both[0], both[1], np.ones((chunk, 2), q.dtype)
+        tokens, found, of_v = matrices(chunk, 3, keys, q), matrices(chunk, 3, keys, q), matrices(3, chunk, values, q)
+        errors, given, asked, along = of_v[0], of_v[1], of_v[2], np.empty(chunk, q.dtype)
+        tokens[:] = of_v[:] = 0
+        tokens[:, KEEP] = 1
         for lane in range(first, last):
             s, head = lane // heads, lane % heads
-            # rows that fill up to four hold no number of another lane
-            u[:] = after[:] = 0
-            for j in range(tall):
-                for i in range(wide):
-                    u[j, i] = dfinals[s, head, i, j]
+            # what fills the rows up holds no number of another lane
+            both[:] = 0
+            _turned(u, dfinals[s, head])
             for c in range((lengths[s] + chunk - 1) // chunk - 1, -1, -1):
-                row, t0, many = kept_at[s] + c, firsts[s] + c * chunk, min(chunk, lengths[s] - c * chunk)
-                for j in range(tall):
-                    for i in range(wide):
-                        after[j, i] = kept[row, head, i, j]
+                t0, many = firsts[s] + c * chunk, min(chunk, lengths[s] - c * chunk)
+                _turned(after, kept[rows[s] + c, head])
+                errors[:] = 0
+                _load(tokens, by, errors, t0, many, head, q, k, v, decay, scale, is_normed)
                 for n in range(many):
-                    t = t0 + n
-                    _load(w, q, k, decay, t, head, scale, is_normed)
-                    _fade_and_ask(states, n, after, w, values, rows, num_k)
                     for j in range(tall):
-                        values[n, j] = v[t, head, j] - values[n, j] if is_delta else v[t, head, j]
-                    _written(after, states, n, values, beta[t, head] if is_delta else one, w, rows, num_k)
+                        given[n, j] = do[t0 + n, head, j]
+                for n in range(many):
+                    step = beta[t0 + n, head] if is_delta else one
+                    _restore(keys, values, is_delta, n, states, after, tokens, errors, step)
                 for n in range(many - 1, -1, -1):
-                    t = t0 + n
-                    by_q, by_k = _load(w, q, k, decay, t, head, scale, is_normed)
-                    for i in range(wide):
-                        w[DQUERY, i] = w[DKEY, i] = w[DKEEP, i] = 0
+                    step = beta[t0 + n, head] if is_delta else one
+                    _adjoint(keys, values, is_delta, n, states, u, tokens, errors, found, given, asked, step)
+                for n in range(many):
+                    step, of_step = beta[t0 + n, head] if is_delta else one, one - one
+                    along[n] = 0
                     for j in range(tall):
-                        of_v[READ, j] = do[t, head, j]
-                    step = beta[t, head] if is_delta else one
-                    _adjoint(states, n, u, w, of_v, values, step, rows, num_k, is_delta)
-                    _unload(dq, w, DQUERY, q, t, head, by_q, scale, is_normed)
-                    _unload(dk, w, DKEY, k, t, head, by_k, one, is_normed)
-                    into_step = into_keep = one - one
-                    for j in range(tall):
-                        dv[t, head, j] = step * of_v[VALUE, j]
-                        into_step += of_v[VALUE, j] * values[n, j]
+                        along[n] += given[n, j] * step * errors[n, j]
+                        of_step += asked[n, j] * errors[n, j]
+                        dv[t0 + n, head, j] = step * asked[n, j]
                     if is_delta:
-                        dbeta[t, head] = into_step
-                    if dg.shape[2] == 1:
-                        for i in range(wide):
-                            into_keep += w[DKEEP, i]
-                        dg[t, head, 0] = into_keep
-                    else:
-                        for i in range(dg.shape[2]):
-                            dg[t, head, i] = w[DKEEP, i]
-            for j in range(tall):
-                for i in range(wide):
-                    dstarts[s, head, i, j] = u[j, i]
+                        dbeta[t0 + n, head] = of_step
+                _unload(dq, dk, dg, found, tokens, by, t0, many, head, q, k, along, scale, is_normed)
+            _turned(dstarts[s, head], u[:tall, :wide])
 
-    return backward
+    return forward, backward

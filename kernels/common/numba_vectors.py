@@ -5,22 +5,31 @@ through memory. An intrinsic of numba says which instructions it stands for; the
 machine's are shorter, the compiler cuts them.
 """
 
-# mypy: disable-error-code="no-untyped-call"
-# llvmlite carries no types
+# mypy: disable-error-code="no-untyped-call, no-untyped-def"
+# llvmlite carries no types, and numba compiles a function for the types that come
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 from llvmlite import ir
 from llvmlite.binding import get_host_cpu_features
 from numba.core import cgutils
+
+from kernels.common.numba import inner
 
 VECTOR = 64  # bytes
 # this machine has such vectors, and 32 of them
 HAS_LONG = bool(get_host_cpu_features().get("avx512f"))
 
 _COUNT, _SHORT = ir.IntType(64), ir.IntType(32)
+
+
+def filled(width: int, size: int) -> int:
+    """A width filled up to whole vectors of numbers of so many bytes."""
+    lanes = VECTOR // size
+    return (width + lanes - 1) // lanes * lanes
 
 
 class Vectors:
@@ -48,7 +57,15 @@ class Vectors:
 
     def number(self, pointer: Any, place: Any) -> Any:
         """One number of an array, in all lanes."""
-        return self.spread(self.builder.load(self._at(pointer, place)))
+        return self.spread(self.scalar(pointer, place))
+
+    def scalar(self, pointer: Any, place: Any) -> Any:
+        """One number of an array."""
+        return self.builder.load(self._at(pointer, place))
+
+    def put(self, number: Any, pointer: Any, place: Any) -> None:
+        """Write one number of an array."""
+        self.builder.store(number, self._at(pointer, place))
 
     def spread(self, number: Any) -> Any:
         """A number in all lanes."""
@@ -62,6 +79,10 @@ class Vectors:
     def add(self, total: Any, a: Any, b: Any) -> Any:
         """total + a b, in one instruction where there is one."""
         return self.builder.fadd(total, self.times(a, b), flags=["contract"])
+
+    def take(self, total: Any, a: Any, b: Any) -> Any:
+        """total - a b."""
+        return self.builder.fsub(total, self.times(a, b), flags=["contract"])
 
     def sum(self, vectors: list[Any]) -> Any:
         """The sum of vectors, lane by lane."""
@@ -80,15 +101,23 @@ class Vectors:
         return self.builder.extract_element(vector, ir.Constant(_SHORT, 0))
 
     @contextmanager
-    def rows(self, width: int, step: int = 1) -> Iterator[tuple[Any, Any]]:
-        """A loop over every so manieth row of a square matrix: the number of the row, and where it begins."""
-        with cgutils.for_range(self.builder, ir.Constant(_COUNT, width // step)) as loop:
+    def rows(self, width: int, step: int = 1, count: int | None = None) -> Iterator[tuple[Any, Any]]:
+        """A loop over every so manieth row of a matrix: the number of the row, and where it begins.
+
+        `count` rows, as many as the matrix is wide unless said.
+        """
+        count = width if count is None else count
+        with cgutils.for_range(self.builder, ir.Constant(_COUNT, count // step)) as loop:
             row = self.builder.mul(loop.index, ir.Constant(_COUNT, step))
             yield row, self.builder.mul(row, ir.Constant(_COUNT, width))
 
     def further(self, place: Any, number: int) -> Any:
         """So many numbers behind a place of a loop."""
         return self.builder.add(place, ir.Constant(_COUNT, number))
+
+    def matrix(self, pointer: Any, number: Any, size: int) -> Any:
+        """Where, of matrices of so many numbers, one begins."""
+        return self.builder.gep(pointer, [self.builder.mul(number, ir.Constant(_COUNT, size))])
 
     def variable(self) -> Any:
         """A vector, zero at first, that a loop changes."""
@@ -107,3 +136,12 @@ class Vectors:
 
     def _vector(self, pointer: Any, place: Any) -> Any:
         return self.builder.bitcast(self._at(pointer, place), self.type.as_pointer())
+
+
+@inner
+def matrices(number, rows, width, like):
+    """Room for so many, every row where a vector begins (`width` numbers are whole vectors)."""
+    size, item = number * rows * width, like.itemsize
+    space = np.empty(size + VECTOR // item, like.dtype)
+    begin = (VECTOR - space.ctypes.data % VECTOR) % VECTOR // item
+    return space[begin : begin + size].reshape(number, rows, width)

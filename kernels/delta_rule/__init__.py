@@ -17,8 +17,6 @@ __all__ = ["delta_rule"]
 OP = "delta_rule"
 # the walk keeps all of K on chip
 MOST_K = 256
-# numbers of a matrix up to which compiled loops are faster on a CPU than products of chunks
-MOST_COMPILED = 64 * 64
 
 
 def _plan(
@@ -39,7 +37,7 @@ def _plan(
     if refusal is None and q.shape[3] > MOST_K:
         refusal = f"needs K <= {MOST_K}, got {q.shape[3]} (or split heads)"
     own = matrix_chunk(v.dtype, per_channel=g is not None and g.dim() == 4, wide=True)
-    size = matrix_size(q, v, MOST_COMPILED)
+    size = matrix_size(q, v)
     return choose(OP, backend, v, chunk=chunk, length=q.shape[1], refusal=refusal, triton_chunk=own, **size)
 
 

@@ -15,8 +15,6 @@ from kernels.gated_linear_attention.reference import gated_linear_attention_refe
 __all__ = ["gated_linear_attention", "mlstm", "retention_decay"]
 
 OP = "gated_linear_attention"
-# numbers of a matrix up to which compiled loops are faster on a CPU than products of chunks; with a decay per channel
-MOST_COMPILED, MOST_COMPILED_GATED = 32 * 64, 64 * 64
 
 
 def _plan(
@@ -32,9 +30,8 @@ def _plan(
     backend: str = "auto",
 ) -> Decision:
     refusal = matrix_state_plan(OP, q, k, v, None, g, initial_state, cu_seqlens, scale)
-    per_channel = g is not None and g.dim() == 4
-    own = matrix_chunk(v.dtype, per_channel=per_channel, wide=False)
-    size = matrix_size(q, v, MOST_COMPILED_GATED if per_channel else MOST_COMPILED)
+    own = matrix_chunk(v.dtype, per_channel=g is not None and g.dim() == 4, wide=False)
+    size = matrix_size(q, v)
     return choose(OP, backend, v, chunk=chunk, length=q.shape[1], refusal=refusal, triton_chunk=own, **size)
 
 
@@ -63,8 +60,8 @@ def gated_linear_attention(
         initial_state: [B, H, K, V] (per sequence when packed); zeros when None.
         cu_seqlens: offsets [S + 1] of sequences packed into one row (B == 1); empty sequences are allowed.
         chunk: tokens per chunk, a power of two; None takes the backend's own. Changes rounding, never the result.
-        backend: "auto", "reference", "chunked", "numba" (compiled for a CPU, the automatic one there up to 2048 numbers
-            of a matrix, 4096 with a decay per channel, in calls with work enough for its compiling) or "triton".
+        backend: "auto", "reference", "chunked", "numba" (compiled for a CPU, the automatic one there up to 4096 numbers
+            of a matrix, in calls with work enough for its compiling) or "triton".
 
     Returns:
         o: outputs [B, T, H, V] in the dtype of `v`.

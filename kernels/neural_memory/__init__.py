@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from kernels.common.checks import require_alike, require_cu_seqlens, require_numbers, require_shape, state_dtype
-from kernels.common.dispatch import WORTH_COMPILING, Decision, choose, explained_by, without_autocast
+from kernels.common.dispatch import Decision, choose, explained_by, matrix_size, without_autocast
 from kernels.neural_memory import chunked, schedule, walk
 from kernels.neural_memory.model import ACTIVATIONS, LOSSES, Model
 from kernels.neural_memory.reference import neural_memory_reference
@@ -19,8 +19,6 @@ from kernels.neural_memory.schedule import NeuralMemoryState, Row
 __all__ = ["NeuralMemoryState", "TNTState", "neural_memory", "tnt_memory"]
 
 OP = "neural_memory"
-# numbers of a head's matrix from which compiled loops, whose matrices leave the nearest cache, are not faster
-WIDE = 64 * 64
 
 
 def _plan(
@@ -66,10 +64,9 @@ def _plan(
     elif weights is not None:
         _require_layers(weights, q, v, (q.shape[2],), "[H, in, out]")
     lacks = _lacks_loops(weights, loss, initial_state)
-    is_small, is_wide = v.numel() * q.shape[3] < WORTH_COMPILING, q.shape[3] * v.shape[3] > WIDE
-    decision = choose(
-        OP, backend, v, is_traced=True, has_numba=True, is_small=is_small or lacks is not None, is_wide=is_wide
-    )
+    size = matrix_size(q, v)
+    size["is_small"] |= lacks is not None
+    decision = choose(OP, backend, v, refusal=None, is_traced=True, **size)
     if decision.backend == "numba" and lacks is not None:
         raise ValueError(f"{OP}: backend 'numba' {lacks}; use backend='chunked'")
     return replace(decision, chunk=chunk)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from kernels.common.numba import array, places, spread
-from kernels.common.numba_vectors import VECTOR
+from kernels.common.numba_vectors import filled
 from kernels.common.varlen import num_chunks
 from kernels.ridge_memory.numba_loops import loops
 
@@ -42,8 +42,7 @@ class _Call:
         batch, length, heads, width = k.shape
         firsts, lengths, _ = places(batch, length, None, cu_seqlens)
         pieces = (lengths + chunk - 1) // chunk
-        lanes = VECTOR // k.element_size()
-        self.loops = loops((width + lanes - 1) // lanes * lanes, k.element_size())
+        self.loops = loops(filled(width, k.element_size()), k.element_size())
         self.lanes, self.work = len(lengths) * heads, batch * length * heads * width**2 * steps
         ones = k.new_ones(batch * length, heads)
         weight = ones if beta is None else beta.flatten(0, 1)

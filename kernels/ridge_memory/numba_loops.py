@@ -18,7 +18,7 @@ from numba import types
 from numba.extending import intrinsic
 
 from kernels.common.numba import compiled, inner
-from kernels.common.numba_vectors import HAS_LONG, VECTOR, Vectors
+from kernels.common.numba_vectors import HAS_LONG, Vectors, matrices
 
 # vectors summed at once: enough to hide what an addition takes, few enough for the registers
 SUMS = 8 if HAS_LONG else 4
@@ -106,15 +106,6 @@ def _walk_back(typing, width, adjoint, after, before, x, z, key, product, decay,
 
 
 @inner
-def _matrices(number, width, like):
-    """Room for so many, every row where a vector begins."""
-    size, item = number * width * width, like.itemsize
-    space = np.empty(size + VECTOR // item, like.dtype)
-    begin = (VECTOR - space.ctypes.data % VECTOR) % VECTOR // item
-    return space[begin : begin + size].reshape(number, width, width)
-
-
-@inner
 def _room(turns, width, like):
     """What a solve works in: iterates and those before, right sides, and four numbers of every token."""
     iterates, sides = np.empty((2, turns, width), like.dtype), np.empty((turns, width), like.dtype)
@@ -182,7 +173,7 @@ def loops(width: int, size: int) -> tuple[Callable[..., None], Callable[..., Non
         firsts, lengths, rows, chunk = where
         k, beta, decay = tokens
         heads, one = k.shape[1], k.dtype.type(1)
-        h, room = _matrices(turns, width, k), _room(turns, width, k)
+        h, room = matrices(turns, width, width, k), _room(turns, width, k)
         norms, key = np.empty(turns, k.dtype), np.empty(width, k.dtype)
         for lane in range(first, last):
             s, head = lane // heads, lane % heads
@@ -207,7 +198,7 @@ def loops(width: int, size: int) -> tuple[Callable[..., None], Callable[..., Non
         firsts, lengths, rows, chunk = where
         k, beta, decay = tokens
         heads, keys, one = k.shape[1], k.shape[2], k.dtype.type(1)
-        h, room, adjoint = _matrices(chunk + 1, width, k), _room(turns, width, k), _matrices(1, width, k)[0]
+        h, room, adjoint = matrices(chunk + 1, width, width, k), _room(turns, width, k), matrices(1, width, width, k)[0]
         norms, key = np.empty(chunk, k.dtype), np.empty(width, k.dtype)
         solution, product = np.empty(width, k.dtype), np.empty(width, k.dtype)
         for lane in range(first, last):
