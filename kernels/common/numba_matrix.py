@@ -43,6 +43,7 @@ class _Call:
         chunks = torch.div(lengths + chunk - 1, chunk, rounding_mode="floor")
         self.sequences, self.rows = len(firsts), num_chunks(batch, length, chunk, cu_seqlens)
         self.lanes, self.work = self.sequences * heads, q.numel() * v.shape[3]
+        self.filled = int(chunks.sum())
         self.loops = loops(*(filled(size, self.dtype.itemsize) for size in (width, v.shape[3])), beta is not None)
         self.gates = 0 if g is None else 1 if g.dim() == 3 else width
         decay = self.new(0) if g is None else g.to(self.dtype).contiguous().exp()
@@ -77,8 +78,9 @@ def forward(
     shape = (q.shape[2], q.shape[3], v.shape[3])
     start = torch.zeros(call.sequences, *shape, dtype=call.dtype) if h0 is None else h0.to(call.dtype)
     out, final = call.new(v.shape[0] * v.shape[1], *v.shape[2:]), call.new(call.sequences, *shape)
-    # of packed sequences there are rows that none fills
-    kept = torch.zeros(call.rows if save else 0, *shape, dtype=call.dtype)
+    kept = call.new(call.rows if save else 0, *shape)
+    # of packed sequences there may be fewer
+    kept[call.filled :] = 0
     call.run(call.loops[0], start, out, final, kept)
     return out.view(v.shape).to(v.dtype), final, kept
 

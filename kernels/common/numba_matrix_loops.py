@@ -200,6 +200,14 @@ def _unload(dq, dk, dg, found, tokens, by, t0, many, head, q, k, along, scale, i
 
 
 @inner
+def _copied(out, given, rows, width):
+    """out = as much of given as is asked for."""
+    for i in range(rows):
+        for j in range(width):
+            out[i, j] = given[i, j]
+
+
+@inner
 def _turned(out, given):
     """As much of out as there is given = given^T."""
     for j in range(given.shape[1]):
@@ -225,11 +233,11 @@ def loops(keys: int, values: int, is_delta: bool) -> tuple[Callable[..., None], 
             s, head = lane // heads, lane % heads
             # what fills the rows up holds no number of another lane
             state[:] = 0
-            state[:wide, :tall] = starts[s, head]
+            _copied(state, starts[s, head], wide, tall)
             for c in range((lengths[s] + chunk - 1) // chunk):
                 t0, many = firsts[s] + c * chunk, min(chunk, lengths[s] - c * chunk)
                 if kept.shape[0] > 0:
-                    kept[rows[s] + c, head] = state[:wide, :tall]
+                    _copied(kept[rows[s] + c, head], state, wide, tall)
                 _load(tokens, by, written, t0, many, head, q, k, v, decay, scale, is_normed)
                 for n in range(many):
                     if is_delta:
@@ -238,7 +246,7 @@ def loops(keys: int, values: int, is_delta: bool) -> tuple[Callable[..., None], 
                 for n in range(many):
                     for j in range(tall):
                         out[t0 + n, head, j] = read[n, j]
-            finals[s, head] = state[:wide, :tall]
+            _copied(finals[s, head], state, wide, tall)
 
     @compiled
     def backward(
@@ -257,12 +265,11 @@ def loops(keys: int, values: int, is_delta: bool) -> tuple[Callable[..., None], 
         for lane in range(first, last):
             s, head = lane // heads, lane % heads
             # what fills the rows up holds no number of another lane
-            both[:] = 0
+            both[:] = errors[:] = 0
             _turned(u, dfinals[s, head])
             for c in range((lengths[s] + chunk - 1) // chunk - 1, -1, -1):
                 t0, many = firsts[s] + c * chunk, min(chunk, lengths[s] - c * chunk)
                 _turned(after, kept[rows[s] + c, head])
-                errors[:] = 0
                 _load(tokens, by, errors, t0, many, head, q, k, v, decay, scale, is_normed)
                 for n in range(many):
                     for j in range(tall):
