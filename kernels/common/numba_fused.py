@@ -61,7 +61,9 @@ def convolved_backward(
     dx, dtail = x.new_empty(x.shape), x.new_zeros(tail.shape)
     dweight = x.new_zeros(len(x) * -(-x.shape[1] // BLOCK), *weight.shape[::-1])
     given = array(dy), *_tokens(x, tail, weight, reset)
-    _spread(loops.convolved_backward, x, *given, dx.numpy(), dtail.numpy(), dweight.numpy())
+    # more taps than a lane has tokens: several lanes would write to the tail
+    is_alone = tail.shape[1] > BLOCK
+    _spread(loops.convolved_backward, x, *given, dx.numpy(), dtail.numpy(), dweight.numpy(), is_alone=is_alone)
     return dx, dtail, dweight.sum(0).T, None
 
 
@@ -114,9 +116,13 @@ def _flat(x: Tensor) -> np.ndarray:
     return array(x).reshape(-1, x.shape[-1])
 
 
-def _spread(loop: Any, x: Tensor, *arguments: Any) -> None:
-    """Lanes are blocks of tokens, those of a row side by side."""
-    spread(loop, len(x) * -(-x.shape[1] // BLOCK), WORK * x.numel(), *arguments)
+def _spread(loop: Any, x: Tensor, *arguments: Any, is_alone: bool = False) -> None:
+    """Lanes are blocks of tokens, those of a row side by side; on one thread if `is_alone`."""
+    lanes = len(x) * -(-x.shape[1] // BLOCK)
+    if is_alone:
+        loop(0, lanes, *arguments)
+    else:
+        spread(loop, lanes, WORK * x.numel(), *arguments)
 
 
 def _tokens(x: Tensor, tail: Tensor, weight: Tensor, reset: Tensor | None) -> tuple[np.ndarray, ...]:
