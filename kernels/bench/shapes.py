@@ -84,11 +84,15 @@ def _mlp(heads: int, width: int, dtype: torch.dtype, device: torch.device) -> li
     return [(torch.randn(s, generator=gen) / s[1] ** 0.5).to(device, dtype) for s in shapes]
 
 
-@explained_by(partial(neural_memory.plan, chunk=MEMORY_CHUNK))  # type: ignore[attr-defined]
+def _of_titans(v: Tensor, **inputs: Any) -> dict[str, Any]:
+    """All arguments of a memory of two layers."""
+    dtype = torch.float64 if v.dtype == torch.float64 else torch.float32
+    return {**inputs, "v": v, "weights": _mlp(*v.shape[2:], dtype, v.device), "chunk": MEMORY_CHUNK}
+
+
+@explained_by(lambda **inputs: neural_memory.plan(**_of_titans(**inputs)))  # type: ignore[attr-defined]
 def _titans(**inputs: Any) -> tuple[Tensor, Tensor]:
-    dtype = torch.float64 if inputs["v"].dtype == torch.float64 else torch.float32
-    weights = _mlp(*inputs["v"].shape[2:], dtype, inputs["v"].device)
-    out, state = neural_memory(**inputs, weights=weights, chunk=MEMORY_CHUNK)
+    out, state = neural_memory(**_of_titans(**inputs))
     return out, state.weights[0]
 
 
