@@ -154,9 +154,7 @@ def tnt_memory(
         asked = list(tokens)
         seen_after = seen_both[index]
         if project:
-            # the loops are those of a memory that trains itself
-            how = "chunked" if decision.backend == "numba" else decision.backend
-            asked[0], seen_after = _projected(tokens[0], tokens[1], rows, seen_after, how)
+            asked[0], seen_after = _projected(tokens[0], tokens[1], rows, seen_after, decision.backend)
         answer, end = op.dispatch(decision.backend, asked, rows, begun, local_chunks[n], model, checkpoint)
         total = total + answer
         # the last piece of every sequence is what goes on; without tokens, what came in
