@@ -9,8 +9,10 @@ the user's cache) and made anew when the file that holds the loop changes; after
 # numba compiles a function for the types that come
 
 import math
-from collections.abc import Callable
+import mmap
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -21,6 +23,8 @@ from torch import Tensor
 
 # multiplications that take as long as it takes to start threads, a few hundred microseconds
 WORTH = 2**22
+# bytes that torch takes from the system for every call
+LARGE = 2**25
 # sums may be taken in another order and products fused; infinities and NaN stay what they are
 LOOSE = {"reassoc", "contract", "nsz", "arcp"}
 
@@ -32,6 +36,13 @@ def compiled(loop: Callable[..., None]) -> Callable[..., None]:
         return njit(cache=True, **how)(loop)
     except RuntimeError:  # no folder can be written
         return njit(**how)(loop)
+
+
+def called(function: Callable[..., Any]) -> Callable[..., Any]:
+    """What a loop calls, compiled once: a call costs some ten nanoseconds."""
+    # nobody else calls it
+    how: dict[str, Any] = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+    return njit(fastmath=LOOSE, error_model="numpy", **how)(function)
 
 
 def inner(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -53,6 +64,21 @@ def spread(loop: Callable[..., None], lanes: int, work: int, *arguments: Any) ->
     with ThreadPoolExecutor(threads) as pool:
         list(pool.map(lambda first, last: loop(first, last, *arguments), ends[:-1], ends[1:]))
     return None
+
+
+def scratch(shape: Sequence[int], like: Tensor) -> Tensor:
+    """Room that a loop writes, in large pages where the system has them.
+
+    Of much memory the first touch of every page costs more than what is written there, and torch asks for it again at
+    every call.
+    """
+    size = math.prod(shape) * like.element_size()
+    if size < LARGE or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return like.new_empty(shape)
+    space = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with suppress(OSError):  # of a system without large pages
+        space.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(space, dtype=like.dtype).view(shape)
 
 
 def array(tensor: Tensor) -> np.ndarray:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from kernels.common.checks import require_alike, require_cu_seqlens, require_numbers, require_shape, state_dtype
-from kernels.common.dispatch import Decision, choose, explained_by, matrix_size, without_autocast
+from kernels.common.dispatch import Decision, choose, explained_by, without_autocast
 from kernels.neural_memory import chunked, schedule, walk
 from kernels.neural_memory.model import ACTIVATIONS, LOSSES, Model
 from kernels.neural_memory.reference import neural_memory_reference
@@ -19,6 +19,8 @@ from kernels.neural_memory.schedule import NeuralMemoryState, Row
 __all__ = ["NeuralMemoryState", "TNTState", "neural_memory", "tnt_memory"]
 
 OP = "neural_memory"
+# multiplications of a call, forward, from which its loops are worth compiling: half a minute, once on a machine
+WORTH_COMPILING = 2**24
 
 
 def _plan(
@@ -63,28 +65,20 @@ def _plan(
         _require_state(initial_state, q, v, momentum, sequences, chunk)
     elif weights is not None:
         _require_layers(weights, q, v, (q.shape[2],), "[H, in, out]")
-    lacks = _lacks_loops(weights, loss, initial_state)
-    size = matrix_size(q, v)
-    size["is_small"] |= lacks is not None
-    decision = choose(OP, backend, v, refusal=None, is_traced=True, **size)
-    if decision.backend == "numba" and lacks is not None:
-        raise ValueError(f"{OP}: backend 'numba' {lacks}; use backend='chunked'")
+    # torch would take what has a backward by hand for a constant, without a word
+    is_forward_mode = getattr(forward_ad, "_current_level", -1) >= 0
+    is_small = is_forward_mode or q.shape[:3].numel() * _numbers(q, v, weights, initial_state) < WORTH_COMPILING
+    decision = choose(OP, backend, v, refusal=None, is_traced=True, has_numba=True, is_small=is_small)
+    if decision.backend == "numba" and is_forward_mode:
+        raise ValueError(f"{OP}: backend 'numba' has no forward-mode derivatives; use backend='chunked'")
     return replace(decision, chunk=chunk)
 
 
-def _lacks_loops(weights: Sequence[Tensor] | None, loss: str, state: NeuralMemoryState | None) -> str | None:
-    """Why compiled loops cannot take this memory, None if they can."""
-    layers = 1 if weights is None else len(weights)
+def _numbers(q: Tensor, v: Tensor, weights: Sequence[Tensor] | None, state: NeuralMemoryState | None) -> int:
+    """Of a memory, in one head of one sequence."""
     if state is not None:
-        layers = len(state.weights)
-    if layers > 1:
-        return f"takes a memory of one layer, got {layers}"
-    if loss != "l2":
-        return f"has the loss 'l2', got {loss!r}"
-    # torch would take what has a backward by hand for a constant, without a word
-    if getattr(forward_ad, "_current_level", -1) >= 0:
-        return "has no forward-mode derivatives"
-    return None
+        weights = state.weights
+    return q.shape[3] * v.shape[3] if weights is None else sum(w.shape[-2:].numel() for w in weights)
 
 
 def _require_layers(weights: Sequence[Tensor], q: Tensor, v: Tensor, lead: tuple[int, ...], legend: str) -> None:
@@ -155,11 +149,10 @@ def neural_memory(
         cu_seqlens: offsets [S + 1] of sequences packed into one row (B == 1); empty sequences are allowed. Read on the
             host.
         checkpoint: keep one state per piece (64 tokens or a chunk) for the backward and compute the rest again; "numba"
-            always does, of 32 tokens.
-        backend: "auto", "reference", "chunked", "numba" (one layer with l2, compiled for a CPU; the automatic one there
-            up to K V = 4096, where there is enough to do that compiling for these widths is worth it) or "triton" (any
-            width, depth and loss; one layer with l2, without momentum and norm, is composed of the chunk kernels of
-            gated linear attention).
+            always keeps states and products of pieces, of at most 32 tokens.
+        backend: "auto", "reference", "chunked", "numba" (compiled once for all sizes, in half a minute; the automatic
+            one on a CPU from 2^24 multiplications a call) or "triton" (one layer with l2, without momentum and norm, is
+            composed of the chunk kernels of gated linear attention).
 
     Returns:
         o: outputs [B, T, H, V] in the dtype of `v`.
@@ -171,7 +164,7 @@ def neural_memory(
 
     Cost: per token about three passes through the memory and 4C more products of its width; T / chunk steps in a row,
         on a card of 48 launches (96 in the backward) for two layers with momentum on Triton. Chunked, only the keys
-        take steps in a row, from chunk to chunk.
+        take steps in a row, from chunk to chunk. Compiled, all pieces do, and nothing else is paid for but products.
     Source: TTT, Titans; losses of Miras. Differences: no biases inside (append a constant to k and q); retention is the
         decay only. Chunked, autograd goes through the inner gradient, second derivatives exist, and
         torch.compile traces the loop over chunks, one copy per piece, so compile time grows with T / chunk; with packed
