@@ -2,8 +2,8 @@
 
     python benchmarks/neural_loops.py [--tokens 1024] [--repeats 5] [--out benchmarks/results/neural_loops.md]
 
-One row of tokens, four heads, one thread, float32: forward and backward of the op alone, by widths of the memory, tokens
-of a chunk, and gates. The least processor time of some calls; backends take turns.
+One row of tokens, four heads, one thread, float32: forward and backward of the op alone, by widths of the memory, by
+tokens of a chunk, with gates or a norm. The least processor time of some calls; backends take turns.
 """
 
 from __future__ import annotations
