@@ -19,7 +19,7 @@ from kernels.neural_memory.schedule import NeuralMemoryState, Row
 __all__ = ["NeuralMemoryState", "TNTState", "neural_memory", "tnt_memory"]
 
 OP = "neural_memory"
-# multiplications of a call, forward, from which its loops are worth compiling: half a minute, once on a machine
+# multiplications of a call, forward, from which its loops are worth compiling: a minute, once on a machine
 WORTH_COMPILING = 2**24
 
 
@@ -150,8 +150,8 @@ def neural_memory(
             host.
         checkpoint: keep one state per piece (64 tokens or a chunk) for the backward and compute the rest again; "numba"
             always keeps states and products of pieces, of at most 32 tokens.
-        backend: "auto", "reference", "chunked", "numba" (compiled once for all sizes, in half a minute; the automatic
-            one on a CPU from 2^24 multiplications a call) or "triton" (one layer with l2, without momentum and norm, is
+        backend: "auto", "reference", "chunked", "numba" (compiled once for all sizes, in a minute; the automatic one on
+            a CPU from 2^24 multiplications a call) or "triton" (one layer with l2, without momentum and norm, is
             composed of the chunk kernels of gated linear attention).
 
     Returns:
