@@ -1,7 +1,7 @@
 """Where the loops of a neural memory keep what is on its way: matrices cut out of one room per lane.
 
 Sizes are no constants of the loops, so nothing is compiled anew for others. A room is a few arrays, each of many
-matrices of a kind, since a loop over dozens of arrays takes minutes to compile.
+matrices of a kind, since every array that goes through a loop is more to compile.
 
 Legend: L layers between widths w_0 = K and w_L = V; place l holds a matrix [w_l, c]; c tokens of a piece; N tokens,
 H heads; G is 2 with momentum, else 1.
