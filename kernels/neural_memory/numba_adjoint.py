@@ -208,15 +208,8 @@ def _products_back(r, b, start, start_at, dstart):
 @called
 def _weigh_back(r, b, t0, n, h, ddecays, dslowings):
     """The adjoint of `weigh`: of the logarithms of decays."""
-    keep, speed, gates, dkeep, dspeed, dgates = (
-        r.squares[KEEP],
-        r.squares[SPEED],
-        r.gates,
-        b.squares[KEEP],
-        b.squares[SPEED],
-        b.gates,
-    )
-    one = gates.dtype.type(1)
+    keep, speed, gates = r.squares[KEEP], r.squares[SPEED], r.gates
+    dkeep, dspeed, dgates = b.squares[KEEP], b.squares[SPEED], b.gates
     for t in range(n - 1, -1, -1):
         a, d, was = gates[DECAY, t], gates[SLOWING, t], t - 1
         if r.kinds > 1:
@@ -228,8 +221,8 @@ def _weigh_back(r, b, t0, n, h, ddecays, dslowings):
         if t > 0:
             of_a = of_a * gates[OF_W, was] + dgates[OF_P, t] * gates[OF_P, was]
             of_d *= gates[SLOWED, was]
-            for row in (OF_W, OF_P):
-                dgates[row, was] += a * dgates[row, t]
+            dgates[OF_W, was] += a * dgates[OF_W, t]
+            dgates[OF_P, was] += a * dgates[OF_P, t]
             dgates[SLOWED, was] += d * dgates[SLOWED, t]
         for i in range(t):
             of_a += dkeep[t, i] * keep[was, i]
@@ -237,7 +230,7 @@ def _weigh_back(r, b, t0, n, h, ddecays, dslowings):
             if r.kinds > 1:
                 of_d += dspeed[t, i] * speed[was, i]
                 dspeed[was, i] += d * dspeed[t, i]
-        ddecays[t0 + t, h], dslowings[t0 + t, h] = a * of_a * one, d * of_d
+        ddecays[t0 + t, h], dslowings[t0 + t, h] = a * of_a, d * of_d
 
 
 @called
