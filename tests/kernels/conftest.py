@@ -30,9 +30,8 @@ def _interpret_faster() -> None:
     """Triton's interpreter patches its language at every call of a device function, as long as a matrix product takes.
 
     A launch does so too and takes it back, for the language that kernels see; that of Triton's own functions stays so.
-    Hence once per module is enough. And what is known of a type it finds out at every operation: once per type is, too.
+    Hence once per module is enough.
     """
-    from triton.language import core
     from triton.runtime import interpreter
 
     patched = set()
@@ -44,26 +43,6 @@ def _interpret_faster() -> None:
         return self.rewrite()(*args, **kwargs)
 
     interpreter.InterpretedFunction.__call__ = call
-
-    find, numpy_types = interpreter._get_np_dtype, {}
-
-    def found(dtype):  # type: ignore[no-untyped-def]
-        if dtype.name not in numpy_types:
-            numpy_types[dtype.name] = find(dtype)
-        return numpy_types[dtype.name]
-
-    interpreter._get_np_dtype = found
-
-    build, blocks = core.block_type.__init__, {}
-
-    def built(self, element_ty, shape):  # type: ignore[no-untyped-def]
-        key = (element_ty.name, *map(core._unwrap_if_constexpr, shape))
-        if key not in blocks:
-            build(self, element_ty, shape)
-            blocks[key] = vars(self)
-        vars(self).update(blocks[key])
-
-    core.block_type.__init__ = built
 
 
 if os.environ.get("TRITON_INTERPRET") == "1":
@@ -96,13 +75,7 @@ def nan_scratch(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
 
 
-CROSSED = (
-    "test_all_key_distributions",
-    "test_any_length_without_a_start_and_bit_equal",
-    "test_extremes",
-    "test_tiles_of_both_widths",
-    "test_other_chunks",
-)
+CROSSED = ("test_all_key_distributions", "test_extremes", "test_tiles_of_both_widths", "test_other_chunks")
 """What the interpreter tries with every op: CI runs every second square of the board, `make test-all` the others."""
 
 
