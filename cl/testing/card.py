@@ -28,7 +28,6 @@ from torch._library.custom_ops import OPDEFS
 from torch._ops import OpOverload
 from torch.utils._mode_utils import no_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
 
 aten = torch.ops.aten
 CARD = torch.device("cuda", 0)
@@ -145,7 +144,7 @@ def pretended_card() -> Iterator[None]:
 
 def _run(func: OpOverload, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     """The operation on the processor, its results where a card would have them."""
-    tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+    tensors = list(_tensors((*args, *kwargs.values())))
     target = kwargs.get("device")
     to_card = any(isinstance(x, CardTensor) for x in tensors) if target is None else torch.device(target).type != "cpu"
     body = _body(func, to_card)
@@ -155,8 +154,8 @@ def _run(func: OpOverload, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     _refuse_mixtures(func, args, kwargs, tensors, to_card)
     if target is not None:
         kwargs["device"] = torch.device("cpu")
-    args_on_cpu, kwargs_on_cpu = tree_map(_on_cpu, (args, kwargs))
-    result = NOT_LAZY.get(func, func)(*args_on_cpu, **kwargs_on_cpu)
+    on_cpu = {name: _mapped(_on_cpu, x) for name, x in kwargs.items()}
+    result = NOT_LAZY.get(func, func)(*_mapped(_on_cpu, args), **on_cpu)
     if torch.Tag.inplace_view in func.tags and isinstance(args[0], CardTensor):
         # the shape that C++ sees follows
         with no_dispatch():
@@ -169,7 +168,7 @@ def _run(func: OpOverload, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
             return written[id(x)]
         return CardTensor(x) if to_card and isinstance(x, Tensor) else x
 
-    return tree_map(placed, result)
+    return _mapped(placed, result)
 
 
 @cache
@@ -196,6 +195,24 @@ def _refuse_mixtures(
         raise RuntimeError(
             f"Expected all tensors to be on the same device, but found at least two devices, cuda:0 and cpu! ({func})"
         )
+
+
+# what operations are given and give lies in lists and tuples; the trees of torch, which may hold anything, take as long
+# as all the rest
+
+
+def _tensors(x: Any) -> Iterator[Tensor]:
+    if isinstance(x, Tensor):
+        yield x
+    elif isinstance(x, (list, tuple)):
+        for each in x:
+            yield from _tensors(each)
+
+
+def _mapped(function: Callable[[Any], Any], x: Any) -> Any:
+    if isinstance(x, (list, tuple)):
+        return type(x)([_mapped(function, each) for each in x])
+    return function(x)
 
 
 def _on_cpu(x: Any) -> Any:

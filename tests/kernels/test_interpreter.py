@@ -159,8 +159,7 @@ def test_tiles_of_both_widths(name, widths):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["scan_real", "scan_complex"])
-@pytest.mark.parametrize("segment", [16, 20])
+@pytest.mark.parametrize(("name", "segment"), [("scan_real", 16), ("scan_complex", 20)])
 def test_scan_in_segments(name, segment, nan_scratch, monkeypatch):
     from kernels.linear_scan import triton
 

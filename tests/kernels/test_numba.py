@@ -204,9 +204,10 @@ def test_a_cpu_takes_the_loops_for_narrow_matrices_and_enough_tokens():
         assert [chosen(8192, width, op, gates) for width in (64, 65)] == ["numba", "chunked"]
 
 
-@pytest.mark.parametrize("shape", [(3, 5), (4, 4), (9, 2), (1, 1)])
+@pytest.mark.parametrize("shape", [(3, 5), (4, 4), (17, 9), (1, 1)])
 @pytest.mark.parametrize("name", ["gla_channel", "normalized"])
 def test_matrices_of_any_shape(shape, name):
+    """One vector a row and several, full and not."""
     gen, (width, height) = torch.Generator().manual_seed(1), shape
     case = CASES[name]
     q, k = torch.randn(2, 2, 11, 2, width, generator=gen, dtype=torch.float64)
