@@ -43,14 +43,14 @@ def fitted(words: Sequence[str], target: int, info: StreamInfo, multiple: int = 
     return (*words, f"backbone.mlp_width={fitted_width(size, target, multiple, ' '.join(words))}")
 
 
-def fitted_width(size: Callable[[int], int], target: int, multiple: int, name: str) -> int:
+def fitted_width(size: Callable[[int], int], target: int, multiple: int, name: str, within: float = 0.03) -> int:
     """The hidden width whose `size`, which grows linearly, comes nearest to `target`.
 
     Raises:
-        ValueError: the nearest is more than 3 % off, so that no study can call it equal.
+        ValueError: the nearest is further off than the share `within`, so that no study can call it equal.
     """
     first, slope = size(64), (size(128) - size(64)) / 64
     width = max(multiple, multiple * round((64 + (target - first) / slope) / multiple))
-    if abs(size(width) / target - 1) > 0.03:
+    if abs(size(width) / target - 1) > within:
         raise ValueError(f"{name} has {size(width):,} weights at its nearest, and {target:,} are wanted")
     return width

@@ -13,9 +13,14 @@ from torch import nn
 
 from cl.backbones.armt import Armt
 from cl.backbones.block_recurrent import BlockRecurrent
+from cl.backbones.gated_fifo import GatedFifo
 from cl.backbones.gpt import Gpt
+from cl.backbones.hmt import Hmt
+from cl.backbones.landmark import Landmark
 from cl.backbones.memformer import Memformer
+from cl.backbones.memoria import Memoria
 from cl.backbones.rmt import Rmt
+from cl.backbones.trc2 import Trc2
 from cl.core import Setting, StreamInfo
 
 VOCABULARY = 256
@@ -37,11 +42,16 @@ BLOCKS: Mapping[str, str] = {
     "ttt_linear": "neural_memory(rule=ttt_linear)",
     "titans": "neural_memory(rule=titans)",
     "titans, a matrix": "neural_memory(rule=titans(depth=1))",
+    "titans as context": "neural_memory(rule=titans, layout=mac)",
+    "titans as gate": "neural_memory(rule=titans, layout=mag)",
+    "titans as layer": "neural_memory(rule=titans, layout=mal)",
+    **{name: f"neural_memory(rule={name})" for name in ("ttt_mlp", "atlas", "moneta", "yaad", "memora", "tnt")},
     "min_gru": "scan_rnn",
-    "lru": "scan_rnn(cell=lru)",
+    "min_lstm": "scan_rnn(cell=minlstm)",
+    **{name: f"scan_rnn(cell={name})" for name in ("lru", "s5", "hippo", "ffm", "leaky")},
     "gru": "nonlinear_rnn",
-    "lstm": "nonlinear_rnn(cell=lstm)",
-    "slstm": "nonlinear_rnn(cell=slstm)",
+    **{name: f"nonlinear_rnn(cell={name})" for name in ("lstm", "slstm", "lem", "bilinear", "m2rnn", "leaky_tau")},
+    "hierarchical_ffn": "hierarchical_ffn_memory(hidden=16)",
     "hippocampus": "hippocampus",
     "memory_cache": "memory_cache(linear_memory)",
     "mixture_of_memories": "mixture_of_memories(linear_memory)",
@@ -52,30 +62,42 @@ BLOCKS: Mapping[str, str] = {
     "titans, a matrix, chunks of 256": "neural_memory(rule=titans(depth=1, chunk=256))",
     "memory_cache, segments of 512": "memory_cache(linear_memory, segment=512)",
 }
-SEGMENTED: dict[str, Callable[..., nn.Module]] = {
-    name + end: partial(kind, **options)
-    for end, options in (("", {}), (", segments of 512", {"segment": 512}))
-    for name, kind in (("rmt", Rmt), ("armt", Armt), ("block_recurrent", BlockRecurrent), ("memformer", Memformer))
+SEGMENTS = {
+    "rmt": Rmt,
+    "armt": Armt,
+    "hmt": Hmt,
+    "block_recurrent": BlockRecurrent,
+    "memformer": Memformer,
+    "gated_fifo": GatedFifo,
+    "memoria": Memoria,
 }
-SEGMENTED["memformer, segments of 512, not replayed"] = partial(Memformer, segment=512, is_replayed=False)
-NAMES = (*BLOCKS, *SEGMENTED)
+DECODERS: Mapping[str, Callable[..., nn.Module]] = {
+    "hope": partial(Gpt, blocks="self_modifying", mlp="cms"),
+    "trc2": Trc2,
+    "landmark": Landmark,
+    **SEGMENTS,
+    **{f"{name}, segments of 512": partial(kind, segment=512) for name, kind in SEGMENTS.items()},
+    "memformer, segments of 512, not replayed": partial(Memformer, segment=512, is_replayed=False),
+}
+"""What is more than blocks of one kind."""
+NAMES = (*BLOCKS, *DECODERS)
 
 
 def decoder(name: str, **sizes: Any) -> Callable[..., nn.Module]:
     """What makes a decoder with blocks of one kind, or with the layer of somebody else that `theirs` names."""
     if name in LAYERS:
         return partial(around, name, **sizes)
-    return partial(SEGMENTED[name] if name in SEGMENTED else partial(Gpt, blocks=BLOCKS[name]), **sizes)
+    return partial(DECODERS[name] if name in DECODERS else partial(Gpt, blocks=BLOCKS[name]), **sizes)
 
 
 def equal(name: str, target: int, info: StreamInfo, **sizes: Any) -> Callable[..., nn.Module]:
-    """The decoder whose hidden width brings its weights nearest to `target`.
+    """The decoder whose hidden width brings its weights nearest to `target`; gated_fifo alone has 6 % more.
 
     Raises:
         ValueError: as `fitted_width`.
     """
     made = decoder(name, **sizes)
-    width = fitted_width(lambda hidden: counted(partial(made, mlp_width=hidden), info), target, 2, name)
+    width = fitted_width(lambda hidden: counted(partial(made, mlp_width=hidden), info), target, 2, name, 0.06)
     return partial(made, mlp_width=width)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from os.path import relpath
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,9 @@ import torch
 from _families import family
 from _study import table
 
+BAR = 1.5
+"""What memories of linear time should reach of the transformer's speed in long texts."""
+PLOT = "generation.png"
 HEAD = ("block", "weights", "tokens/s", "of the transformer", "its tokens/s", "MB")
 
 
@@ -18,8 +22,8 @@ def num_rows(tokens: int) -> int:
     return max(1, 4096 // tokens)
 
 
-def page(found: Mapping[str, Any], folder: Path) -> str:
-    """Tables, and the plot beside them."""
+def page(found: Mapping[str, Any], given_in: Path, folder: Path) -> str:
+    """Tables for a page that lies in `given_in`, and the plot in `folder`."""
     parts = [
         "# Speed of memory\n",
         f"Made by `benchmarks/memory_speed.py`; how is in its docstring. {found.get('card') or machine()}."
@@ -28,7 +32,7 @@ def page(found: Mapping[str, Any], folder: Path) -> str:
     ]
     by_length = {title: int(title.rpartition(" ")[2]) for title in found if title.startswith("train")}
     for title, tokens in sorted(by_length.items(), key=lambda item: item[1]):
-        beside = against_peers(found[title])
+        group, beside = found[title], against_peers(found[title])
         rows = [
             (
                 name,
@@ -39,29 +43,43 @@ def page(found: Mapping[str, Any], folder: Path) -> str:
                 f"{row['bytes'] / 1e6:,.0f}",
                 *([beside.get(name, "")] if beside else []),
             )
-            for name, row in sorted(found[title].items(), key=lambda item: -item[1]["ratio"])
+            for name, row in sorted(group.items(), key=lambda item: -item[1]["ratio"])
             for rate in [row.get("rows", num_rows(tokens)) * tokens / row["seconds"]]
         ]
         parts += [f"## {title}\n", table((*HEAD, "of fla's layer") if beside else HEAD, rows)]
+        if tokens >= 4096 and (below := [name for name, *_ in rows if group[name]["ratio"] < BAR]):
+            parts += [f"Below {BAR}x: {', '.join(name for name in below if name != 'attention')}.\n"]
     if generated := found.get("generate"):
-        places = sorted({row["at"] for line in generated.values() for row in line})
+        places = sorted({about(row["at"]) for line in generated.values() for row in line})
         head = ("block", *(f"µs after {at:,}" for at in places), "bytes of state, first", "last")
         rows = []
         for name, line in sorted(generated.items(), key=lambda item: item[1][-1]["seconds"]):
-            times = {row["at"]: f"{1e6 * row['seconds']:,.0f}" for row in line}
+            times = {about(row["at"]): f"{1e6 * row['seconds']:,.0f}" for row in line}
             ends = (f"{line[end]['bytes']:,}" for end in (0, -1))
             rows.append((name, *(times.get(at, "") for at in places), *ends))
         text = (
-            "Two blocks of width 32, one row. Memories of whole segments (rmt, armt, block_recurrent, memformer) read "
-            "the open segment again with every token: a step takes as long as that is, at most 32 tokens, whatever "
-            "came before. memory_cache keeps a state for every segment, by design.\n"
+            "Two blocks of width 32, one row; lengths are rounded to one digit. Memories of whole segments (rmt, armt, "
+            "hmt, block_recurrent, memformer, gated_fifo, memoria) read the open segment again with every token: a "
+            "step takes as long as that is, here half a segment of 32, whatever came before. memory_cache keeps a "
+            "state for every segment, landmark all keys and values, by design.\n"
         )
-        parts += ["## One step of generation\n", text, table(head, rows)]
+        picture = f"![Time and state of a step over the tokens read before]({relpath(folder, given_in)}/{PLOT})\n"
+        parts += ["## One step of generation\n", text, picture, table(head, rows)]
         plot(generated, folder)
     if tiny := found.get("forward"):
         rows = [(name, f"{1e3 * seconds:.1f}") for name, seconds in sorted(tiny.items(), key=lambda item: item[1])]
         parts += ["## A forward of a tiny network\n", table(("block", "ms"), rows)]
     return "\n".join(parts)
+
+
+def about(number: int) -> int:
+    """To one digit.
+
+    Example:
+        >>> about(112), about(100_016)
+        (100, 100000)
+    """
+    return round(number, 1 - len(str(number)))
 
 
 def against_peers(group: Mapping[str, Any]) -> dict[str, str]:
@@ -97,4 +115,4 @@ def plot(generated: Mapping[str, Any], folder: Path) -> None:
         axes.spines[["top", "right"]].set_visible(False)
     figure.legend(lines.values(), lines, fontsize=8, ncols=2, loc="outside lower center", frameon=False)
     folder.mkdir(parents=True, exist_ok=True)
-    figure.savefig(folder / "generation.png", dpi=130)
+    figure.savefig(folder / PLOT, dpi=130)

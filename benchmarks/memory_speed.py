@@ -2,7 +2,7 @@
 
     python benchmarks/memory_speed.py train [--tokens 512 4096] [--rows 8] [--width 128 --layers 4 --heads 4]
         [--blocks mamba2] [--cuda] [--peers]
-    python benchmarks/memory_speed.py generate [--until 100000]
+    python benchmarks/memory_speed.py generate [--until 100016]
     python benchmarks/memory_speed.py forward
     python benchmarks/memory_speed.py page
 
@@ -15,8 +15,8 @@ bytes that torch allocates; with --peers every block is followed by flash-linear
 the same decoder (`_fla_layers.py` says which), as far as there is one and it is installed. Kernels are compiled by the
 first step, which is not counted; `--warm N` runs that step for N decoders at a time beforehand, with one row each.
 
-Generation: one token at a time after N tokens. The N tokens are read in pieces, but for attention, whose cache is
-filled with noise: its state, not its content, is what counts.
+Generation: one token at a time after N tokens, which end half way through a segment of 32. They are read in pieces, but
+for attention, whose cache is filled with noise: its state, not its content, is what counts.
 
 Forward: a tiny network (width 32, two blocks) on two rows of 64 tokens, without gradients.
 
@@ -140,7 +140,7 @@ def keep(given: argparse.Namespace, found: Mapping[str, Any]) -> None:
 
 def generate(given: argparse.Namespace, found: dict[str, Any]) -> None:
     """One token after N, for every chosen block."""
-    places = [n for n in (100, 1000, 10_000, 30_000, 100_000) if n <= given.until]
+    places = [n for n in (112, 1008, 10_000, 30_000, 100_016) if n <= given.until]
     for name in given.blocks:
         model = small(name, 512)
         rows, state, at = [], None, 0
@@ -209,7 +209,7 @@ def main() -> None:
     parser.add_argument("--blocks", nargs="+", choices=NAMES, default=list(NAMES))
     parser.add_argument("--tokens", nargs="+", type=int, default=[512, 4096])
     parser.add_argument("--rows", type=int, default=0, help="of a training step; 0 takes as many as make 4,096 tokens")
-    sizes = {"width": 128, "layers": 4, "heads": 4, "warm": 0, "repeats": 3, "until": 100_000, "steps": 50}
+    sizes = {"width": 128, "layers": 4, "heads": 4, "warm": 0, "repeats": 3, "until": 100_016, "steps": 50}
     for name, value in sizes.items():
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--cuda", action="store_true", help="train on a card; give it an --out of its own")
@@ -224,7 +224,7 @@ def main() -> None:
         found["note"] = f" {given.note}"
         keep(given, found)
     if given.what == "page":
-        write_text(given.out.with_suffix(".md"), page(found, given.img))
+        write_text(given.out.with_suffix(".md"), page(found, given.out.parent, given.img))
         return
     {"train": train, "generate": generate, "forward": forward}[given.what](given, found)
 
