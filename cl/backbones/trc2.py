@@ -67,7 +67,7 @@ class Trc2(Gpt):
     Raises:
         UserError: a value outside its range, or more slots than fit into memory.
 
-    Cost: of `gpt`, and a column 2 D R more; the store N D / 4 + 5 D^2 multiply-adds a token, and 9/4 N D numbers.
+    Cost: of `gpt`, and a column 2 D R more; the store (N + 13 D) D / 4 multiply-adds a token, and 9/4 N D numbers.
     """
 
     toy: ClassVar[dict[str, Any]] = {

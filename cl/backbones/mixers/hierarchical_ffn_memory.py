@@ -40,7 +40,7 @@ class HierarchicalFfnMemory(Mixer):
     Raises:
         UserError: a value outside its range.
 
-    Cost: 3 L D hidden multiply-adds a token; 3 D hidden weights a node. The state holds 2 D numbers a row.
+    Cost: 3 L D hidden + J D multiply-adds a token; 3 D hidden weights a node. The state holds 2 D numbers a row.
     Source: Pouransari et al., "Pretraining with Hierarchical Memories", 2025 [paper abstract]: FFN rows fetched by the
         cluster path of the document. Differences: own choices throughout: clusters are online and of the network's own
         tokens, there they are those of a document embedding, fixed before training; the path follows the text.

@@ -37,7 +37,8 @@ class LinearMemory(Mixer):
         UserError: a value outside its range.
 
     Cost: D (2 H K + 3 H V) multiply-adds a token for the projections (2 H V without the gate), the rule's gates, and
-        4 to 8 H K V for the memory; the state holds H K V + (conv - 1) H (2 K + V) numbers a row, and the rule's own.
+        2 to 4 H K V for the memory (7 where it is complex); the state holds H K V + (conv - 1) H (2 K + V) numbers a
+        row, and the rule's own.
     Source: the layer that Gated DeltaNet (Yang et al., 2024) and flash-linear-attention have in common.
     Differences: one layer for all rules, so that they differ in their rule only; see the rules' own files.
     """

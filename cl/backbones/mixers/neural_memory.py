@@ -45,8 +45,9 @@ class NeuralMemory(Mixer):
     Raises:
         UserError: a value outside its range, or tnt as context.
 
-    Cost: 3 D^2 multiply-adds a token for the projections, 1 to 5 D^2 more by layout, and about three passes through the
-        memory; the state holds three copies of the memory a row (weights, momentum, chunk start).
+    Cost: 5 D^2 multiply-adds a token for the projections (7 with mag and mal, 11 with mac), and with a memory of |W|
+        weights, |W_1| of them in its first layer, 4 |W| - |W_1| for two answers and a gradient; the state holds three
+        copies of the memory a row (weights, momentum, chunk start).
     Source: Titans (Behrouz et al., 2024) for the layouts, which has no official code; the rules' own files for the
         rest. Differences: see the layouts' and the rules' files.
     """

@@ -40,8 +40,8 @@ class RidgeMemory(Mixer):
     Raises:
         UserError: a value outside its range.
 
-    Cost: 5 D H K multiply-adds a token for the projections and steps * K^2 H for the solve, twice that backward; the
-        state holds 2 H K^2 + 3 (conv - 1) H K numbers a row.
+    Cost: 5 D H K multiply-adds a token for the projections, 5 H K^2 to write and read, and steps * K^2 H for the solve,
+        twice that backward; the state holds 2 H K^2 + 3 (conv - 1) H K numbers a row.
     Source: Peng et al., "Gated KalmaNet: A Fading Memory Layer Through Test-Time Ridge Regression", 2025, and
         flash-linear-attention's layer. Differences: b weighs a token's error once (there keys and values are both
         multiplied by it, so that it enters H and U squared); the floor of lambda (1e-6) is ours.

@@ -39,7 +39,7 @@ class SelfModifying(Mixer):
     Raises:
         UserError: a value outside its range.
 
-    Cost: 4 D^2 + 12 D K multiply-adds a token, one token after another; the state holds D (3 K + 2) numbers a row.
+    Cost: 4 D^2 + 13 D K multiply-adds a token, one token after another; the state holds D (3 K + 2) numbers a row.
     Source: in the spirit of the self-modifying Titans of Behrouz et al., "Nested Learning: The Illusion of Deep
         Learning Architectures", NeurIPS 2025: k, v, eta, alpha and the memory are memories, q is static. Update and
         targets [recalled]. Differences: linear memories, one gradient step of a squared error a token, read after it;

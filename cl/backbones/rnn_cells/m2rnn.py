@@ -29,7 +29,7 @@ class M2rnn(RnnCell):
     Raises:
         UserError: units are no multiple of the heads, or a value outside its range.
 
-    Cost: 2 D H K + D H V + 2 K V^2 H multiply-adds a token, T steps in a row; state H K V.
+    Cost: 2 D H K + D H V + H K V (V + 4) multiply-adds a token, T steps in a row; state H K V.
     Source: M2RNN (Mishra et al., 2026), its recurrence as in the code of open-lm-engine. Differences: W starts as the
         identity, f is a sigmoid of the token; no scale of q.
     """

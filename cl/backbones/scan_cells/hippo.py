@@ -34,7 +34,7 @@ class Hippo(ScanCell):
     Raises:
         UserError: a value outside its range.
 
-    Cost: D C + C N F multiply-adds a token, and 2 C N^2 for the change of basis; state C N. The scan is in float64.
+    Cost: D C + C N F multiply-adds a token, and C N^2 for the change of basis; state C N. The scan is in float64.
     Source: Gu et al., 2020 (HiPPO), LegS with the bilinear form. Differences: no recurrent network around it; the
         coefficients are read by a linear map.
     """

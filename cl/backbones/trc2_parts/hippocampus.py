@@ -61,7 +61,8 @@ class Hippocampus(nn.Module):
     Raises:
         UserError: more slots than fit into memory.
 
-    Cost: per token N D / 4 + k D + 4 D^2 multiply-adds, per batch N D^2 / 4 more; the store holds 9/4 N D numbers.
+    Cost: per token (N + 13 D) D / 4 + (k + rank) D multiply-adds, per batch N D^2 / 4 more; the store holds 9/4 N D
+        numbers.
     """
 
     keys: Tensor

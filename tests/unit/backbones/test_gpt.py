@@ -1,6 +1,7 @@
 """The decoder against attention written out token by token, and against what packing promises."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -43,43 +44,18 @@ def packed(seed=0, num_rows=3):
     return tokens
 
 
-def attended_plainly(mixer, x, reset):
-    """softmax(q k / sqrt(K)) v, one token, head and earlier token at a time; rotation as complex numbers."""
-    width, heads, groups = mixer.head_width, mixer.num_heads, mixer.num_kv_heads
-    rate = torch.tensor([mixer.rope_base ** (-2 * i / width) for i in range(width // 2)], dtype=torch.float64)
-
-    def turned(vector, position):
-        pairs = torch.complex(vector[: width // 2], vector[width // 2 :]) * torch.exp(1j * position * rate)
-        return torch.cat((pairs.real, pairs.imag))
-
-    outputs = torch.zeros_like(x)
-    document = reset.long().cumsum(1)
-    for b in range(x.shape[0]):
-        q, k, v = (layer(x[b]) for layer in (mixer.query, mixer.key, mixer.value))
-        for t in range(x.shape[1]):
-            found = []
-            for h in range(heads):
-                g = h // (heads // groups)
-                query = turned(q[t, h * width : (h + 1) * width], t)
-                seen = [s for s in range(t + 1) if document[b, s] == document[b, t]]
-                keys = torch.stack([turned(k[s, g * width : (g + 1) * width], s) for s in seen])
-                values = torch.stack([v[s, g * width : (g + 1) * width] for s in seen])
-                found.append(torch.softmax(keys @ query / math.sqrt(width), 0) @ values)
-            outputs[b, t] = mixer.out(torch.cat(found))
-    return outputs
-
-
 @pytest.mark.parametrize("groups", [4, 2, 1])
-def test_attention_is_the_sum_written_out(groups):
+def test_attention_is_the_sum_written_out(groups, plain):
     torch.manual_seed(0)
     mixer = Attention(24, num_heads=4, num_kv_heads=groups).double()
     x = torch.randn(2, 9, 24, dtype=torch.float64)
     reset = torch.zeros(2, 9, dtype=torch.bool)
     reset[0, 4] = reset[1, 0] = reset[1, 7] = True
+    read = partial(plain.attention, dict(mixer.named_parameters()), num_heads=4)
     y, _ = mixer(x, reset=reset)
-    torch.testing.assert_close(y, attended_plainly(mixer, x, reset), atol=1e-12, rtol=1e-10)
+    torch.testing.assert_close(y, plain.by_document(read, x, reset), atol=1e-12, rtol=1e-10)
     open_y, _ = mixer(x)
-    torch.testing.assert_close(open_y, attended_plainly(mixer, x, torch.zeros_like(reset)), atol=1e-12, rtol=1e-10)
+    torch.testing.assert_close(open_y, read(x), atol=1e-12, rtol=1e-10)
     assert not torch.allclose(y, open_y, atol=1e-3)
 
 
@@ -129,22 +105,14 @@ def test_reading_in_pieces_gives_what_the_whole_gives(cuts, separator):
     torch.testing.assert_close(torch.cat(pieces, 1), whole, atol=1e-4, rtol=1e-4)
 
 
-def test_is_the_published_layout():
-    """One block by hand: h + attention(norm h), then h + SwiGLU(norm h), then the head on norm h."""
-    network, tokens = model(num_layers=1), packed()
-    h = network.embedding.weight[tokens]
-    block = network.blocks[0]
-
-    def norm(x, layer):
-        return x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * layer.weight
-
-    h = h + block.mixer(norm(h, block.mixer_norm), reset=tokens == SEPARATOR)[0]
-    n = norm(h, block.mlp_norm)
-    h = h + (F.silu(n @ block.mlp.gate.weight.T) * (n @ block.mlp.up.weight.T)) @ block.mlp.out.weight.T
-    hidden = norm(h, network.norm)
+def test_is_the_published_layout(plain):
+    """h + attention(norm h), then h + SwiGLU(norm h), then the head on norm h; each document by itself."""
+    network, tokens = model().double(), packed()
+    weights, mixer = dict(network.named_parameters()), partial(plain.attention, num_heads=2)
+    logits = plain.by_document(lambda document: plain.decoder(weights, document, mixer), tokens, tokens == SEPARATOR)
     output = network(batch(tokens))
-    torch.testing.assert_close(output.hidden, hidden, atol=1e-5, rtol=1e-4)
-    torch.testing.assert_close(output.logits, hidden @ network.head.weight.T, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(output.logits, logits, atol=1e-10, rtol=1e-10)
+    torch.testing.assert_close(output.hidden @ network.head.weight.T, logits, atol=1e-10, rtol=1e-10)
 
 
 def test_number_of_weights():

@@ -288,28 +288,16 @@ def test_ridge_with_much_regularisation_is_linear_attention():
     torch.testing.assert_close(o * strength, linear, rtol=1e-6, atol=1e-6)
 
 
-def test_ridge_layer_is_the_regression_written_out():
-    """The whole layer at its last token: weights, decay, normal equations, mixture, norm, gate, projection."""
+def test_ridge_layer_is_the_regression_written_out(plain):
+    """The whole layer at every token: weights, decay, normal equations, mixture, norm, gate, projection."""
     torch.manual_seed(0)
-    layer = RidgeMemory(WIDTH, num_heads=H, ratio=0.3, steps=60, conv=0).double()
+    layer = RidgeMemory(WIDTH, num_heads=H, ratio=0.3, steps=60).double()
     x = drawn()[0]
-    y, state = layer(x)
-    q, k, v = (each(x).view(B, T, H, -1) for each in (layer.query, layer.key, layer.value))
-    q, k = (each / (each.square().sum(-1, keepdim=True) + 1e-6).sqrt() for each in (q, k))
-    beta = torch.sigmoid(layer.strength.project(x))
-    log_g = -layer.retention.log_rate.exp() * F.softplus(layer.retention.project(x) + layer.retention.bias)
-    weight = beta * (log_g.sum(1, keepdim=True) - log_g.cumsum(1)).exp()
-    gram = torch.einsum("bth,bthk,bthl->bhkl", weight, k, k)
-    cross = torch.einsum("bth,bthk,bthv->bhkv", weight, k, v)
-    torch.testing.assert_close(state["gram"], gram)
-    torch.testing.assert_close(state["cross"], cross)
-    strength = 0.3 * torch.linalg.matrix_norm(gram)[..., None, None] + 1e-6
-    solved = torch.linalg.solve(gram + strength * torch.eye(WIDTH // H), q[:, -1].unsqueeze(-1)).squeeze(-1)
-    mix = torch.sigmoid(layer.mix(x[:, -1])).unsqueeze(-1)
-    o = torch.einsum("bhk,bhkv->bhv", mix * q[:, -1] + (1 - mix) * solved, cross)
-    o = o / (o.square().mean(-1, keepdim=True) + 1e-6).sqrt() * layer.norm.weight
-    expected = layer.out(o.flatten(1) * F.silu(layer.gate(x[:, -1])))
-    torch.testing.assert_close(y[:, -1], expected)
+    (y, state), weights = layer(x), dict(layer.named_parameters())
+    expected, gram, cross = plain.ridge_memory(weights, x, num_heads=H, ratio=0.3)
+    torch.testing.assert_close(y, expected)
+    torch.testing.assert_close(state["gram"], gram[:, -1])
+    torch.testing.assert_close(state["cross"], cross[:, -1])
 
 
 def test_more_chebyshev_steps_are_more_exact():

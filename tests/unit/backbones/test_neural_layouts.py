@@ -29,29 +29,15 @@ def turned(x, place, base=10_000.0):
     return torch.cat((left * angle.cos() - right * angle.sin(), right * angle.cos() + left * angle.sin()))
 
 
-def test_plain_layout_by_hand():
-    """One head, a matrix: every weight from the token to the output, and the gradient that torch finds through it."""
-    mixer = build_mixer("neural_memory(rule=titans(chunk=3, depth=1, max_step=0.9), conv=2)", 4, num_heads=1).double()
-    branch, rule = mixer.memory, mixer.memory.rule
-    x = torch.randn(1, 8, 4, dtype=torch.float64)
-    raw = torch.cat([x[0] @ p.weight.T for p in (branch.query, branch.key, branch.value)], 1)
-    before, now = branch.convolution.weight.T
-    seen = now * raw + before * torch.cat((torch.zeros(1, 12, dtype=torch.float64), raw[:-1]))
-    q, k, v = (seen * seen.sigmoid()).split(4, 1)
-    w = begun = rule.start[0][0]
-    p, outs = torch.zeros(4, 4, dtype=torch.float64), []
-    for t in range(8):
-        begun = w if t % 3 == 0 else begun
-        step, keep, again = torch.sigmoid(rule.gate.weight @ x[0, t] + rule.gate_bias)
-        unit = k[t] / k[t].norm()
-        p = again * p - 0.3 * (1 - again) * step * torch.outer(unit, unit @ begun - v[t])
-        w = keep * w + p
-        o = q[t] / q[t].norm() @ w
-        o = o / (o.square().mean() + 1e-6).sqrt() * branch.norm.weight
-        gate = mixer.gate.weight @ x[0, t]
-        outs.append(mixer.out.weight @ (o * gate * gate.sigmoid()))
-    y, expected, weights = mixer(x)[0][0], torch.stack(outs), list(mixer.parameters())
+@pytest.mark.parametrize(("memory", "num_heads"), [("depth=1", 1), ("expansion=2", 2)])
+def test_plain_layout_by_hand(memory, num_heads, plain):
+    """Every weight from the token to the output, and the gradient that torch finds through it."""
+    words = f"neural_memory(rule=titans(chunk=3, {memory}, max_step=0.9), conv=2)"
+    mixer = build_mixer(words, 4, num_heads=num_heads).double()
+    x = torch.randn(2, 8, 4, dtype=torch.float64)
+    y, expected = mixer(x)[0], plain.titans(dict(mixer.named_parameters()), x, num_heads, chunk=3, max_step=0.9)
     torch.testing.assert_close(y, expected, atol=1e-10, rtol=1e-10)
+    weights = list(mixer.parameters())
     found, wanted = (torch.autograd.grad(each.square().sum(), weights) for each in (y, expected))
     torch.testing.assert_close(found, wanted, atol=1e-9, rtol=1e-9)
 

@@ -169,21 +169,18 @@ def test_heads_and_blocks_must_divide_the_units():
 
 
 @pytest.mark.parametrize(
-    ("cell", "products", "numbers"),
+    ("cell", "numbers"),
     [
-        ("gru", 3 * 16 * 24, 24),
-        ("lstm", 3 * 16 * 24, 2 * 24),
-        ("slstm", 4 * 16 * 24, 4 * 24),
-        ("m2rnn(key_width=5)", 2 * 16 * 2 * 5 + 16 * 24 + 16 * 2, 2 * 5 * 12),
-        ("lem", 4 * 16 * 24 + 4 * 24 * 24, 2 * 24),
-        ("bilinear(block=6)", 16 * 24 * 6, 24),
-        ("leaky_tau", 16 * 24, 24),
+        ("gru", 24),
+        ("lstm", 2 * 24),
+        ("slstm", 4 * 24),
+        ("m2rnn(key_width=5)", 2 * 5 * 12),
+        ("lem", 2 * 24),
+        ("bilinear(block=6)", 24),
+        ("leaky_tau", 24),
     ],
 )
-def test_products_and_states_are_the_formulas(cell, products, numbers):
-    """D = 16, F = 24, H = 2: multiply-adds a token by maps (besides 2 D F for gate and output), and a row's state."""
-    mixer = build_mixer(f"nonlinear_rnn(cell={cell}, units=24, num_heads=2)", 16)
-    found = sum(m.weight.numel() for m in mixer.modules() if isinstance(m, nn.Linear))
-    assert found == products + 2 * 16 * 24
-    _, state = mixer(torch.randn(3, 50, 16))
+def test_states_are_the_formulas(cell, numbers):
+    """F = 24, H = 2: numbers of a row's state, however long the text."""
+    _, state = build_mixer(f"nonlinear_rnn(cell={cell}, units=24, num_heads=2)", 16)(torch.randn(3, 50, 16))
     assert state["h"].numel() == 3 * numbers

@@ -247,21 +247,18 @@ def test_unknown_cells_and_options_are_refused():
 
 
 @pytest.mark.parametrize(
-    ("cell", "products", "numbers"),
+    ("cell", "numbers"),
     [
-        ("mingru", 2 * 16 * 24, 24),
-        ("minlstm", 3 * 16 * 24, 24),
-        ("lru", 2 * 16 * 16 + 2 * 16 * 24 + 16 * 24, 2 * 16),
-        ("s5", 2 * 16 * 8 + 2 * 8 * 24 + 16 * 24, 2 * 8),
-        ("hippo", 16 * 2 + 2 * 8 * 24, 2 * 8),
-        ("ffm", 2 * 16 * 16 + 2 * 16 * 4 * 24 + 2 * 16 * 24, 2 * 16 * 4),
-        ("leaky", 16 * 24, 24),
+        ("mingru", 24),
+        ("minlstm", 24),
+        ("lru", 2 * 16),
+        ("s5", 2 * 8),
+        ("hippo", 2 * 8),
+        ("ffm", 2 * 16 * 4),
+        ("leaky", 24),
     ],
 )
-def test_products_and_states_are_the_formulas(cell, products, numbers):
-    """D = 16, F = 24: multiply-adds a token (besides 2 D F for gate and output), and numbers of a row's state."""
-    mixer = build_mixer(f"scan_rnn(cell={cell}, units=24)", 16)
-    found = sum(m.weight.numel() for m in mixer.modules() if isinstance(m, nn.Linear))
-    assert found == products + 2 * 16 * 24
-    _, state = mixer(torch.randn(3, 50, 16))
+def test_states_are_the_formulas(cell, numbers):
+    """D = 16, F = 24: numbers of a row's state, however long the text."""
+    _, state = build_mixer(f"scan_rnn(cell={cell}, units=24)", 16)(torch.randn(3, 50, 16))
     assert state["h"].numel() == 3 * numbers

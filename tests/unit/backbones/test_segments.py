@@ -314,27 +314,6 @@ def test_every_backbone_with_a_state_is_tested_here():
     assert all(isinstance(kind.lifetime, Lifetime) for kind in EVERY), "what is fast and what is kept is declared"
 
 
-EXTRA = {
-    Armt: lambda d, n: 2 * d + n * (2 * d * 4 + d**2 + d + 1),
-    BlockRecurrent: lambda d, n: 14 * d**2 + 2 * 3 * d + 3 * d,
-    GatedFifo: lambda d, n: n * 2 * (4 * d**2 + d) + 3 * d**2 + 2 * d,
-    Hmt: lambda d, n: 2 * d**2 + 2 * d,
-    Landmark: lambda d, n: d,
-    Memformer: lambda d, n: 2 * d + (n + 1) * (4 * d**2 + d),
-    Memoria: lambda d, n: n * (4 * d**2 + 2 * d) + 2 * d + 10 * d**2 + 7 * d,
-    Rmt: lambda d, n: 2 * d,
-}
-
-
-@pytest.mark.parametrize("kind", EXTRA, ids=lambda kind: kind.__name__)
-def test_weights_are_the_formula(kind):
-    """Those of the decoder, and what a memory adds by its docstring; biases, norms and slots as well."""
-    net, info = model(kind), StreamInfo("text", Setting.CONTINUAL_PRETRAINING, (CONTEXT,), VOCABULARY, 1)
-    decoder = Gpt(info, width=8, num_heads=2, num_layers=2)
-    added = sum(p.numel() for p in net.parameters()) - sum(p.numel() for p in decoder.parameters())
-    assert added == EXTRA[kind](8, 2)
-
-
 @each
 def test_lora_attaches_to_every_map(kind):
     peft = pytest.importorskip("peft")
