@@ -215,6 +215,32 @@ class _Reader:
 # from words to modules
 
 
+PARTS: dict[str, tuple[str, str]] = {
+    "mixers": ("a mixer", "backbone.blocks={}"),
+    "mlps": ("an MLP", "backbone.mlp={}"),
+    "memory_rules": ("a rule of linear_memory", "backbone.blocks=linear_memory(rule={})"),
+    "neural_rules": ("a rule of neural_memory", "backbone.blocks=neural_memory(rule={})"),
+    "rnn_cells": ("a cell of nonlinear_rnn", "backbone.blocks=nonlinear_rnn(cell={})"),
+    "scan_cells": ("a cell of scan_rnn", "backbone.blocks=scan_rnn(cell={})"),
+}
+"""Folders of `cl/backbones/`: what a file in one is, and the words of `backbone=gpt` that choose it."""
+
+
+def place_of(name: str) -> str:
+    """End of a message about a name in the wrong place: what it is a name of; empty where it is none.
+
+    Example:
+        >>> place_of("titans")
+        "; titans is a rule of neural_memory: backbone=gpt 'backbone.blocks=neural_memory(rule=titans)'"
+    """
+    found = [
+        f"{what}: backbone=gpt '{words.format(name)}'"
+        for folder, (what, words) in PARTS.items()
+        if name in plugin_names(folder)
+    ]
+    return f"; {name} is {', or '.join(found)}" if found else ""
+
+
 def plugin_names(folder: str) -> list[str]:
     """Names of the files in a folder of `cl/backbones/`; those that begin with an underscore are helpers."""
     place = Path(__file__).with_name(folder)
@@ -228,7 +254,7 @@ def plugin(folder: str, name: str, option: str) -> type:
         UserError: there is no such file.
     """
     if name not in (names := plugin_names(folder)):
-        raise UserError(f"{option} names {name!r}; it must be one of {', '.join(names)}")
+        raise UserError(f"{option} names {name!r}; it must be one of {', '.join(names)}{place_of(name)}")
     loaded: type = getattr(
         import_module(f"cl.backbones.{folder}.{name}"), "".join(word.capitalize() for word in name.split("_"))
     )

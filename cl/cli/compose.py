@@ -130,7 +130,7 @@ def one_sentence() -> Iterator[None]:
 def _sentence(error: Exception) -> str:
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, name = error.missing_cfg_file.rpartition("/")
-        return f"there is no {group or 'config'} {name!r}{_beside(name, _names(group))}"
+        return f"there is no {group or 'config'} {name!r}{_beside(name, _names(group))}{_elsewhere(group, name)}"
     if several := SEVERAL.search(str(error)):
         word = several[1].lstrip("+")
         return f"{word!r} gives several values; write a list in brackets, or sweep over them with `cl run -m {word}`"
@@ -161,6 +161,15 @@ def _beside(name: str, names: Sequence[str]) -> str:
     """The name that was probably meant, and all that there are."""
     nearest = "".join(f" (did you mean {near}?)" for near in get_close_matches(name, names, 1))
     return f"{nearest}; there are {', '.join(names)}" if names else ""
+
+
+def _elsewhere(group: str, name: str) -> str:
+    """Where a name belongs that is no backbone, but what one is made of."""
+    if group != "backbone":
+        return ""
+    from cl.backbones._spec import place_of
+
+    return place_of(name)
 
 
 def composed(name: str, overrides: Sequence[str], is_whole: bool = False) -> DictConfig:

@@ -15,20 +15,11 @@ from typing import Any
 
 import yaml
 
-from cl.backbones._spec import plugin, plugin_names
+from cl.backbones._spec import PARTS, plugin, plugin_names
 from cl.cli import build, listing
 from cl.cli.compose import node_name
 
 GROUPS = ("stream", "strategy", "backbone", "optimizer", "schedule", "trainer")
-PARTS = {
-    "mixers": "backbone.blocks={}",
-    "mlps": "backbone.mlp={}",
-    "memory_rules": "linear_memory(rule={})",
-    "neural_rules": "neural_memory(rule={})",
-    "rnn_cells": "nonlinear_rnn(cell={})",
-    "scan_cells": "scan_rnn(cell={})",
-}
-"""Folders of `cl/backbones/` whose files are named inside an option of a backbone."""
 NEEDED = object()
 """In the place of a value that has no default."""
 
@@ -82,7 +73,7 @@ def _of_config(group: str, name: str, path: Path) -> Details:
 
 
 def _parts(name: str) -> Iterator[Details]:
-    for folder, use in PARTS.items():
+    for folder, (_, use) in PARTS.items():
         if name in plugin_names(folder):
             target = plugin(folder, name, name)
             # what has no default comes from the layer around it

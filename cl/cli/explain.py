@@ -216,7 +216,8 @@ def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) ->
 
 
 def _gradient(state: TrainState) -> Tensor:
-    return _flat([p.grad for p in state.parameters().values() if p.grad is not None])
+    """Of all weights; zeros where a strategy, or the loss, gives none."""
+    return _flat([torch.zeros_like(p) if p.grad is None else p.grad for p in state.parameters().values()])
 
 
 def _flat(tensors: Sequence[Tensor]) -> Tensor:

@@ -174,7 +174,9 @@ def _run(func: OpOverload, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
 @cache
 def _body(func: OpOverload, to_card: bool) -> Callable[..., Any] | None:
     """What an operation is made of where that is others, of torch or in Python, so that it is looked into."""
-    if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"):
+    has = torch._C._dispatch_has_kernel_for_dispatch_key
+    # some have a kernel of their own besides, which rounds otherwise, such as the gradient of silu
+    if has(func.name(), "CompositeImplicitAutograd") and not has(func.name(), "CPU"):
         return func.decompose
     return OPDEFS[func.name()]._init_fn if to_card and func.name() in OPDEFS else None
 

@@ -141,6 +141,18 @@ def test_the_step_of_the_help_page_exists() -> None:
     assert main(shlex.split(example)[1:]) == 0
 
 
+def test_explain_shows_gradients_that_a_strategy_takes_away(capsys: pytest.CaptureFixture[str]) -> None:
+    """Of the step, all but the side memories' share: shorter, at a sharp angle to what it was."""
+    assert main(("explain", "debug=tiny", "strategy=locas")) == 0
+    words = capsys.readouterr().out.splitlines()
+    before, after, cosine = (
+        float(next(line for line in words if line.startswith(start)).split()[-1])
+        for start in ("norm of the gradient", "norm after on_gradients", "cosine between the two")
+    )
+    # what is left is a part of what there was, orthogonal to what was taken
+    assert 0 < after < before and cosine == pytest.approx(after / before, rel=1e-4)
+
+
 def test_explain_adds_up_the_micro_batches_of_a_step(capsys: pytest.CaptureFixture[str]) -> None:
     words = ("explain", "debug=tiny", "strategy=replay", "strategy.replay.replay_batch_size=16")
     assert main((*words, "trainer.accumulation=4")) == 0

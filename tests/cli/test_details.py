@@ -6,10 +6,10 @@ from collections.abc import Callable
 
 import pytest
 
-from cl.backbones._spec import plugin_names
+from cl.backbones._spec import PARTS, plugin_names
 from cl.cli import build, listing
 from cl.cli.compose import composed, node_name, plain
-from cl.cli.details import NEEDED, PARTS, details
+from cl.cli.details import NEEDED, details
 from cl.cli.main import main
 
 
@@ -29,7 +29,7 @@ def test_every_name_of_a_list_is_explained(kind: str) -> None:
 @pytest.mark.parametrize("folder", PARTS)
 def test_every_part_of_a_backbone_is_explained(folder: str) -> None:
     for name in plugin_names(folder):
-        assert any(each.use == PARTS[folder].format(name) and each.texts for each in details(name)), name
+        assert any(each.use == PARTS[folder][1].format(name) and each.texts for each in details(name)), name
 
 
 def test_options_of_strategies_are_those_of_a_run() -> None:

@@ -14,6 +14,16 @@ strategy=[replay,derp]
     no strategy 'derp' (did you mean derpp?)
 backbone=transformer9
     no backbone 'transformer9' (did you mean transformer?); there are armt
+backbone=titans
+    ; titans is a rule of neural_memory: backbone=gpt 'backbone.blocks=neural_memory(rule=titans)'
+backbone=swiglu
+    ; swiglu is an MLP: backbone=gpt 'backbone.mlp=swiglu'
+backbone=attention
+    ; attention is a mixer: backbone=gpt 'backbone.blocks=attention'
+backbone=lstm
+    ; lstm is a cell of nonlinear_rnn: backbone=gpt 'backbone.blocks=nonlinear_rnn(cell=lstm)'
+backbone=gateloop
+    (rule=gateloop)', or a cell of scan_rnn: backbone=gpt 'backbone.blocks=scan_rnn(cell=gateloop)'
 schedule=square
     no schedule 'square'; there are autoregressive
 +experiment=nothing

@@ -24,8 +24,9 @@ class Gateloop(Rule):
     Turning is moved to queries and keys, q_t e^(i Phi_t) and k_s e^(-i Phi_s) with Phi the running sum of phases, so
     that what is left is a gated linear attention of twice the key width. The state holds Re S, then Im S.
 
-    Source: Katsch, "GateLoop: Fully Data-Controlled Linear Recurrence for Sequence Modeling", 2023, equations only;
-        in the spirit of it. Differences: real q, k and v; magnitudes begin between 0.9 and 0.999.
+    Source: Katsch, "GateLoop: Fully Data-Controlled Linear Recurrence for Sequence Modeling", 2023; in the spirit of
+        it: its recurrence was checked by numbers with one key a head, as the cell `gateloop` of scan_rnn says.
+        Differences: magnitudes begin between 0.9 and 0.999.
     """
 
     row = Row(

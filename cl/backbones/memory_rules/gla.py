@@ -28,7 +28,9 @@ class Gla(Rule):
     Raises:
         UserError: a value outside its range.
 
-    Source: Yang et al., "Gated Linear Attention Transformers with Hardware-Efficient Training", 2023.
+    Source: Yang et al., "Gated Linear Attention Transformers with Hardware-Efficient Training", 2023. Checked by
+        numbers against naive_recurrent_gla of fla, which is the authors', and against the gate of its layer.
+        Differences: none in the rule; that layer leaves out the short convolution and its SiLU unless asked.
     """
 
     row = Row(

@@ -22,7 +22,8 @@ class Linear(Rule):
     Args:
         normaliser: divide by q . z; false reads o = q S with q and k of length 1.
 
-    Source: Katharopoulos et al., "Transformers are RNNs", 2020.
+    Source: Katharopoulos et al., "Transformers are RNNs", 2020. Checked by numbers against the authors' recurrent form
+        (idiap/fast-transformers) and fla's naive_recurrent_linear_attn. Differences: nothing is added to q . z.
     """
 
     row = Row("S", "-<k S, v>", "S", "S + k (x) v", "q S / (q . z)", "z", "Katharopoulos et al., 2020")

@@ -18,7 +18,8 @@ from kernels.gated_linear_attention import gated_linear_attention
 class Mamba2(Rule):
     """S = exp(-Delta e^A) S + k (x) (Delta v),  o = q S + d v,  Delta = softplus(W x + b).
 
-    Source: Dao & Gu, "Transformers are SSMs", 2024; k, q and v are its B, C and x. Differences: k and q per head (its
+    Source: Dao & Gu, "Transformers are SSMs", 2024; k, q and v are its B, C and x. Checked by numbers against the
+        authors' ssd_minimal_discrete and their layer's step (state-spaces/mamba). Differences: k and q per head (its
         groups are as many as the heads), and the head's norm before the gate.
     """
 

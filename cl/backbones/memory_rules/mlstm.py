@@ -22,8 +22,9 @@ class Mlstm(Rule):
 
     C and n are kept relative to exp(m), m the running maximum of the log gates. q is divided by sqrt(K).
 
-    Source: Beck et al., "xLSTM: Extended Long Short-Term Memory", 2024. Differences: the layer around it is the one of
-        all rules, without the block's own up-projection.
+    Source: Beck et al., "xLSTM: Extended Long Short-Term Memory", 2024. Checked by numbers against the authors'
+        recurrent and parallel forms (NX-AI/xlstm). Differences: gates read x, in that code q, k and v; nothing is added
+        to the maximum; the layer around it is the one of all rules, without the block's own up-projection.
     """
 
     row = Row(

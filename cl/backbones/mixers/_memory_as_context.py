@@ -21,8 +21,11 @@ class MemoryAsContext(nn.Module):
     """h_t = M(W_q x_t; W at the segment's start);  a_t = attention of x_t over [persistent; h_1 .. h_t; x_1 .. x_t];
     the memory reads a_t;  y_t = a_t * sigmoid(M(q(a_t); W_t)).
 
-    A segment is a chunk of the memory's rule. Source: Titans (Behrouz et al., 2024), MAC. Differences: the source lets
-    every token of a segment see what was recalled for all of them, which is not causal; here token t sees h_1 .. h_t.
+    A segment is a chunk of the memory's rule.
+
+    Source: Titans (Behrouz et al., 2024), MAC, equations (21) to (25), checked in the paper's text. Differences: the
+    source lets every token of a segment see what was recalled for all of them, and asks the memory after the whole
+    segment was written, neither of which is causal; here token t sees h_1 .. h_t and asks W_t.
     """
 
     def __init__(

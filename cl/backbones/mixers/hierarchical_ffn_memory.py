@@ -28,6 +28,8 @@ from cl.core import UserError
 class HierarchicalFfnMemory(Mixer):
     """Banks of FFN rows fetched by context; beside attention, as in `3x[attention + hierarchical_ffn_memory]`.
 
+    Beside the FFNs of a model that is there already it is `strategy=hierarchical_ffn_memory`.
+
     Args:
         width: D.
         hidden: units of each node's MLP.
@@ -84,7 +86,7 @@ class HierarchicalFfnMemory(Mixer):
     def piece(self, x_BTD: Tensor, state: State, reset: Tensor | None, mode: str) -> tuple[Tensor, State]:
         context_BTD, count_BT, left = self._contexts(x_BTD, state, reset)
         path_BTL, weight_BTL = self.path(context_BTD)
-        y_BTD = self.get_submodule("nodes.0.0")(x_BTD)[0]
+        y_BTD = self.root(x_BTD)
         has_context_BT = count_BT >= self.block
         for level in range(1, self.levels):
             for number, node in enumerate(self.nodes[level].children()):
@@ -93,6 +95,11 @@ class HierarchicalFfnMemory(Mixer):
                 found_ND = node(x_BTD[chosen_BT])[0] * weight_BTL[..., level][chosen_BT].to(x_BTD.dtype).unsqueeze(1)
                 y_BTD = y_BTD.index_put(chosen_BT.nonzero(as_tuple=True), found_ND.to(y_BTD.dtype), accumulate=True)
         return y_BTD, left
+
+    def root(self, x_BTD: Tensor) -> Tensor:
+        """What is fetched always says."""
+        y_BTD: Tensor = self.get_submodule("nodes.0.0")(x_BTD)[0]
+        return y_BTD
 
     def path(self, context_BTD: Tensor) -> tuple[Tensor, Tensor]:
         """(B, T, L) number of the node at each level, counted within the level, and its weight."""

@@ -48,8 +48,9 @@ class NeuralMemory(Mixer):
     Cost: 5 D^2 multiply-adds a token for the projections (7 with mag and mal, 11 with mac), and with a memory of |W|
         weights, |W_1| of them in its first layer, 4 |W| - |W_1| for two answers and a gradient; the state holds three
         copies of the memory a row (weights, momentum, chunk start).
-    Source: Titans (Behrouz et al., 2024) for the layouts, which has no official code; the rules' own files for the
-        rest. Differences: see the layouts' and the rules' files.
+    Source: Titans (Behrouz et al., 2024) for the layouts, checked in the paper's text, equations (21) to (31) and its
+        section 4.4, which leave gates and norms open; in the spirit of it, there is no official code. The rules' own
+        files for the rest. Differences: only attention sees what is persistent; mal has no H3 layer around it.
     """
 
     lifetime = Lifetime(fast=("memory",))

@@ -1,4 +1,4 @@
-"""Recurrences that are a scan: minGRU, minLSTM, LRU, S5, HiPPO-LegS, FFM and leaky units, behind one mixer.
+"""Recurrences that are a scan: minGRU, minLSTM, LRU, S5, HiPPO-LegS, GateLoop, FFM and leaky units, behind one mixer.
 
 Shape legend: B rows, T tokens, D width, F units.
 """
@@ -22,7 +22,7 @@ class ScanRnn(Mixer):
 
     Args:
         width: D.
-        cell: mingru, minlstm, lru, s5, hippo, ffm or leaky, or one with options, such as hippo(order=4).
+        cell: mingru, minlstm, lru, s5, hippo, gateloop, ffm or leaky, or one with options, such as hippo(order=4).
         units: F, what the cell gives to be gated; None takes the width.
         is_gated: multiply by silu(W_gate x).
 
@@ -37,7 +37,10 @@ class ScanRnn(Mixer):
     lifetime = Lifetime(fast=("h", "age"))
     examples = tuple(
         f"scan_rnn(cell={cell})"
-        for cell in ("mingru", "mingru(activation=positive)", "minlstm", "lru", "s5", "hippo(order=4)", "ffm", "leaky")
+        for cell in (
+            *("mingru", "mingru(activation=positive)", "minlstm", "lru", "s5", "hippo(order=4)", "gateloop", "ffm"),
+            "leaky",
+        )
     )
 
     def __init__(

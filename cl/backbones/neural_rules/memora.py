@@ -21,8 +21,10 @@ class Memora(NeuralRule):
     Raises:
         UserError: a value outside its range.
 
-    Source: Behrouz et al., 2025 (Miras: It's All Connected), equations (21) and (27) as notes on the paper have them.
-        Differences: softmax at every token, exact within a chunk but for the gradient, which is the chunk start's.
+    Source: in the spirit of Behrouz et al., 2025 (Miras: It's All Connected), equations (21) and (27) as readers' notes
+        have them; there is no official code. Differences: softmax at every token, exact within a chunk but for the
+        gradient, which is the chunk start's; there softmax and log at the first token of a chunk, and between them W is
+        added to as it is.
     """
 
     row = Row(

@@ -21,9 +21,10 @@ class Moneta(NeuralRule):
     Raises:
         UserError: a value outside its range.
 
-    Source: Behrouz et al., 2025 (Miras: It's All Connected), equations (24) and (25) as notes on the paper have them,
-        with its p = 3 and q = 4. Differences: the loss is divided by p; alpha and eta are one number a head and token;
-        the norm is taken at every token, not at chunk ends; each matrix has its own norm.
+    Source: in the spirit of Behrouz et al., 2025 (Miras: It's All Connected), equations (24) and (25) as readers' notes
+        have them, with its p = 3 and q = 4; there is no official code. Differences: the loss is divided by p; alpha and
+        eta are one number a head and token, there one a channel; the norm is taken at every token, not at chunk ends;
+        each matrix has its own norm.
     """
 
     row = Row(

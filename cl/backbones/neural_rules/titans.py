@@ -11,9 +11,9 @@ class Titans(NeuralRule):
 
     Memory: layers of matrices with GELU between. Loss: squared error. Retention: decay. Step: gradient with momentum.
 
-    Source: Behrouz et al., 2024 (Titans), its equations; there is no official code. Differences: GELU and no biases
-        inside; all of alpha, eta and theta from each token, theta up to (1 - eta) max_step / chunk; the gradient is
-        taken at the chunk's start.
+    Source: Behrouz et al., 2024 (Titans): equations (12) to (15), and (18) for gradients at the chunk's start with
+        gates of each token, checked in the paper's text; there is no official code. Differences: half its loss; GELU
+        and no biases inside; theta up to (1 - eta) max_step / chunk.
     """
 
     row = Row(

@@ -13,8 +13,9 @@ class Yaad(NeuralRule):
     e_t = M(k_t) - v_t, delta_t a softplus of the token. Memory: two layers behind LayerNorm and a residual. Loss:
     Huber, switched by the error's length. Retention: decay (local and global l_2). Step: gradient.
 
-    Source: Behrouz et al., 2025 (Miras: It's All Connected), equation (26) as notes on the paper have it. Differences:
-        alpha, eta and delta are one number a head and token.
+    Source: in the spirit of Behrouz et al., 2025 (Miras: It's All Connected), equation (26) as readers' notes have it;
+        there is no official code. Differences: alpha, eta and delta are one number a head and token, there one a
+        channel.
     """
 
     row = Row(

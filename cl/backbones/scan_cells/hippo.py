@@ -35,8 +35,9 @@ class Hippo(ScanCell):
         UserError: a value outside its range.
 
     Cost: D C + C N F multiply-adds a token, and C N^2 for the change of basis; state C N. The scan is in float64.
-    Source: Gu et al., 2020 (HiPPO), LegS with the bilinear form. Differences: no recurrent network around it; the
-        coefficients are read by a linear map.
+    Source: Gu et al., 2020 (HiPPO), LegS with the bilinear form; checked by numbers against the authors' HiPPO_LegS
+        (HazyResearch/hippo-code). Differences: no recurrent network around it; the coefficients are read by a linear
+        map.
     """
 
     def __init__(self, width: int, units: int, order: int = 8, num_channels: int | None = None) -> None:

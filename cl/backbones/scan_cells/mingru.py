@@ -26,7 +26,8 @@ class Mingru(ScanCell):
         UserError: another activation.
 
     Cost: 2 D F multiply-adds a token; state F.
-    Source: Feng et al., 2024 (Were RNNs All We Needed?). Differences: no log-space form, see `kernels.linear_scan`.
+    Source: Feng et al., 2024 (Were RNNs All We Needed?); in the spirit of it: "positive" was checked by numbers against
+        lucidrains/minGRU-pytorch, which is not the authors'. Differences: no log-space form, see `kernels.linear_scan`.
     """
 
     def __init__(self, width: int, units: int, activation: str = "linear") -> None:

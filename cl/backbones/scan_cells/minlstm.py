@@ -16,7 +16,9 @@ class Minlstm(ScanCell):
     """h_t = f'_t h_{t-1} + i'_t W_h x_t, f' = f / (f + i), i' = i / (f + i), f, i = sigmoid(W_f x), sigmoid(W_i x).
 
     Cost: 3 D F multiply-adds a token; state F.
-    Source: Feng et al., 2024 (Were RNNs All We Needed?). Differences: no log-space form, see `kernels.linear_scan`.
+    Source: Feng et al., 2024 (Were RNNs All We Needed?); in the spirit of it: the recurrence was checked by numbers
+        against lucidrains/minGRU-pytorch, which is not the authors'. Differences: that code has the log-space form, and
+        passes the candidate through the g that it needs (see mingru); here neither, see `kernels.linear_scan`.
     """
 
     def __init__(self, width: int, units: int) -> None:

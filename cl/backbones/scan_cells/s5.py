@@ -28,8 +28,10 @@ class S5(DiagonalCell):
         UserError: not 0 < shortest <= longest, or another value outside its range.
 
     Cost: 2 D N + 2 N F + D F multiply-adds a token; state 2 N.
-    Source: Smith et al., 2023 (Simplified State Space Layers for Sequence Modeling). Differences: B and C are drawn in
-        the eigenbasis itself, not rotated into it; one block; `skip` is a matrix.
+    Source: Smith et al., 2023 (Simplified State Space Layers for Sequence Modeling). The start of Lambda and the
+        zero-order hold were checked by numbers against the authors' code (lindermanlab/S5). Differences: B and C are
+        drawn in the eigenbasis itself, not rotated into it; one block; Lambda stays left of the axis, there by a clip
+        if asked; y is not doubled for the other half of the pairs; `skip` is a matrix.
     """
 
     def __init__(

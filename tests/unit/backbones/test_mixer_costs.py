@@ -76,6 +76,7 @@ SCANS = {
     "lru(num_states=N)": ("2*D*N + 2*N*F + D*F + 3*N", "2*D*N + 2*N*F + D*F", "0"),
     "s5(num_states=N)": ("2*D*N + 2*N*F + D*F + 3*N", "2*D*N + 2*N*F + D*F", "0"),
     "hippo(order=N, num_channels=C)": ("D*C + C + C*N*F + F", "D*C + C*N*F", "C*N*N"),
+    "gateloop": ("5*D*F + F", "5*D*F", "0"),
     "ffm(num_traces=M, num_contexts=C)": (
         "2*D*M + 2*M + M + C + 2*M*C*F + F + 2*F + 2*D*F + 2*F",
         "2*D*M + 2*M*C*F + 2*D*F",

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from cl.backbones._cells import Timescale, ages
-from cl.backbones._spec import build_mixer, plugin_names
+from cl.backbones._spec import build_mixer, build_rule, plugin_names
+from cl.backbones.scan_cells.gateloop import Gateloop
 from cl.backbones.scan_cells.hippo import Hippo, constants, legs
 from cl.backbones.scan_cells.leaky import Leaky
 from cl.backbones.scan_cells.lru import Lru
@@ -176,6 +177,58 @@ def test_complex_states_are_read_by_a_complex_matrix(cell):
     torch.testing.assert_close(mixer(x)[0][0], mixer.out(read))
 
 
+def test_gateloop_is_its_recurrence_in_complex_numbers():
+    """With its gates: k at the input, q at the output, a number a channel and a loop over time."""
+    mixer = build_mixer("scan_rnn(cell=gateloop, units=3, is_gated=false)", 4).double()
+    cell, x = mixer.cell, torch.randn(1, 7, 4, dtype=torch.float64)
+    names = ("query", "key", "value", "retention", "phase")
+    q, k, v, r, p = ((x[0] @ getattr(cell, name).weight.T).tolist() for name in names)
+    y = torch.zeros(7, 3, dtype=torch.float64)
+    for n, bias in enumerate(cell.bias.tolist()):
+        h = 0j
+        for t in range(7):
+            h = cmath.exp(1j * p[t][n]) / (1 + math.exp(-r[t][n] - bias)) * h + k[t][n] * v[t][n]
+            y[t, n] = q[t][n] * h.real
+    torch.testing.assert_close(mixer(x)[0][0], mixer.out(y), atol=1e-12, rtol=1e-12)
+
+
+def test_gateloop_starts_with_long_memories():
+    torch.testing.assert_close(Gateloop(2, 3).bias.sigmoid(), torch.tensor([0.9, 0.9495, 0.999]))
+
+
+@pytest.mark.parametrize(
+    ("retention", "phase", "expected"),
+    [
+        (50, 0, [1, 3, 6, 10]),  # |a| = 1 and no turn: a sum
+        (-50, 1, [1, 2, 3, 4]),  # a = 0: nothing but the token
+        (50, math.pi, [1, 1, 2, 2]),  # half a turn a token: the sum with alternating signs
+        (50, math.pi / 2, [1, 2, 2, 2]),  # a quarter: v_t - v_{t-2} + v_{t-4} ...
+    ],
+)
+def test_gates_of_gateloop_at_their_limits(retention, phase, expected):
+    cell = Gateloop(2, 1).double()
+    with torch.no_grad():
+        cell.bias.fill_(retention)
+        for name, row in (("retention", (0, 0)), ("phase", (phase, 0)), ("key", (1, 0)), ("value", (0, 1))):
+            getattr(cell, name).weight.copy_(torch.tensor([row], dtype=torch.float64))
+    x = torch.stack((torch.ones(4), torch.arange(1.0, 5)), 1).double().unsqueeze(0)
+    h, _ = states(cell, x)
+    torch.testing.assert_close(h.real.flatten(), torch.tensor(expected, dtype=torch.float64), atol=1e-12, rtol=0)
+
+
+def test_gateloop_is_the_rule_of_that_name_with_one_key_a_head():
+    mixer = build_mixer("scan_rnn(cell=gateloop, units=3)", 4).double()
+    cell, x = mixer.cell, torch.randn(2, 9, 4, dtype=torch.float64)
+    rule = build_rule("gateloop", 4, 3, 1, 1).double()
+    rule.load_state_dict({name: x for name, x in cell.state_dict().items() if name in rule.state_dict()})
+    q, k, v = (each(x).unsqueeze(-1) for each in (cell.query, cell.key, cell.value))
+    start = rule.init_state(torch.zeros(2, 3, 1, 1, dtype=torch.float64))
+    y, left = rule.chunk(start, q, k, v, rule.gates(x))
+    h, last = states(cell, x)
+    torch.testing.assert_close(cell.read(h, x), y.squeeze(-1))
+    torch.testing.assert_close(last, left["matrix"].squeeze(-1))
+
+
 def legendre(order, points):
     """Legendre polynomials by their own recurrence, (order, points)."""
     rows = [torch.ones_like(points), points]
@@ -254,6 +307,7 @@ def test_unknown_cells_and_options_are_refused():
         ("lru", 2 * 16),
         ("s5", 2 * 8),
         ("hippo", 2 * 8),
+        ("gateloop", 2 * 24),
         ("ffm", 2 * 16 * 4),
         ("leaky", 24),
     ],

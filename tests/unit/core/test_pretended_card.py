@@ -54,6 +54,19 @@ def test_numbers_and_gradients_are_those_of_the_processor(name, card):
         torch.testing.assert_close(there, here, rtol=1e-5, atol=1e-6 if name == "attention" else 0.0)
 
 
+def test_an_operation_with_a_kernel_of_its_own_rounds_there_as_here():
+    """The operations that the gradient of silu could be made of round otherwise; the processor's is taken outside."""
+
+    def gradient(device):
+        x = drawn(64, 64).to(device).requires_grad_()
+        F.silu(x).square().sum().backward()
+        return x.grad.cpu()
+
+    here = gradient(torch.device("cpu"))
+    with pretended_card():
+        assert torch.equal(gradient(CARD), here)
+
+
 def test_a_network_trains_there_as_here(card):
     def trained(device):
         torch.manual_seed(0)
