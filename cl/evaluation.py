@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from cl.backbones import Backbone
 from cl.config import TrainerConfig
 from cl.core import IGNORED, Batch, EvalSet, Output, Setting
 from cl.hooks import Strategy, overrides
@@ -112,6 +113,7 @@ class Evaluator:
         every = range(len(self.state.stream.eval_sets))
         columns = every if self.config.evaluate == "all" else self._seen()
         row = self._measured(columns, self.config.eval_rows, self.ledger.result.extra)
+        self._trace()
         self._inform(row, self.config.eval_rows)
         return row
 
@@ -121,10 +123,17 @@ class Evaluator:
         max_rows = self.config.within_eval_rows or self.config.eval_rows
         seen = self._seen()
         row = self._measured(sorted({*seen, *self._general()}), max_rows)
+        self._trace()
         stage = self._stage()
         self.ledger.result.within += [[stage, self.state.step, j, v] for j, v in enumerate(row) if v is not None]
         self.ledger.tell("on_within", self.state, row)
         self._inform([value if j in seen else None for j, value in enumerate(row)], max_rows)
+
+    def _trace(self) -> None:
+        """Write down what backbones trace of themselves."""
+        for backbone in self.state.model.modules():
+            for name, value in backbone.traces().items() if isinstance(backbone, Backbone) else ():
+                self.state.trace(name, float(value))
 
     def _inform(self, row: list[float | None], max_rows: int | None) -> None:
         """Tell the strategies; of what was measured before training they have no use."""

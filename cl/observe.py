@@ -30,7 +30,7 @@ class Observer:
         """Measure on every domain, inside an experience."""
 
     def on_trace(self, state: TrainState, name: str, value: float) -> None:
-        """What a strategy controls or measures, at this optimizer step."""
+        """What a strategy controls or measures, or a backbone tells of itself, at this optimizer step."""
 
     def on_evaluation(self, state: TrainState, result: Result) -> None:
         """A row of R is complete: `result.R[-1]`, after `len(result.R)` experiences."""

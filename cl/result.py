@@ -36,7 +36,7 @@ class Result:
         course: where a run on text stood now and then, at every measurement and at the end of every experience, as
             [experience, step, tokens trained on, learning rate]; -1 is before training.
         extra: what else was measured beside R, as [name, experience, domain, value]; -1 is before training.
-        traces: curves over optimizer steps that strategies wrote down, as [name, step, value].
+        traces: curves over optimizer steps that strategies and backbones wrote down, as [name, step, value].
         metrics: every scalar of `cl.metrics`; None where undefined.
         status: "done", "interrupted" or "failed".
         error: sentence that says why a run failed.

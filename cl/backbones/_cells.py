@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from cl.backbones._heads import require_width
 from cl.backbones._spec import Spec, build, parse_one
 from cl.core import UserError
+from cl.shards import gathered
 from kernels.common.fused import gated
 
 
@@ -76,6 +77,23 @@ class Timescale(nn.Module):
     def forward(self) -> Tensor:
         """(F,) tau."""
         return 1 + F.softplus(self.rho)
+
+
+def time_constants(network: nn.Module) -> dict[str, Tensor]:
+    """Mean and largest tau of all units, in steps; empty where there are none, or a hypernetwork generates them.
+
+    Example:
+        >>> {name: round(float(tau), 4) for name, tau in time_constants(Timescale(3, 2.0, 8.0)).items()}
+        {'tau_mean': 4.6667, 'tau_max': 8.0}
+    """
+    found = [
+        each for each in network.modules() if isinstance(each, Timescale) and next(each.parameters(), None) is not None
+    ]
+    if not found:
+        return {}
+    with torch.no_grad():
+        tau = torch.cat([gathered(each()) for each in found])
+    return {"tau_mean": tau.mean(), "tau_max": tau.max()}
 
 
 def gated_out(y_BTF: Tensor, x_BTD: Tensor, gate: nn.Linear | None, out: nn.Linear) -> Tensor:

@@ -5,7 +5,7 @@ Shape legend: B rows, F features, C outputs of one head.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -129,6 +129,13 @@ class Backbone(nn.Module):
     def commits(self) -> bool:
         """Whether `commit` does anything; the trainer asks once, before the first step."""
         return type(self).commit is not Backbone.commit
+
+    def traces(self) -> Mapping[str, Tensor]:
+        """What the network draws curves of over optimizer steps, by name, such as its time constants.
+
+        Asked whenever the model is measured (`Result.traces`, `train/NAME` in MLflow); nothing here.
+        """
+        return {}
 
     def stages(self) -> Sequence[Stage]:
         """The steps of `features`, in order: strategies that split a backbone, or mask its layers, do it by them."""

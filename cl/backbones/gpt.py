@@ -11,7 +11,7 @@ Shape legend: B rows, T tokens, D width.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from cl.backbones._block import Auxiliary, Block, add_terms
+from cl.backbones._cells import time_constants
 from cl.backbones._heads import Backbone, MultiHead, require_width
 from cl.backbones._lora import put_adapters
 from cl.backbones._mixer import Mixer
@@ -185,6 +186,9 @@ class Gpt(Backbone):
         )
         hidden = self.hidden_of(read_BTD)
         return Output(self.predict(hidden, batch), hidden, state=left, auxiliary=auxiliary)
+
+    def traces(self) -> Mapping[str, Tensor]:
+        return time_constants(self)
 
     @property
     def commits(self) -> bool:

@@ -19,7 +19,7 @@ class LeakyTau(RnnCell):
         shortest, longest: steps, between which the time constants start, spread on a logarithmic scale.
 
     Attributes:
-        timescale: `timescale()` is tau, what experiments on timescales plot.
+        timescale: `timescale()` is tau; its mean and largest value are traced as tau_mean and tau_max.
 
     Cost: D F + F^2 multiply-adds a token, T steps in a row; state F.
     Source: the networks of Emergent mechanisms for long timescales depend on training curriculum (Khajehabdollahi et
