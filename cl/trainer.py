@@ -9,14 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from itertools import product
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from cl.backbones import Backbone
+from cl.backbones import Backbone, commit_all
 from cl.checkpoint import Keeper
 from cl.config import TrainerConfig, is_due
 from cl.core import Batch, Experience, Output, Stream, StreamInfo
@@ -206,8 +205,7 @@ class Trainer:
             done.append((batch, output))
         self.ledger.watch(state, state.world.mean(means), lr)
         self._update(done[-1][0])
-        for backbone, (batch, output) in product(self._committing, done):
-            backbone.commit(batch, output)
+        commit_all(self._committing, done)
         state.step += 1
         if hooked["on_step_end"]:
             batch, output = current_rows(done)

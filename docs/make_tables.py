@@ -39,7 +39,8 @@ before, how it writes, and how it is read.
 
 Slow is every parameter: the optimizer changes it. Fast is the state: it changes with every token, is handed from one
 piece of a text to the next, and a checkpoint in mid-text needs it. `commit`, after the optimizer step, is all that
-writes what outlives a batch. No state is carried from one task to the next unless the run hands it on.
+writes what outlives a batch. Every row of a batch begins with a fresh state, also where it is replayed or evaluated:
+the start of a task finds nothing of the state, and all of what `commit` has kept.
 
 {mixers}
 

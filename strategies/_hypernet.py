@@ -197,9 +197,12 @@ class Hypernetwork(nn.Module):
         outputs = [self.call(n, batch[r], c) for n, r, c in zip(numbers_TN, rows, conditions, strict=True)]
         back = torch.cat(rows).argsort()
         hidden = [output.hidden for output in outputs if output.hidden is not None]
+        states = [output.state for output in outputs if output.state is not None]
         joined = Output(
             torch.cat([output.logits for output in outputs])[back],
             torch.cat(hidden)[back] if len(hidden) == len(outputs) else None,
+            # in pieces, which `_commit` refuses in words
+            states or None,
         )
         for name in outputs[0].auxiliary:
             shares = [len(r) / len(batch) * output.auxiliary[name] for r, output in zip(rows, outputs, strict=True)]

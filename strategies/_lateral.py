@@ -145,7 +145,9 @@ class Lateral(InputSubspace):
         return {"orthonormality": float((gram - torch.eye(len(gram)).to(gram)).abs().max())}
 
     def end_task(self) -> None:
-        if not len(self.rows):
+        if not self.momentum.any():
+            # connections as they were drawn are of nothing that was read
+            self._forget_new()
             return
         dtype = self.rows.dtype
         if self.orthonormal:

@@ -193,7 +193,8 @@ class Projection(Strategy, Generic[Subspace]):
             return
         require_inputs(layers, {name for each in passes for name in each}, self.name)
         for name, subspace in self.subspaces.items():
-            inputs = [each for seen in passes for each in seen.get(name, ())]
+            # what was called with no rows, such as a node of a tree that nobody fetched, read nothing
+            inputs = [each for seen in passes for each in seen.get(name, ()) if each.numel()]
             if not inputs:
                 continue
             at_hand = self.held[name].rows_of(inputs[0]) if len(inputs) == 1 and name in self.held else None
@@ -225,9 +226,12 @@ class Projection(Strategy, Generic[Subspace]):
                 seen = listener.passes[-1][1]
                 require_inputs(layers, seen, self.name)
                 for name, inputs in seen.items():
-                    last[name] = torch.cat([input_rows(layers[name], each) for each in inputs])
+                    rows_ND = torch.cat([input_rows(layers[name], each) for each in inputs])
+                    if not len(rows_ND):
+                        continue
+                    last[name] = rows_ND
                     if not self.listens:
-                        self.subspaces[name].update(last[name])
+                        self.subspaces[name].update(rows_ND)
         for name, subspace in self.subspaces.items():
             for what, value in subspace.measures().items():
                 state.note(f"{name}_{what}", value)

@@ -49,9 +49,9 @@ class PrototypeNet(nn.Module):
         self.to(next(backbone.parameters()).dtype)
 
     def forward(self, batch: Batch) -> Output:
-        hidden_BF = self.backbone(batch).features
+        output: Output = self.backbone(batch)
         prototypes_BCF = F.normalize(self.prototypes_HCF, dim=2)[batch.heads]
-        return Output(torch.einsum("bf,bcf->bc", hidden_BF, prototypes_BCF), hidden_BF)
+        return replace(output, logits=torch.einsum("bf,bcf->bc", output.features, prototypes_BCF))
 
 
 class Prd(Strategy):

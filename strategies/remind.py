@@ -13,7 +13,8 @@ image_classification_experiments/REMINDModel.py).
 Differences: k-means of scikit-learn in place of faiss, so that a seed gives the same codebooks everywhere; pieces of a
 vector differ by one number in width where the codebooks do not divide it. Random crops of decoded maps are taken of
 stored rows only, at continuous positions. The optimizer is the run's (there: SGD, momentum 0.9, weight decay 1e-5). G
-is never changed again, by any optimizer or other strategy. The paper has one head, and so have the settings here.
+is never changed again, by any optimizer or other strategy, nor what it remembers by `commit`: stored codes are of G as
+it was. The paper has one head, and so have the settings here.
 
 Shape legend: B rows, K codebooks, P positions of a map.
 """

@@ -5,8 +5,9 @@ Shape legend: B rows, F features, C outputs of one head.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import ClassVar
 
 import torch
@@ -120,9 +121,10 @@ class Backbone(nn.Module):
         )
 
     def commit(self, batch: Batch, output: Output) -> None:
-        """After the optimizer step, for each training batch and its output: write what outlives the batch.
+        """After the optimizer step: write what outlives a training batch, from the state in its output.
 
-        The only thing that changes memory kept in buffers; does nothing here.
+        The only thing that changes memory kept in buffers; does nothing here. Called by `commit_all`, and not for an
+        output without a state.
         """
 
     @property
@@ -167,6 +169,16 @@ class Backbone(nn.Module):
         if isinstance(self.head, MultiHead):
             return Output(self.head(hidden_BF, batch.task_id), hidden_BF)
         return Output(self.head(hidden_BF), hidden_BF)
+
+
+def commit_all(backbones: Iterable[Backbone], done: Iterable[tuple[Batch, Output]]) -> None:
+    """Every backbone's `commit`, for the batches of a step.
+
+    An output without a state is left out: a strategy cut the network between its stages, or froze what would write.
+    """
+    for backbone, (batch, output) in product(backbones, done):
+        if output.state is not None:
+            backbone.commit(batch, output)
 
 
 def channels_last(maps: Tensor) -> Tensor:

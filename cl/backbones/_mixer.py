@@ -31,10 +31,11 @@ class Lifetime:
     """What of a mixer changes when; its parameters are what the optimizer changes (slow).
 
     Args:
-        fast: entries of its state: they change with every token, and a checkpoint in mid-document needs them.
+        fast: entries of its state: they change with every token, and a checkpoint in mid-document needs them. Every
+            row of a batch begins anew, so that a task does.
         resets: those that a document start clears; None means all of them.
-        kept: buffers that outlive a batch, or parts with all of theirs: only `commit` writes them, and every checkpoint
-            holds them.
+        kept: buffers that outlive a batch and a task, or parts with all of theirs: only `commit` writes them, and every
+            checkpoint holds them.
     """
 
     fast: tuple[str, ...]

@@ -13,6 +13,7 @@ from cl.backbones.memory_rules._rule import Row
 
 BLOCKS = {"memory_rules": "linear_memory(rule={})", "neural_rules": "neural_memory(rule={})", "mixers": "{}"}
 HEADS = {"extra": "state besides", "source": "published by"}
+KEPT = "kept from task to task, by `commit`"
 
 
 def rules_table() -> str:
@@ -34,7 +35,7 @@ def mixers_table() -> str:
         lifetime = plugin("mixers", name, "").lifetime
         kept = ", ".join(lifetime.kept) or "nothing"
         rows.append([f"`{name}`", _first_line(name), ", ".join(lifetime.fast), ", ".join(lifetime.cleared), kept])
-    return _table(["block", "what it is", "fast: its state", "a document start clears", "kept by `commit`"], rows)
+    return _table(["block", "what it is", "fast: its state", "a document start clears", KEPT], rows)
 
 
 def backbones_table() -> str:
@@ -47,7 +48,7 @@ def backbones_table() -> str:
             kept = ", ".join(lifetime.kept) or "nothing"
             cleared = ", ".join(lifetime.cleared) or "as its blocks"
             rows.append([f"`{name}`", _first_line(name, "."), ", ".join(lifetime.fast), cleared, kept])
-    return _table(["backbone", "what it is", "fast: its memory", "a document start clears", "kept by `commit`"], rows)
+    return _table(["backbone", "what it is", "fast: its memory", "a document start clears", KEPT], rows)
 
 
 def _first_line(name: str, folder: str = "mixers") -> str:

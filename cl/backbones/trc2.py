@@ -237,7 +237,7 @@ class Trc2(Gpt):
         return self.episodes is not None
 
     def commit(self, batch: Batch, output: Output) -> None:
-        if self.episodes is not None and self.training and output.state is not None:
+        if self.episodes is not None and self.training:
             self.episodes.commit(batch, output.logits, output.state, self.is_text)
 
 

@@ -166,7 +166,9 @@ class Output:
     Args:
         logits: (B, C) for classification, (B, T, vocabulary) for language.
         hidden: (B, F) input of the head, for strategies that work on features.
-        state: recurrent state after the last step, for backbones that carry one.
+        state: what the batch leaves behind, for backbones that carry it on, or write from it (`Backbone.commit`). Who
+            answers with other logits in the backbone's place hands it on; None where the backbone did not read the
+            batch by itself, and there is nothing to write.
         auxiliary: terms that the backbone adds to the loss, by name, such as the load balance of experts.
     """
 

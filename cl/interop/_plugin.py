@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cl.backbones import Backbone
+from cl.backbones import Backbone, commit_all
 from cl.core import Batch, Output, Stream, UserError
 from cl.hooks import Strategy, check_all, overrides
 from cl.interop._benchmark import Minibatch, OurExperience, Rows, as_dataset, minibatch
@@ -191,9 +191,8 @@ class OurPlugin(SupervisedPlugin):
         update()
 
     def after_update(self, template: Any, **kwargs: Any) -> None:
-        for module in self.state.model.modules():
-            if isinstance(module, Backbone) and module.commits:
-                module.commit(self.batch, self.output)
+        committing = (m for m in self.state.model.modules() if isinstance(m, Backbone) and m.commits)
+        commit_all(committing, [(self.batch, self.output)])
         self.state.step += 1
         batch, output = current_rows([(self.batch, self.output)])
         for strategy in self.hooked("on_step_end"):

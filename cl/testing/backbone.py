@@ -76,6 +76,8 @@ class BackboneContract:
         assert output.logits.shape == (*batch.targets.shape, NUM_OUTPUTS)
         assert output.logits.dtype == torch.float32
         assert output.logits.isfinite().all()
+        if getattr(model, "commits", False):
+            assert output.state is not None, "what `commit` writes from is Output.state; it is not called without one"
 
     def test_hidden_is_what_the_head_reads(self, setting: Setting) -> None:
         """Feature distillation and kNN heads rely on it."""

@@ -7,12 +7,14 @@ left are marked grid besides, for `make test-all`.
 
 import inspect
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 import pytest
 import torch
 
+from cl.backbones._spec import plugin as mixer_plugin
+from cl.backbones._spec import plugin_names
 from cl.backbones.gpt import Gpt
 from cl.backbones.hf import Hf
 from cl.backbones.mlp import Mlp
@@ -30,7 +32,7 @@ PROBES = [config for config in STREAMS if config.name.startswith("probes/")]
 IMAGES_AND_TEXT = [config for config in STREAMS if config not in PROBES]
 CONFIG = TrainerConfig(max_steps=2, batch_size=16, eval_rows=20, device="cpu")
 SMALL_GPT = partial(Gpt, width=32, num_layers=2)
-"""Where the stream is what is tried; on backbones the defaults are."""
+"""Where the stream is what is tried."""
 
 
 class Few:
@@ -58,9 +60,9 @@ def shortened(stream):
     return stream if stream.general is None else replace(stream, general=lambda: Few(stream.general()))
 
 
-def strategy_of(plugin):
+def strategy_of(plugin, **given):
     """By default values, but that hundreds of steps of finetuning show no more than a few."""
-    return plugin.load()(**({"steps": 5} if plugin.name in ("fpf", "kfpf") else {}))
+    return plugin.load()(**given, **({"steps": 5} if plugin.name in ("fpf", "kfpf") else {}))
 
 
 def trained(stream, strategy, backbone):
@@ -105,26 +107,81 @@ def test_strategy_on_stream(plugin, config):
     assert all(0 <= value <= largest for row in result.R for value in row)
 
 
-def shared_settings(plugin, backbone):
+TINY = {"width": 16, "num_heads": 2}
+NODES = [config.node for config in configs("backbone") if "blocks" in config.node]
+CONFIGURED = {node["blocks"].partition("(")[0]: node for node in NODES}
+"""By the block of the decoder that a config is of."""
+
+
+@dataclass(frozen=True)
+class Column:
+    """A network that strategies are tried on; `make` is called with the stream's info."""
+
+    name: str
+    make: partial
+    is_memory: bool = True
+
+    def __str__(self):
+        return self.name
+
+    @property
+    def kind(self):
+        return self.make.func
+
+    def made_for(self, plugin):
+        """The strategy and the network, with what the strategy asks for where it refuses a decoder as it is."""
+        given, make = {}, self.make
+        if self.is_memory and "others" in inspect.signature(plugin.load()).parameters:
+            given["others"] = "freeze"
+        if self.is_memory and "lora" in plugin.name and "lora" in inspect.signature(self.kind).parameters:
+            make = partial(make, lora={"rank": 2})
+        return strategy_of(plugin, **given), make
+
+
+def without_memory():
+    """Backbones without a memory, by their defaults."""
+    return [Column(p.name, partial(p.load()), is_memory=False) for p in BACKBONES if not hasattr(p.load(), "lifetime")]
+
+
+def with_memory():
+    """Memories around a decoder, and its blocks with what their config says besides: so small that rows of eight steps
+    cross the borders of segments and chunks, and leave windows."""
+    for plugin in BACKBONES:
+        kind = plugin.load()
+        # without it nothing of the engrams outlives a batch
+        kept = {"persist": 2} if plugin.name == "memoria" else {}
+        if hasattr(kind, "lifetime"):
+            yield Column(plugin.name, partial(kind, **(TINY | {"num_layers": 2} | kind.toy | kept)))
+    for name in plugin_names("mixers"):
+        if name not in {"attention", *(plugin.name for plugin in BACKBONES)}:
+            given = {key: value for key, value in CONFIGURED.get(name, {}).items() if key not in ("_target_", "blocks")}
+            words = (mixer_plugin("mixers", name, "").examples or (name,))[0]
+            yield Column(name, partial(Gpt, **TINY, num_layers=1, blocks=words, **given))
+
+
+def shared_settings(plugin, column):
     """Where both a strategy and a backbone can be used."""
-    return sorted(plugin.load().settings & getattr(backbone.load(), "settings", ALL_SETTINGS))
+    return sorted(plugin.load().settings & getattr(column.kind, "settings", ALL_SETTINGS))
 
 
 BACKBONES = discover("cl.backbones")
-ON_BACKBONES = [pair for pair in pairs(BACKBONES, often=0, seldom=3) if shared_settings(*pair.values)]
+EVERY_PAIR = [*pairs(without_memory(), often=0, seldom=3), *pairs(list(with_memory()), often=0, seldom=5)]
+ON_BACKBONES = [pair for pair in EVERY_PAIR if shared_settings(*pair.values)]
 
 
-@pytest.mark.parametrize(("plugin", "backbone"), ON_BACKBONES)
-def test_strategy_on_backbone(plugin, backbone):
-    """Batch norm, recurrence, convolutions and attention, in the first setting that both declare."""
-    setting = shared_settings(plugin, backbone)[0]
+@pytest.mark.parametrize(("plugin", "column"), ON_BACKBONES)
+def test_strategy_on_backbone(plugin, column):
+    """Batch norm, recurrence, convolutions, attention and every memory, in the first setting that both declare."""
+    setting = shared_settings(plugin, column)[0]
     if setting == Setting.CONTINUAL_PRETRAINING:
-        stream = shortened(builtin_text(context=16, train_tokens=1600))
+        context = 8 if column.is_memory else 16
+        stream = shortened(builtin_text(context=context, train_tokens=100 * context))
     else:
         stream = split(num_experiences=5, setting=str(setting), train_rows=100, eval_rows=50)
+    strategy, make = column.made_for(plugin)
     try:
-        outcome = trained(stream.first(2), strategy_of(plugin), backbone.load()).status
+        outcome = trained(stream.first(2), strategy, make).status
     except UserError as refusal:
         outcome = str(refusal)
     # a strategy may take some backbones only, such as those of one layer a stage, and then names the one it refuses
-    assert outcome == "done" or (backbone.class_name in outcome and backbone.name != "mlp"), outcome
+    assert outcome == "done" or (column.kind.__name__ in outcome and column.name != "mlp"), outcome

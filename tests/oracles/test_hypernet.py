@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from copy import deepcopy
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -211,9 +212,8 @@ class Remembering(ToyNet):
         super().__init__(info)
         self.register_buffer("memory", torch.zeros(12))
 
-    @property
-    def commits(self):
-        return True
+    def forward(self, batch, start=0):
+        return replace(super().forward(batch, start), state=len(batch))
 
     def commit(self, batch, output):
         self.memory.copy_(self.features(batch.inputs).mean(0))

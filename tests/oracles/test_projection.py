@@ -261,6 +261,28 @@ def test_layers_that_are_not_called_are_named(method):
         _trained(MAKE[method](), Functional)
 
 
+class Idle(ToyNet):
+    """Has a layer that no row reaches, as a memory that is a tree has nodes that nobody fetches."""
+
+    def __init__(self, info):
+        super().__init__(info)
+        self.idle = nn.Linear(12, 12)
+
+    def features(self, inputs):
+        hidden = super().features(inputs)
+        return hidden + self.idle(hidden[:0]).sum()
+
+
+@pytest.mark.parametrize("method", MAKE)
+def test_of_a_layer_that_reads_nothing_nothing_is_held(method):
+    strategy = MAKE[method]()
+    trainer = _trained(strategy, Idle)
+    assert strategy.subspaces["first"].rank > 0
+    assert strategy.subspaces["idle"].rank == 0
+    assert not any(name == "idle_captured" for name, *_ in trainer.ledger.result.extra)
+    assert all(p.isfinite().all() for p in trainer.state.model.parameters())
+
+
 @pytest.mark.parametrize(
     "strategy",
     [

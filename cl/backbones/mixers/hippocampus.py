@@ -41,7 +41,7 @@ class Hippocampus(Mixer):
         the network, not distilled into a frozen one; the memory has an output map of its own.
     """
 
-    lifetime = Lifetime(fast=("attention", "memory", "tail", "age"), resets=("attention", "memory", "age"))
+    lifetime = Lifetime(fast=("attention", "memory", "tail", "age"))
     examples = (
         "hippocampus(window=3)",
         "hippocampus(window=1, rule=linear)",
