@@ -47,8 +47,9 @@ def page(found: Mapping[str, Any], given_in: Path, folder: Path) -> str:
             for rate in [row.get("rows", num_rows(tokens)) * tokens / row["seconds"]]
         ]
         parts += [f"## {title}\n", table((*HEAD, "of fla's layer") if beside else HEAD, rows)]
-        if tokens >= 4096 and (below := [name for name, *_ in rows if group[name]["ratio"] < BAR]):
-            parts += [f"Below {BAR}x: {', '.join(name for name in below if name != 'attention')}.\n"]
+        below = [f"`{name}`" for name, *_ in rows if name != "attention" and group[name]["ratio"] < BAR]
+        if tokens >= 4096 and below:
+            parts += [f"Below {BAR}x: {', '.join(below)}.\n"]
     if generated := found.get("generate"):
         places = sorted({about(row["at"]) for line in generated.values() for row in line})
         head = ("block", *(f"µs after {at:,}" for at in places), "bytes of state, first", "last")
