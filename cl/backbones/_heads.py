@@ -172,9 +172,9 @@ class Backbone(nn.Module):
 
 
 def commit_all(backbones: Iterable[Backbone], done: Iterable[tuple[Batch, Output]]) -> None:
-    """Every backbone's `commit`, for the batches of a step.
+    """Every backbone's `commit`, for the batches of a step whose outputs hold a state.
 
-    An output without a state is left out: a strategy cut the network between its stages, or froze what would write.
+    One that was read with something between its stages, as where `remind` has frozen the early ones, leaves none.
     """
     for backbone, (batch, output) in product(backbones, done):
         if output.state is not None:

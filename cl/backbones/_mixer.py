@@ -31,8 +31,8 @@ class Lifetime:
     """What of a mixer changes when; its parameters are what the optimizer changes (slow).
 
     Args:
-        fast: entries of its state: they change with every token, and a checkpoint in mid-document needs them. Every
-            row of a batch begins anew, so that a task does.
+        fast: entries of its state: they change with every token, and a checkpoint in mid-document needs them. No row
+            of a batch, and so no task, begins with any of them.
         resets: those that a document start clears; None means all of them.
         kept: buffers that outlive a batch and a task, or parts with all of theirs: only `commit` writes them, and every
             checkpoint holds them.

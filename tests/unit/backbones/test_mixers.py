@@ -230,69 +230,6 @@ def test_lifetimes_are_what_is_declared(words):
     assert not still, f"no gradient reaches {still}"
 
 
-def numbers_of(entry):
-    """Tensors of an entry of a state; those of an inner state that count tokens are its owner's to declare."""
-    return [leaf for leaf in leaves(entry) if leaf.is_floating_point()] if isinstance(entry, dict) else [entry]
-
-
-def noised(entry):
-    """Other numbers in the place of an entry."""
-    generator, is_inner = torch.Generator().manual_seed(9), isinstance(entry, dict)
-
-    def changed(value):
-        if value.is_floating_point():
-            return value + torch.randn(value.shape, generator=generator, dtype=torch.float64)
-        return value if is_inner else value + 1
-
-    return mapped(changed, entry) if is_inner else changed(entry)
-
-
-def since(start, entry, before):
-    """Of an entry that keeps something of every token, what those from `start` on left; all of any other."""
-    for dim, (size, old) in enumerate(zip(entry.shape, before.shape, strict=True)):
-        if size == old + TOKENS:
-            return entry.narrow(dim, old + start, TOKENS - start)
-    return entry
-
-
-def differs(left, right):
-    return any(not torch.equal(a, b) for a, b in zip(numbers_of(left), numbers_of(right), strict=True))
-
-
-@every_mixer
-def test_a_document_start_clears_what_is_declared(words):
-    """Noise in the place of a cleared entry is neither seen nor left behind by what follows the start of a document."""
-    mixer, x, start = made(words), tokens(), 2
-    before, reset = remembered(mixer), (torch.arange(TOKENS) == start).expand(ROWS, -1)
-    with torch.no_grad():
-        y, left = mixer(x, before, reset=reset)
-        later, _ = mixer(tokens(3), without_terms(left))
-        for name in mixer.lifetime.cleared:
-            noisy_y, noisy = mixer(x, before | {name: noised(before[name])}, reset=reset)
-            close(noisy_y[:, start:], y[:, start:], 1e-12)
-            close(mixer(tokens(3), without_terms(noisy))[0], later, 1e-12)
-            for each, wanted, old in zip(*(numbers_of(s[name]) for s in (noisy, left, before)), strict=True):
-                close(since(start, each, old), since(start, wanted, old), 1e-12)
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_a_document_start_clears_nothing_else(name):
-    """The same noise is felt where no document starts; what is not declared counts tokens, and goes on counting."""
-    mixer, x = made((plugin("mixers", name, "").examples or (name,))[0]), tokens()
-    before, reset = remembered(mixer), torch.zeros(ROWS, TOKENS, dtype=torch.bool)
-    reset[:, 0] = True
-    with torch.no_grad():
-        (y, left), (_, begun) = mixer(x, before), mixer(x, before, reset=reset)
-        for entry in mixer.lifetime.fast:
-            noise = before | {entry: noised(before[entry])}
-            noisy_y, noisy = mixer(x, noise)
-            assert not torch.equal(noisy_y, y) or differs(noisy[entry], left[entry]), f"{entry} holds nothing"
-            if entry not in mixer.lifetime.cleared:
-                leaf = before[entry]
-                assert isinstance(leaf, torch.Tensor) and leaf.dtype == torch.int64, f"{entry} outlives its document"
-                assert differs(mixer(x, noise, reset=reset)[1][entry], begun[entry]), f"{entry} is cleared"
-
-
 @every_mixer
 def test_state_is_single_precision_under_bfloat16(words):
     mixer, x = made(words, torch.float32), tokens(dtype=torch.float32)
